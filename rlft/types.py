@@ -1,0 +1,68 @@
+"""What crosses module boundaries: dimension letters, data classes and the reward protocol.
+
+Dimension letters used throughout the library:
+    B  images in a batch                  T  denoising steps
+    P  prompts in a batch                 K  timesteps trained per iteration
+    G  images per prompt (B = P * G)      L  text tokens
+    H, W, C  latent height, width, channels
+    A  attribute classes (set rewards)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any, Literal
+
+import jax
+
+
+class UserError(Exception):
+  """A mistake in what the user gave. The message is one line that says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt and what its author knows about it, e.g. `{'objects': ['dog', 'car']}`."""
+
+  text: str
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+  """Reverse diffusion of B images over T steps; all float32, sharded over B.
+
+  Attributes:
+    latents: `[T+1, B, H, W, C]`; `latents[0]` is noise, `latents[T]` the final latent.
+    log_probs: `[T, B]`; mean over latent dimensions of log p(x_{t-1} | x_t, prompt).
+  """
+
+  latents: jax.Array
+  log_probs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """Scores images. Also the type of every evaluation metric. Higher is better.
+
+  Attributes:
+    name: what the user wrote.
+    kind: 'jax' (pure, jitted, runs on the sharded global batch) or 'host' (a Python function that
+      runs in threads on each process's own images).
+    score: for 'jax', `(params, images, features) -> scores`, where `images` are
+      `[B, H, W, 3]` float32 in [0, 1] and `features` is what `prepare` returned; for 'host',
+      `(images, prompts, metadata) -> scores` on numpy arrays and lists.
+      Scores are `[B]`; NaN says "could not be scored".
+    is_set: the reward is defined on the G images of one prompt: `score` gets `[P, G, H, W, 3]` (and
+      features `[P, G, ...]`; host: prompts and metadata of length P) and returns `[P]`.
+    prepare: 'jax' only: `(prompts, metadata) -> pytree of numpy arrays [B, ...]`, the numbers that
+      the score needs about each prompt (class indices, token ids); `None` if it needs none.
+    params: 'jax' only: weights, given to `score` as its first argument.
+  """
+
+  name: str
+  kind: Literal["jax", "host"]
+  score: Callable[..., Any]
+  is_set: bool = False
+  prepare: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Any] | None = None
+  params: Any = None

@@ -1,0 +1,297 @@
+"""Small models, their inputs, and how to run them in Flax and in PyTorch.
+
+Shared by the tests and by `fixtures/make_fixtures.py`. Weights are not stored: they follow from a
+seed through numpy's `RandomState`, whose stream never changes.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+from typing import Any
+import zlib
+
+from flax import traverse_util
+import jax
+import numpy as np
+import transformers
+
+from rlft.models import clip, pretrained, torch_layout, unet, vae
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+_UNET_SD1 = unet.UNetConfig(
+  sample_size=8,
+  down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+  block_out_channels=(32, 32, 64),
+  layers_per_block=2,
+  norm_num_groups=8,
+  cross_attention_dim=24,
+  attention_head_dim=4,
+)
+_UNET_SD2 = unet.UNetConfig(
+  sample_size=8,
+  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+  block_out_channels=(32, 64),
+  layers_per_block=1,
+  norm_num_groups=8,
+  cross_attention_dim=40,
+  attention_head_dim=(2, 8),
+  use_linear_projection=True,
+  upcast_attention=True,
+)
+# Every other option that may vary, away from its default.
+_UNET_ODD = dataclasses.replace(
+  _UNET_SD2,
+  flip_sin_to_cos=False,
+  freq_shift=1,
+  norm_eps=1e-3,
+  only_cross_attention=(True, False),
+  in_channels=5,
+)
+_VAE = vae.VAEConfig(
+  down_block_types=("DownEncoderBlock2D",) * 3,
+  up_block_types=("UpDecoderBlock2D",) * 3,
+  block_out_channels=(16, 16, 32),
+  norm_num_groups=8,
+  scaling_factor=0.5,
+)
+_CLIP = clip.CLIPTextConfig(
+  vocab_size=60,
+  hidden_size=32,
+  intermediate_size=64,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=16,
+  hidden_act="quick_gelu",
+)
+
+MODULES = {
+  "unet_sd1": unet.UNet2DCondition(_UNET_SD1),
+  "unet_sd2": unet.UNet2DCondition(_UNET_SD2),
+  "unet_odd": unet.UNet2DCondition(_UNET_ODD),
+  "vae": vae.AutoencoderKL(_VAE),
+  "clip_quick_gelu": clip.CLIPTextEncoder(_CLIP),
+  "clip_gelu": clip.CLIPTextEncoder(dataclasses.replace(_CLIP, hidden_act="gelu")),
+}
+
+# Full size: (module, its parameters as counted by PyTorch).
+FULL_SIZE = {
+  "sd1_unet": (
+    unet.UNet2DCondition(unet.UNetConfig(cross_attention_dim=768, sample_size=64)),
+    859_520_964,
+  ),
+  "sd2_unet": (
+    unet.UNet2DCondition(
+      unet.UNetConfig(
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
+        sample_size=96,
+      )
+    ),
+    865_910_724,
+  ),
+  "sd_vae": (
+    vae.AutoencoderKL(
+      vae.VAEConfig(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+      )
+    ),
+    83_653_863,
+  ),
+  "sd1_clip": (
+    clip.CLIPTextEncoder(
+      clip.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    ),
+    123_060_480,
+  ),
+  "sd2_clip": (
+    clip.CLIPTextEncoder(
+      clip.CLIPTextConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        hidden_act="gelu",
+      )
+    ),
+    340_387_840,
+  ),
+}
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """`{'down_blocks_0/resnets_0/norm1/scale': (16,), ...}`, sorted."""
+  return {"/".join(k): v.shape for k, v in sorted(traverse_util.flatten_dict(tree).items())}
+
+
+def random_params(module: Any, seed: int) -> dict[str, Any]:
+  """Float32 parameters for `module` that keep the size of activations and leave nothing at 0 or 1.
+
+  Each array has a stream of its own, named by its path, so that one changed module leaves the
+  others as they are.
+  """
+  params = {}
+  for path, leaf in traverse_util.flatten_dict(torch_layout.param_shapes(module)).items():
+    rng = np.random.RandomState(zlib.crc32("/".join(path).encode()) + seed)
+    array = rng.standard_normal(leaf.shape)
+    if path[-1] == "kernel":
+      array *= np.prod(leaf.shape[:-1]) ** -0.5
+    elif path[-1] == "scale":
+      array = 1 + 0.2 * array
+    elif path[-1] == "bias":
+      array *= 0.2
+    params[path] = array.astype(np.float32)
+  return traverse_util.unflatten_dict(params)
+
+
+def inputs(name: str) -> dict[str, np.ndarray]:
+  """The inputs of `MODULES[name]`; images and latents are channels last."""
+  rng = np.random.RandomState(7)
+  module = MODULES[name]
+  if isinstance(module, unet.UNet2DCondition):
+    c = module.config
+    return {
+      "latents": rng.standard_normal((2, 8, 8, c.in_channels)).astype(np.float32),
+      "timesteps": np.array([981, 21], np.int32),
+      "text": rng.standard_normal((2, 7, c.cross_attention_dim)).astype(np.float32),
+    }
+  if isinstance(module, vae.AutoencoderKL):
+    return {
+      "images": rng.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32),
+      "latents": rng.standard_normal((2, 8, 8, 4)).astype(np.float32),
+    }
+  return {"ids": rng.randint(0, module.config.vocab_size, (2, 16)).astype(np.int32)}
+
+
+def flax_outputs(name: str, **replacements: Any) -> dict[str, np.ndarray]:
+  """What the Flax module makes of `inputs(name)`; `replacements` are attributes of the module."""
+  module, given = MODULES[name].clone(**replacements), inputs(name)
+  variables = {"params": random_params(module, seed=1)}
+  apply = jax.jit(module.apply, static_argnames="method")
+  if isinstance(module, unet.UNet2DCondition):
+    outputs = {
+      "sample": apply(variables, given["latents"], given["timesteps"], given["text"]),
+    }
+  elif isinstance(module, vae.AutoencoderKL):
+    mean, logvar = apply(variables, given["images"], method="encode")
+    image = apply(variables, given["latents"], method="decode")
+    outputs = {"mean": mean, "logvar": logvar, "image": image}
+  else:
+    outputs = {"states": apply(variables, given["ids"])}
+  return jax.tree.map(np.asarray, outputs)
+
+
+flax_outputs_once = functools.cache(flax_outputs)
+
+
+def torch_model(module: Any, params: Any) -> Any:
+  """The PyTorch model that is `module` with `params`; strict about names and shapes."""
+  import diffusers
+  import torch
+
+  config = dataclasses.asdict(module.config)
+  if isinstance(module, unet.UNet2DCondition):
+    model = diffusers.UNet2DConditionModel(**config)
+  elif isinstance(module, vae.AutoencoderKL):
+    model = diffusers.AutoencoderKL(**config)
+  else:
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+  state = {name: torch.from_numpy(array) for name, array in torch_layout.to_torch(params).items()}
+  model.load_state_dict(state, strict=True)
+  return model.eval()
+
+
+def torch_outputs(name: str) -> dict[str, np.ndarray]:
+  """What the PyTorch model makes of `inputs(name)`, channels last."""
+  import torch
+
+  module = MODULES[name]
+  model = torch_model(module, random_params(module, seed=1))
+  given = {key: torch.from_numpy(value) for key, value in inputs(name).items()}
+
+  def first(x):
+    return x.permute(0, 3, 1, 2)
+
+  def last(x):
+    return np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+
+  with torch.no_grad():
+    if isinstance(module, unet.UNet2DCondition):
+      y = model(first(given["latents"]), given["timesteps"], given["text"])
+      return {"sample": last(y.sample)}
+    if isinstance(module, vae.AutoencoderKL):
+      moments = model.encode(first(given["images"])).latent_dist
+      image = model.decode(first(given["latents"])).sample
+      return {"mean": last(moments.mean), "logvar": last(moments.logvar), "image": last(image)}
+    return {"states": model(given["ids"]).last_hidden_state.numpy()}
+
+
+PROMPTS = ("a photo of a dog", "two cats")
+GUIDANCE = 5.0
+STEPS = 10
+SCHEDULER = {
+  "_class_name": "DDIMScheduler",
+  "num_train_timesteps": 1000,
+  "beta_start": 0.00085,
+  "beta_end": 0.012,
+  "beta_schedule": "scaled_linear",
+  "clip_sample": False,
+  "set_alpha_to_one": False,
+  "steps_offset": 1,
+}
+
+
+def tokenizer() -> transformers.CLIPTokenizer:
+  """A real CLIP tokenizer of 16 tokens a prompt that knows the words of `PROMPTS`."""
+  letters = [chr(c) for c in range(33, 127)]
+  tokens = [*letters, *(letter + "</w>" for letter in letters)]
+  merges = []
+  for word in sorted({word for prompt in PROMPTS for word in prompt.split()}):
+    left, *rest = [*word[:-1], word[-1] + "</w>"]
+    for right in rest:
+      if (left, right) not in merges:
+        merges.append((left, right))
+        tokens.append(left + right)
+      left += right
+  tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+  with tempfile.TemporaryDirectory() as directory:
+    vocab, merge_file = pathlib.Path(directory, "vocab.json"), pathlib.Path(directory, "merges.txt")
+    vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    merge_file.write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    return transformers.CLIPTokenizer(str(vocab), str(merge_file), model_max_length=16)
+
+
+def tiny_pipeline(prediction_type: str = "epsilon") -> pretrained.StableDiffusion:
+  """A whole Stable Diffusion with random weights: 32x32 images, 8x8x4 latents, 16 tokens."""
+  words = tokenizer()
+  encoder = clip.CLIPTextEncoder(
+    dataclasses.replace(
+      _CLIP,
+      vocab_size=len(words),
+      bos_token_id=words.bos_token_id,
+      eos_token_id=words.eos_token_id,
+      pad_token_id=words.pad_token_id,
+    )
+  )
+  modules = {
+    "unet": unet.UNet2DCondition(dataclasses.replace(_UNET_SD2, cross_attention_dim=32)),
+    "vae": MODULES["vae"],
+    "text_encoder": encoder,
+  }
+  params = {name: random_params(module, seed=2) for name, module in modules.items()}
+  # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
+  params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
+  return pretrained.StableDiffusion(
+    **modules,
+    tokenizer=words,
+    scheduler={**SCHEDULER, "prediction_type": prediction_type},
+    params=params,
+  )
