@@ -1,0 +1,1 @@
+"""The emoji world: art, scenes with captions, prompts, and measures that are never trained on."""

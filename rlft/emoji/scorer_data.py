@@ -1,0 +1,270 @@
+"""What the scorer learns from: rendered scenes, spoiled as generated pictures are.
+
+Scenes come from the renderer with their truth. `degrade` then blurs them, moves them, adds noise
+and blends them with other scenes or with their own background, and softens the labels accordingly:
+what is half there is labelled as half there. Without this the confidence would be 0 or 1 on clean
+scenes and anything at all on a generated picture.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.emoji import art, world
+
+# Saturation times contrast of the most washed-out scene of one or two objects.
+VIVIDNESS_FLOOR = np.prod(world.washing("object", 0.0, 0.0))
+KIND_SHARES = {"object": 0.35, "pair": 0.35, "portrait": 0.30}
+
+_INDEX = {name: i for i, name in enumerate(art.OBJECTS)}
+_SIZE = world.IMAGE_SIZE
+_FOREGROUND = 6  # of 255: a pixel further from the background's colour belongs to an object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+  """B rendered scenes and their truth.
+
+  Attributes:
+    images: `[B, 32, 32, 3]` uint8.
+    backgrounds: `[B, 3]` uint8, the colour behind the objects.
+    regions: `[B, 2, 32, 32]` bool, the pixels of each thing drawn: objects from left to right, or
+      the person first.
+    objects: `[B, 2]` int32 indices into `art.OBJECTS`; -1 where there is none.
+    tones: `[B]` int32 indices into `world.TONE_CLASSES`; -1 where there is no person.
+    vividness: `[B]` float32 in [0, 1].
+  """
+
+  images: np.ndarray
+  backgrounds: np.ndarray
+  regions: np.ndarray
+  objects: np.ndarray
+  tones: np.ndarray
+  vividness: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+  """Labels of B pictures, float32 in [0, 1] unless said.
+
+  Attributes:
+    objects: `[B, 60]`, how much of each object is there.
+    tones: `[B]` int32 index into `world.TONE_CLASSES`; any value where `tone_weights` is 0.
+    tone_weights: `[B]`; 0 drops the label.
+    skin: `[B]`, how much of a person is there.
+    vividness: `[B]`.
+    vividness_weights: `[B]`; 0 drops the label.
+  """
+
+  objects: jax.Array
+  tones: jax.Array
+  tone_weights: jax.Array
+  skin: jax.Array
+  vividness: jax.Array
+  vividness_weights: jax.Array
+
+
+def vividness(saturation: float, contrast: float) -> float:
+  """Saturation times contrast on a scale from the most washed-out (0) to the art itself (1).
+
+  One scale for all kinds of scene; since portraits are washed out less, theirs begins at 0.33.
+  """
+  value = (saturation * contrast - VIVIDNESS_FLOOR) / (1 - VIVIDNESS_FLOOR)
+  return float(np.clip(value, 0, 1))
+
+
+def scenes(rng: np.random.Generator, n: int, *, wide: bool) -> Scenes:
+  """Renders `n` scenes with uniform tones; about 0.2 ms each.
+
+  Args:
+    rng: consumed.
+    n: how many.
+    wide: draw washing evenly, and a little beyond the world's range at both ends (to train), rather
+      than as the world does (to measure).
+  """
+  images = np.empty((n, _SIZE, _SIZE, 3), np.uint8)
+  objects = np.full((n, 2), -1, np.int32)
+  tones = np.full(n, -1, np.int32)
+  truth = np.empty(n, np.float32)
+  kinds = rng.choice(list(KIND_SHARES), size=n, p=list(KIND_SHARES.values()))
+  for i, kind in enumerate(kinds.tolist()):
+    washing = {}
+    if wide:
+      least = world.washing(kind, 0.0, 0.0)
+      u, v = rng.random(2)
+      washing["saturation"] = least[0] - 0.05 + (1.20 - least[0]) * u
+      washing["contrast"] = least[1] - 0.05 + (1.10 - least[1]) * (u + v) / 2
+    tone = int(rng.integers(len(world.TONE_CLASSES)))
+    scene = world.render_scene(rng, kind, tone=tone, **washing)
+    images[i] = scene.image
+    objects[i, : len(scene.objects)] = [_INDEX[name] for name in scene.objects]
+    tones[i] = -1 if scene.tone is None else scene.tone
+    truth[i] = vividness(scene.saturation, scene.contrast)
+  border = np.concatenate(
+    [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1
+  )
+  backgrounds = np.median(border, axis=1).astype(np.uint8)
+  distance = np.abs(images.astype(np.int16) - backgrounds[:, None, None]).max(-1)
+  regions = np.repeat((distance > _FOREGROUND)[:, None], 2, axis=1)
+  both = objects[:, 1] >= 0  # each in its half of the canvas
+  regions[both, 0, :, _SIZE // 2 :] = False
+  regions[both, 1, :, : _SIZE // 2] = False
+  return Scenes(images, backgrounds, regions, objects, tones, truth)
+
+
+def clean(batch: Scenes) -> tuple[jax.Array, Targets]:
+  """Pictures `[B, 32, 32, 3]` in [0, 1] as rendered, with hard labels."""
+  person = jnp.asarray(batch.tones) >= 0
+  ones = jnp.ones(len(batch.tones))
+  targets = Targets(
+    objects=_one_hot(batch.objects, jnp.ones(batch.objects.shape)),
+    tones=jnp.maximum(batch.tones, 0),
+    tone_weights=person.astype(jnp.float32),
+    skin=person.astype(jnp.float32),
+    vividness=jnp.asarray(batch.vividness),
+    vividness_weights=ones,
+  )
+  return jnp.asarray(batch.images, jnp.float32) / 255, targets
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Damage:
+  """The random numbers that `degrade` uses; float32.
+
+  Drawn by NumPy: compiling JAX's generators would take longer than the tests of this module may.
+
+  Attributes:
+    uniform: `[12, B]` in [0, 1).
+    patches: `[B, 4, 4, 1]` normal, where a scene is blended with another.
+    blotches: `[B, 8, 8, 4]` normal, noise of the colours and (last) of the brightness.
+  """
+
+  uniform: np.ndarray
+  patches: np.ndarray
+  blotches: np.ndarray
+
+
+def damage(rng: np.random.Generator, n: int) -> Damage:
+  """Draws the damage to `n` scenes; `rng` is consumed."""
+  return Damage(
+    uniform=rng.random((12, n), np.float32),
+    patches=rng.standard_normal((n, 4, 4, 1), np.float32),
+    blotches=rng.standard_normal((n, 8, 8, 4), np.float32),
+  )
+
+
+def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Targets]:
+  """Spoils scenes as a generative model does; pure and jit-able.
+
+  Args:
+    batch: the scenes; each is blended at most with the one at the other end of the batch.
+    damage: what is done to each.
+
+  Returns:
+    pictures `[B, 32, 32, 3]` float32 in [0, 1] and their labels.
+  """
+  u = iter(jnp.asarray(damage.uniform))
+  images, targets = clean(batch)
+
+  # Half-formed: faded towards the background, or towards another scene, evenly or in patches.
+  what = next(u)
+  is_blended, is_other = what < 0.45, what < 0.20
+  share = 1.15 * next(u)[:, None, None] - 0.15  # empty now and then
+  field = _enlarged(damage.patches)[..., 0]
+  patches = jax.nn.sigmoid(6 * (field + 3 * next(u)[:, None, None] - 1.5))
+  kept = jnp.where((next(u) < 0.5)[:, None, None], jnp.maximum(share, 0), patches)
+  kept = jnp.where(is_blended[:, None, None], kept, 1.0)
+  plain = jnp.asarray(batch.backgrounds, jnp.float32)[:, None, None] / 255
+  behind = jnp.where(is_other[:, None, None, None], images[::-1], plain)
+  images = kept[..., None] * images + (1 - kept[..., None]) * behind
+  regions = jnp.asarray(batch.regions, jnp.float32)
+  area = regions.sum((2, 3)) + 1e-6
+  seen = (regions * kept[:, None]).sum((2, 3)) / area
+  other = (regions[::-1] * (1 - kept[:, None])).sum((2, 3)) / area[::-1] * is_other[:, None]
+
+  # Moved, scaled and blurred, all in one linear map; a single thing may be much smaller.
+  single = jnp.asarray(batch.objects)[:, 1] < 0
+  scale = jnp.where(single & (next(u) < 0.25), 1.2, 1.0) + 0.2 * (2 * next(u) - 1)
+  scale = jnp.where(single, scale, 0.6 + 0.4 * scale)
+  blur = 1.0 + 1.6 * next(u) ** 2
+  rows, columns = (_resampling(scale, 3 * next(u) - 1.5, blur) for _ in range(2))
+  images = jnp.einsum("byi,bxj,bijc->byxc", rows, columns, images, optimize=True)
+
+  # Soft like a decoder's output, and blotchy.
+  step = 0.6 * next(u) - 0.3
+  images = _quantised(images, jnp.where(step > 0, step, 0.0))
+  noise = 0.06 * next(u) ** 2
+  blotches = _enlarged(damage.blotches)
+  blotches = blotches[..., 3:] + 0.5 * blotches[..., :3]
+  images = jnp.clip(images + noise[:, None, None, None] * blotches, 0, 1)
+
+  quality = 1 - 0.25 * (blur - 1) / 1.6 - 0.15 * noise / 0.06
+  labels = jnp.maximum(
+    _one_hot(batch.objects, _presence(seen)), _one_hot(batch.objects[::-1], _presence(other))
+  )
+  person, other_person = targets.skin, targets.skin[::-1]
+  # A tone is known where one person, and no other, is plain to see.
+  alone = (seen[:, 0] > 0.7) & (other[:, 0] * other_person < 0.2)
+  return images, dataclasses.replace(
+    targets,
+    objects=labels * quality[:, None],
+    tone_weights=targets.tone_weights * alone,
+    skin=jnp.maximum(person * _presence(seen[:, 0]), other_person * _presence(other[:, 0])),
+    vividness_weights=1.0 - is_other,
+  )
+
+
+def _presence(visible: jax.Array) -> jax.Array:
+  """Label of a thing of which this share can be seen: 0 below a quarter, 1 from three quarters."""
+  return jnp.clip(2 * visible - 0.5, 0, 1)
+
+
+def _one_hot(objects: jax.Array, labels: jax.Array) -> jax.Array:
+  """`[B, 60]` with `labels` `[B, 2]` at the indices `objects` `[B, 2]`; -1 is dropped."""
+  return jnp.max(jax.nn.one_hot(objects, len(art.OBJECTS)) * labels[..., None], axis=1)
+
+
+def _tent(centres: jax.Array, n: int, width: jax.Array) -> jax.Array:
+  """`[..., n]`: weights of n pixels around each centre, a tent of half-width `width`; sum 1."""
+  distance = jnp.abs(jnp.clip(centres, 0, n - 1)[..., None] - jnp.arange(n))
+  weights = jnp.maximum(0.0, 1 - distance / width)
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def _resampling(scale: jax.Array, shift: jax.Array, blur: jax.Array) -> jax.Array:
+  """`[B, 32, 32]`: output pixel i reads input around `16 + (i - 16) * scale + shift`."""
+  middle = (_SIZE - 1) / 2
+  centres = middle + (jnp.arange(_SIZE) - middle) * scale[:, None] + shift[:, None]
+  return _tent(centres, _SIZE, blur[:, None, None])
+
+
+def _enlarged(coarse: jax.Array) -> jax.Array:
+  """`[B, n, n, C]` -> `[B, 32, 32, C]`, interpolated."""
+  n = coarse.shape[1]
+  up = _tent((jnp.arange(_SIZE) + 0.5) * n / _SIZE - 0.5, n, jnp.float32(1))
+  return jnp.einsum("yi,xj,bijc->byxc", up, up, coarse, optimize=True)
+
+
+def _quantised(images: jax.Array, step: jax.Array) -> jax.Array:
+  """Rounds the DCT coefficients of 8x8 blocks, as JPEG does, coarser for higher frequencies.
+
+  Args:
+    images: `[B, 32, 32, 3]`.
+    step: `[B]`, of the lowest frequency (a flat block of 1 has the coefficient 8); 0 leaves the
+      picture as it is.
+  """
+  k = np.arange(8)
+  dct = (
+    np.cos(np.pi * k[:, None] * (2 * k + 1) / 16) * np.where(k[:, None] == 0, 0.125, 0.25) ** 0.5
+  )
+  blocks = images.reshape(len(images), _SIZE // 8, 8, _SIZE // 8, 8, 3)
+  steps = step[:, None, None, None, None, None] * (1 + (k[:, None, None, None] + k[:, None]) / 4)
+  spectrum = jnp.einsum("ui,vj,bpiqjc->bpuqvc", dct, dct, blocks, optimize=True)
+  rounded = jnp.round(spectrum / jnp.maximum(steps, 1e-6)) * steps
+  spectrum = jnp.where(steps > 0, rounded, spectrum)
+  return jnp.einsum("ui,vj,bpuqvc->bpiqjc", dct, dct, spectrum, optimize=True).reshape(images.shape)

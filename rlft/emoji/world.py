@@ -1,0 +1,229 @@
+"""Scenes of the emoji world with captions: web data in miniature, faults included.
+
+Three kinds of scene on a pastel background: one object, two objects side by side, a portrait of a
+person at work. The faults leave room for three rewards: most pictures are washed out, every third
+caption of two objects names one that is not in the picture, and light skin is common.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from rlft.emoji import art
+
+Kind = Literal["object", "pair", "portrait"]
+
+IMAGE_SIZE = 32
+OBJECT_SIZES = (26, 27, 28, 29)  # 81-91 % of the canvas
+PAIR_SIZES = (15, 16)  # 47-50 %
+PORTRAIT_SIZES = (29, 30, 31, 32)  # 91-100 %
+
+TONE_CLASSES = ("light", "medium-light", "medium-dark", "dark")
+TONE_SHARES = (0.60, 0.25, 0.09, 0.06)
+_TONES_OF_CLASS = ((0,), (1, 2), (3,), (4,))  # indices into art.TONES
+
+OBJECT_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}")
+PORTRAIT_TEMPLATES = ("{}", "a portrait of {}", "a picture of {}", "an emoji of {}")
+CONNECTORS = ("and", "next to", "near", "on side of", "beside")
+MISSING_SHARE = 1 / 3  # of the captions of two objects
+GENDERED_SHARE = 1 / 4  # of the captions of portraits say "man" or "woman"
+MIXTURE = {"object": 0.40, "pair": 0.35, "portrait": 0.25}
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """A picture and the truth about it.
+
+  Attributes:
+    image: `[32, 32, 3]` uint8.
+    caption: what a web page would say about it.
+    objects: the objects that are really drawn, left to right.
+    named: the objects that the caption names.
+    tone: skin tone, an index into `TONE_CLASSES`; None where there is no person.
+    occupation: one of `art.OCCUPATIONS`; None where there is no person.
+    saturation: factor in [0, 1] on the art's colours; 1 is the art itself.
+    contrast: factor in [0, 1] on the distance from mid-grey; 1 is the art itself.
+  """
+
+  image: np.ndarray
+  caption: str
+  objects: tuple[str, ...]
+  named: tuple[str, ...]
+  tone: int | None
+  occupation: str | None
+  saturation: float
+  contrast: float
+
+
+def with_article(noun: str) -> str:
+  """'dog' -> 'a dog', 'owl' -> 'an owl'; right for every noun of this world."""
+  return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def object_caption(name: str, template: str = OBJECT_TEMPLATES[0]) -> str:
+  """Caption of one object, e.g. "a picture of a dog"."""
+  return template.format(with_article(name))
+
+
+def pair_caption(first: str, second: str, connector: str) -> str:
+  """Caption of two objects, e.g. "a dog next to an owl"."""
+  return f"{with_article(first)} {connector} {with_article(second)}"
+
+
+def portrait_caption(
+  occupation: str, template: str = PORTRAIT_TEMPLATES[0], gender: str | None = None
+) -> str:
+  """Caption of a portrait, e.g. "a portrait of a cook" or "a portrait of a woman cook"."""
+  return template.format(with_article(f"{gender} {occupation}" if gender else occupation))
+
+
+def washing(kind: Kind, u: float, v: float) -> tuple[float, float]:
+  """Quality of a web picture: (saturation, contrast) from two uniform numbers in [0, 1).
+
+  Mostly washed out (median saturation 0.56), vivid now and then; saturation and contrast go
+  together. Portraits lose less, so that skin tones stay measurable.
+  """
+  saturation = 0.40 + 0.60 * u**1.9
+  contrast = 0.65 + 0.35 * ((u + v) / 2) ** 1.9
+  if kind == "portrait":
+    return 0.4 + 0.6 * saturation, 0.4 + 0.6 * contrast
+  return saturation, contrast
+
+
+def _pastel(hue: float, chroma: float, value: float) -> np.ndarray:
+  """Background colour `[3]` float32 in [0, 1] for three uniform numbers; low-chroma HSV."""
+  ramp = np.clip(np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
+  return ((0.90 + 0.10 * value) * (1 - (0.12 + 0.23 * chroma) * (1 - ramp))).astype(np.float32)
+
+
+def _paste(canvas: np.ndarray, name: str, size: int, top: int, left: int) -> None:
+  colour, alpha = art.resized(name, size)
+  region = canvas[top : top + size, left : left + size]
+  region *= 1 - alpha
+  region += colour
+
+
+def _wash(canvas: np.ndarray, saturation: float, contrast: float) -> np.ndarray:
+  """Applies the factors of `Scene` to `[H, W, 3]` in [0, 1]; returns uint8."""
+  luma = canvas @ _LUMA
+  faded = saturation * contrast * canvas + ((1 - saturation) * contrast) * luma[..., None]
+  faded += 0.5 * (1 - contrast)
+  return (np.clip(faded, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _pick(options: Sequence, u: float):
+  return options[int(u * len(options))]
+
+
+def render_scene(
+  rng: np.random.Generator,
+  kind: Kind,
+  *,
+  objects: Sequence[str] | None = None,
+  occupation: str | None = None,
+  tone: int | None = None,
+  saturation: float | None = None,
+  contrast: float | None = None,
+  missing: bool | None = None,
+) -> Scene:
+  """Draws one scene; whatever is not given is drawn at random.
+
+  The same random numbers are consumed whatever is given: two calls with equal generators give the
+  same layout, so a vivid and a washed-out version of one scene can be compared.
+
+  Args:
+    rng: source of 20 uniform numbers (consumed).
+    kind: 'object' (81-91 % of the canvas), 'pair' (47-50 % each), 'portrait' (91-100 %).
+    objects: the named objects, one for 'object' and two for 'pair'.
+    occupation: one of `art.OCCUPATIONS` ('portrait').
+    tone: index into `TONE_CLASSES` ('portrait').
+    saturation: factor in [0, 1], see `Scene`.
+    contrast: factor in [0, 1], see `Scene`.
+    missing: whether one of the two named objects is left out ('pair').
+
+  Raises:
+    ValueError: unknown kind, or the wrong number of objects for the kind.
+  """
+  if kind not in MIXTURE:
+    raise ValueError(f"kind must be one of {tuple(MIXTURE)}, not {kind!r}")
+  n_objects = {"object": 1, "pair": 2, "portrait": 0}[kind]
+  if objects is not None and len(objects) != n_objects:
+    raise ValueError(f"a scene of kind {kind!r} has {n_objects} objects, not {len(objects)}")
+  u = rng.random(20).tolist()
+  canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+  canvas[:] = _pastel(u[0], u[1], u[2])
+  washed = washing(kind, u[3], u[4])
+  saturation = washed[0] if saturation is None else saturation
+  contrast = washed[1] if contrast is None else contrast
+
+  named: tuple[str, ...] = ()
+  drawn: tuple[str, ...] = ()
+  if kind == "object":
+    named = drawn = tuple(objects) if objects is not None else (_pick(art.OBJECTS, u[5]),)
+    size = _pick(OBJECT_SIZES, u[6])
+    slack = IMAGE_SIZE - size + 1
+    _paste(canvas, drawn[0], size, int(u[7] * slack), int(u[8] * slack))
+    caption = object_caption(drawn[0], _pick(OBJECT_TEMPLATES, u[9]))
+  elif kind == "pair":
+    if objects is None:
+      first = int(u[5] * len(art.OBJECTS))
+      second = int(u[6] * (len(art.OBJECTS) - 1))
+      second += second >= first  # never the same object twice
+      objects = (art.OBJECTS[first], art.OBJECTS[second])
+    named = tuple(objects)
+    caption = pair_caption(*named, _pick(CONNECTORS, u[7]))
+    missing = u[8] < MISSING_SHARE if missing is None else missing
+    order = named if u[10] < 0.5 else named[::-1]
+    absent = int(u[9] * 2) if missing else None
+    centred = missing and u[11] < 0.5
+    drawn = tuple(name for side, name in enumerate(order) if side != absent)
+    for side, name in enumerate(order):
+      if side == absent:
+        continue
+      size = _pick(PAIR_SIZES, u[12 + side])
+      top = (IMAGE_SIZE - size) // 2 + int(u[14 + side] * 7) - 3
+      left = 8 if centred else 16 * side
+      _paste(canvas, name, size, top, left + int(u[16 + side] * (17 - size)))
+  else:
+    occupation = _pick(art.OCCUPATIONS, u[5]) if occupation is None else occupation
+    if tone is None:
+      tone = int(np.searchsorted(np.cumsum(TONE_SHARES)[:-1], u[6], side="right"))
+    gender = _pick(art.GENDERS, u[8])
+    size = _pick(PORTRAIT_SIZES, u[9])
+    slack = IMAGE_SIZE - size + 1
+    sprite = art.portrait_name(occupation, gender, _pick(_TONES_OF_CLASS[tone], u[7]))
+    _paste(canvas, sprite, size, int(u[10] * slack), int(u[11] * slack))
+    said = gender if gender != "person" and u[12] < 1.5 * GENDERED_SHARE else None
+    caption = portrait_caption(occupation, _pick(PORTRAIT_TEMPLATES, u[13]), said)
+
+  return Scene(
+    image=_wash(canvas, saturation, contrast),
+    caption=caption,
+    objects=drawn,
+    named=named,
+    tone=tone if kind == "portrait" else None,
+    occupation=occupation if kind == "portrait" else None,
+    saturation=saturation,
+    contrast=contrast,
+  )
+
+
+def training_pairs(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
+  """`n` random pictures with captions, a pure function of `seed`; about 0.1 ms each.
+
+  Returns:
+    images `[n, 32, 32, 3]` uint8 and their `n` captions.
+  """
+  rng = np.random.default_rng(seed)
+  images = np.empty((n, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+  captions = []
+  kinds = rng.choice(list(MIXTURE), size=n, p=list(MIXTURE.values()))
+  for i, kind in enumerate(kinds.tolist()):
+    scene = render_scene(rng, kind)
+    images[i] = scene.image
+    captions.append(scene.caption)
+  return images, captions
