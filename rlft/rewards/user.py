@@ -1,0 +1,119 @@
+"""Rewards that a user writes: a Python function, found by its module or its file.
+
+    host:module:function   or   host:path/to/file.py:function
+        function(images, prompts, metadata) -> scores; numpy arrays and lists, called from several
+        threads at once: images [B, H, W, 3] float32 in [0, 1], prompts B strings, metadata B dicts.
+    jax:module:function    or   jax:path/to/file.py:function
+        function(images) -> scores; pure, jitted, called once on the images of all devices.
+        With an attribute `function.prepare`, `(prompts, metadata) -> features` (a tree of numpy
+        arrays `[B, ...]`), it is called as function(images, features).
+
+Scores are `[B]`, higher is better, NaN for an image that could not be scored. With
+`function.is_set = True` the function scores the G images of a prompt together: it gets images
+`[P, G, H, W, 3]`, P prompts and metadata (features `[P, G, ...]`), and returns `[P]`.
+"""
+
+from collections.abc import Callable
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import sys
+import types
+
+from rlft.types import Reward, UserError
+
+KINDS = ("host", "jax")
+
+
+def user_reward(spec: str) -> Reward:
+  """Imports the function that `spec` names (see the head of this file) and makes it a reward.
+
+  Raises:
+    UserError: `spec` is incomplete, the import fails, or the function is missing, not a function
+      or takes other arguments.
+  """
+  kind, _, rest = spec.partition(":")
+  target, _, name = rest.rpartition(":")
+  if kind not in KINDS or not target or not name:
+    raise UserError(
+      f"reward {spec!r} is incomplete: write {kind}:module:function or {kind}:file.py:function"
+    )
+  function = _function(spec, target, name)
+  prepare = getattr(function, "prepare", None)
+  is_set = bool(getattr(function, "is_set", False))
+  if kind == "host":
+    _check_arguments(spec, function, "images", "prompts", "metadata")
+    return Reward(spec, "host", function, is_set=is_set)
+  if prepare is not None:
+    _check_arguments(spec, function, "images", "features")
+    _check_arguments(f"{spec}.prepare", prepare, "prompts", "metadata")
+    return Reward(
+      spec, "jax", lambda _, images, features: function(images, features), is_set, prepare
+    )
+  _check_arguments(spec, function, "images")
+  return Reward(spec, "jax", lambda _, images, features: function(images), is_set)
+
+
+def _function(spec: str, target: str, name: str) -> Callable:
+  module = _import(spec, target)
+  if not hasattr(module, name):
+    near = difflib.get_close_matches(name, vars(module), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "define it there"
+    raise UserError(f"reward {spec!r}: {target} has no function {name!r}: {hint}")
+  function = getattr(module, name)
+  if not callable(function):
+    raise UserError(
+      f"reward {spec!r}: {name!r} in {target} is a {type(function).__name__}, not a function"
+    )
+  return function
+
+
+def _import(spec: str, target: str) -> types.ModuleType:
+  try:
+    if not target.endswith(".py"):
+      return importlib.import_module(target)
+    path = pathlib.Path(target).expanduser().resolve()
+    if not path.is_file():
+      raise UserError(f"reward {spec!r}: there is no file {path}: correct the path")
+    return _load_file(path)
+  except UserError:
+    raise
+  except Exception as error:
+    cause = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(
+      f"reward {spec!r}: importing {target} failed with {cause}; correct that, and put the"
+      " directory of every module that it needs on PYTHONPATH"
+    ) from error
+
+
+@functools.cache
+def _load_file(path: pathlib.Path) -> types.ModuleType:
+  # Cached: a reward may load a large model, and training and evaluation may both name it. The name
+  # must be in sys.modules for dataclasses and pickle, and must not hide another module.
+  name = f"rlft_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+  found = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(found)
+  sys.modules[name] = module
+  try:
+    found.loader.exec_module(module)
+  except BaseException:
+    del sys.modules[name]
+    raise
+  return module
+
+
+def _check_arguments(spec: str, function: Callable, *names: str) -> None:
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):  # Written in C: it has no signature to check.
+    return
+  try:
+    signature.bind(*names)
+  except TypeError as error:
+    raise UserError(
+      f"reward {spec!r} takes {signature}, but is called with ({', '.join(names)}): change it"
+    ) from error
