@@ -1,0 +1,280 @@
+"""Every setting of a training run: names, defaults (the paper's), meaning and range.
+
+A field carries its help text, its range and whether a resumed run may change it; the flags
+(rlft/cli.py), the check of ranges and the comparison on resume are all made from these. What
+depends on several fields, on files or on devices is checked in rlft/checks.py.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import difflib
+import json
+import math
+from typing import Any
+
+from rlft.types import UserError
+
+EMOJI_SD = "emoji-sd"  # the name of the shipped checkpoint, in the place of a directory
+_SEED_LIMIT = 2**32  # jax.random.key drops higher bits
+
+
+def _option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
+  """A field with its flag's help and rules.
+
+  Args:
+    help_text: one line, shown by `--help`.
+    default: of the flag; none for a required key of `--task` or `--eval`.
+    **rules: `least`, `most` (inclusive) and `above`, `below` (exclusive) bounds; `choices`; `path`
+      (a leading `~` stands for the home directory); `fixed`: True if a resumed run must have the
+      same value, 'switch' if only zero and non-zero must not be exchanged.
+  """
+  return dataclasses.field(default=default, metadata={"help": help_text, **rules})
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """A reward and the prompts on which it is maximised."""
+
+  name: str = _option("used in metric names")
+  prompts: str = _option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
+  reward: str = _option("the reward's name")
+  batch_size: int = _option("images per iteration, over all devices", 2048, least=2)
+  images_per_prompt: int = _option("images drawn for each prompt", 1, least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """A held-out measurement: the same prompts and seeds every time."""
+
+  name: str = _option("used in metric names")
+  prompts: str = _option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
+  metric: str = _option("a reward's name or an oracle's")
+  images: int = _option("images in all", 256, least=2)
+  images_per_prompt: int = _option("images drawn for each prompt", 1, least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A training run. Defaults are those of arXiv 2401.12244, where it gives them."""
+
+  pretrained: str = _option(
+    f"the model to fine-tune: a directory in the diffusers layout, or {EMOJI_SD}", "", path=True
+  )
+  workdir: str = _option("directory for checkpoints, metrics and the report", "", path=True)
+  task: tuple[TaskConfig, ...] = _option("what to maximise", (), fixed=True)
+  eval: tuple[EvalConfig, ...] = _option("what to measure before and after", (), fixed=True)
+  seed: int = _option(
+    "seed of prompts, noise and timesteps", 0, least=0, below=_SEED_LIMIT, fixed=True
+  )
+  iterations: int = _option("iterations of sampling, scoring and updating", 1000, least=1)
+
+  # The policy: how images are drawn.
+  sampling_steps: int = _option("DDIM steps per image", 50, least=1, most=1000, fixed=True)
+  guidance_scale: float = _option(
+    "classifier-free guidance, in sampling and in training; 1 is none", 7.0, above=0, fixed=True
+  )
+  eta: float = _option(
+    "noise of the DDIM steps, 1 as DDPM; 0 would leave nothing random to learn from",
+    1.0,
+    above=0,
+    most=1,
+    fixed=True,
+  )
+
+  # Policy gradient.
+  train_timesteps: int = _option("timesteps trained per iteration, drawn at random", 5, least=1)
+  accumulate_timesteps: bool = _option(
+    "one optimizer update over all trained timesteps (DDPO) instead of one for each", False
+  )
+  clip_range: float = _option(
+    "clip range of the ratio, for a log-probability averaged over dimensions",
+    1e-4,
+    above=0,
+    below=1,
+  )
+  advantage: str = _option(
+    "rewards are normalised over the task's batch, each prompt's history, or each prompt's images",
+    "batch",
+    choices=("batch", "prompt", "group"),
+    fixed=True,
+  )
+  advantage_clip: float = _option("bound on the size of advantages", 10.0, above=0)
+  prompt_history: int = _option(
+    "rewards kept for each prompt (advantage=prompt)", 32, least=2, fixed=True
+  )
+  prompt_history_min: int = _option(
+    "rewards of a prompt before its own statistics are used (advantage=prompt)", 16, least=2
+  )
+  kl_weight: float = _option("weight of the KL divergence to the base model", 0.0, least=0)
+  pretrain_weight: float = _option("weight of the pretraining loss; 0 is off", 1.0, least=0)
+  pretrain_data: str = _option(
+    "emoji, or a folder of images with metadata.jsonl", "", path=True, fixed=True
+  )
+  pretrain_batch_size: int = _option(
+    "images per pretraining step, over all devices", 2048, least=1, fixed=True
+  )
+
+  # Optimizer (AdamW).
+  learning_rate: float = _option("constant learning rate", 2e-6, above=0)
+  adam_b1: float = _option("decay of the gradient's mean", 0.9, least=0, below=1)
+  adam_b2: float = _option("decay of the gradient's square", 0.999, least=0, below=1)
+  adam_eps: float = _option("added to the root of the gradient's square", 1e-8, above=0)
+  weight_decay: float = _option("decoupled weight decay", 1e-2, least=0)
+  max_grad_norm: float = _option(
+    "bound on the gradient's global norm; 0 is none", 1.0, least=0, fixed="switch"
+  )
+  ema_decay: float = _option(
+    "decay of averaged weights, updated each iteration; 0 is off",
+    0.0,
+    least=0,
+    below=1,
+    fixed="switch",
+  )
+  lora_rank: int = _option("rank of LoRA; 0 trains the full UNet", 0, least=0, fixed=True)
+  lora_alpha: float = _option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
+
+  # Numerics and devices.
+  compute_dtype: str = _option(
+    "of the UNet's products; latents and log-probabilities stay float32",
+    "bfloat16",
+    choices=("float32", "bfloat16"),
+    fixed=True,
+  )
+  remat: bool = _option("recompute activations in the backward pass to save memory", True)
+  fsdp: int = _option("parameter shards; divides the number of devices", 1, least=1)
+
+  # Rewards and safety.
+  reward_timeout_s: float = _option(
+    "deadline in seconds for a batch of host rewards", 300.0, above=0
+  )
+  reward_threads: int = _option("threads for host rewards on each process", 8, least=1)
+  max_nan_share: float = _option(
+    "stop if more than this share of a batch could not be scored", 0.1, least=0, most=1
+  )
+  ratio_tolerance: float = _option(
+    "stop if the ratio before an iteration's first update is further from 1", 1e-5, above=0
+  )
+
+  # Output.
+  checkpoint_every: int = _option(
+    "iterations between checkpoints; 0: only at the end and on SIGTERM", 10, least=0
+  )
+  keep_checkpoints: int = _option("newest checkpoints kept", 2, least=1)
+  eval_every: int = _option("iterations between evaluations; 0: before and after", 0, least=0)
+  eval_seed: int = _option(
+    "seed of the evaluations' noise", 1000, least=0, below=_SEED_LIMIT, fixed=True
+  )
+  report_images: int = _option("prompts of each task in the report's grids", 8, least=0)
+
+
+def suggestion(word: str, options: Iterable[str], otherwise: str | None = None) -> str:
+  """'did you mean ...?' with the nearest of `options`; if none is near, `otherwise` or them all."""
+  options = sorted(options)
+  near = difflib.get_close_matches(word, options, n=1)
+  if near:
+    return f"did you mean {near[0]}?"
+  return otherwise or f"use one of {', '.join(options)}"
+
+
+def check_fields(config: Config | TaskConfig | EvalConfig, where: str = "--") -> None:
+  """Checks type and range of every field by itself.
+
+  Args:
+    config: the settings; the tasks and evaluations of a Config are checked with it.
+    where: what to write before a field's name in a message.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, tuple):
+      for entry in value:
+        check_fields(entry, f"--{field.name}=name={entry.name},...,")
+      continue
+    shown, rules = f"{where}{field.name}={value}", field.metadata
+    numbers = {int: int, float: (int, float)}.get(field.type)
+    if numbers is None:
+      if not isinstance(value, field.type):
+        raise UserError(f"{shown} has the wrong type: give a {field.type.__name__}")
+    elif not isinstance(value, numbers) or isinstance(value, bool) or not math.isfinite(value):
+      raise UserError(f"{shown} is not a number: give a finite {field.type.__name__}")
+    if "choices" in rules and value not in rules["choices"]:
+      raise UserError(f"{shown} is not known: {suggestion(value, rules['choices'])}")
+    for rule, words, holds in (
+      ("least", "at least", lambda bound, v=value: v >= bound),
+      ("most", "at most", lambda bound, v=value: v <= bound),
+      ("above", "greater than", lambda bound, v=value: v > bound),
+      ("below", "less than", lambda bound, v=value: v < bound),
+    ):
+      if rule in rules and not holds(rules[rule]):
+        raise UserError(f"{shown} is out of range: it must be {words} {rules[rule]}")
+
+
+def to_json(config: Config) -> str:
+  """The configuration as one JSON object."""
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+  """The inverse of `to_json`; a field that is not in `text` has its default.
+
+  Raises:
+    UserError: it is no configuration, or has fields that this version does not know.
+  """
+  kinds = {"task": TaskConfig, "eval": EvalConfig}
+  try:
+    values = json.loads(text)
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(Config)})
+    if unknown:
+      raise UserError(
+        f"the stored configuration has unknown fields ({', '.join(unknown)}): "
+        "go on with the version of rlft that wrote it"
+      )
+    for name, kind in kinds.items():
+      if name in values:
+        values[name] = tuple(kind(**entry) for entry in values[name])
+    config = Config(**values)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"the stored configuration cannot be read ({error}): go on with the version of rlft that "
+      "wrote it"
+    ) from error
+  check_fields(config, "stored ")
+  return config
+
+
+def check_resume(stored: Config, current: Config) -> list[str]:
+  """Compares a resumed run's settings with those that its checkpoint was written with.
+
+  Args:
+    stored: from the checkpoint.
+    current: from the flags.
+
+  Returns:
+    One 'name: old -> new' for each permitted change, for the log.
+
+  Raises:
+    UserError: a setting differs that is part of the policy, of the order of data or of the shape
+      of the state.
+  """
+  refused, permitted = [], []
+  for field in dataclasses.fields(Config):
+    old, new = getattr(stored, field.name), getattr(current, field.name)
+    if old == new or field.name == "workdir":
+      continue
+    fixed = field.metadata.get("fixed", False)
+    if fixed == "switch":
+      fixed = bool(old) != bool(new)
+    (refused if fixed else permitted).append(f"{field.name}: {_shown(old)} -> {_shown(new)}")
+  if refused:
+    raise UserError(
+      f"the run in {current.workdir} was started with other settings ({'; '.join(refused)}): "
+      "give the old ones to resume it, or a new --workdir"
+    )
+  return permitted
+
+
+def _shown(value: Any) -> str:
+  """A field's value as on the command line."""
+  if not isinstance(value, tuple):
+    return str(value)
+  entries = (",".join(f"{k}={v}" for k, v in dataclasses.asdict(e).items()) for e in value)
+  return " ".join(entries) or "none"

@@ -1,0 +1,292 @@
+"""Prompt sources and the tokens of prompts."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import csv
+import functools
+import json
+import logging
+import os
+from typing import Any, overload
+
+import numpy as np
+
+from rlft.types import Prompt, UserError
+
+_log = logging.getLogger(__name__)
+
+_EMOJI, _TFDS = "emoji:", "tfds:"
+_COLUMN = "prompt"
+
+
+class _Prompts(Sequence[Prompt]):
+  """Makes each `Prompt` when it is asked for: millions of prompts stay a list of strings."""
+
+  def __init__(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None):
+    self._texts = texts
+    self._metadata = metadata
+
+  def __len__(self) -> int:
+    return len(self._texts)
+
+  @overload
+  def __getitem__(self, index: int) -> Prompt: ...
+  @overload
+  def __getitem__(self, index: slice) -> list[Prompt]: ...
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    return Prompt(self._texts[index], self._metadata[index] if self._metadata else {})
+
+
+# Sources.
+
+
+def load_prompts(spec: str) -> Sequence[Prompt]:
+  """The prompts of a source, in its order; lines and rows without text are left out.
+
+  Args:
+    spec: one of
+      emoji:TASK/SPLIT       the emoji world's prompts;
+      tfds:NAME/SPLIT        a data set of TensorFlow Datasets with a text feature `prompt`, by name
+                             or by the path of its folder (array_record; TensorFlow is not needed);
+      FILE.txt               one prompt a line;
+      FILE.jsonl             objects with `prompt`; the other keys are the prompt's metadata;
+      FILE.csv, FILE.tsv     a column `prompt` (or `Prompt`); the other columns are metadata;
+      FILE.parquet           a column `prompt`; the other columns are not read.
+
+  Returns:
+    At least one prompt.
+
+  Raises:
+    UserError: the source does not exist, cannot be read, or has no prompts.
+  """
+  check_source(spec)
+  if spec.startswith(_EMOJI):
+    return _load_emoji(spec)
+  if spec.startswith(_TFDS):
+    return _load_tfds(spec)
+  path = os.path.expanduser(spec)
+  with reading(path):
+    loaded = _READERS[_suffix(path)](path)
+  if not len(loaded):
+    raise UserError(f"prompt file {path} has no prompts: give a file with at least one")
+  return loaded
+
+
+def check_source(spec: str) -> None:
+  """Checks that `load_prompts` knows such a source and that its file exists, without reading it.
+
+  Raises:
+    UserError: as `load_prompts`.
+  """
+  if spec.startswith(_EMOJI):
+    _load_emoji(spec)
+    return
+  if spec.startswith(_TFDS):
+    name, slash, split = spec.removeprefix(_TFDS).rpartition("/")
+    if not (name and slash and split):
+      raise UserError(f"prompts {spec}: write tfds:NAME/SPLIT, e.g. tfds:my_prompts/train")
+    return
+  path = os.path.expanduser(spec)
+  if not os.path.exists(path):
+    raise UserError(
+      f"prompt file {path} does not exist: give a file, emoji:TASK/SPLIT or tfds:NAME/SPLIT"
+    )
+  if os.path.isdir(path):
+    raise UserError(
+      f"prompts {path} is a directory: give a file, or tfds:{path}/SPLIT for a TFDS data set"
+    )
+  if _suffix(path) not in _READERS:
+    raise UserError(f"prompt file {path} has no known suffix: use one of {', '.join(_READERS)}")
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+  """Turns what can go wrong in reading a user's text file into a UserError of one line."""
+  try:
+    yield
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} is not UTF-8 text ({error}): convert it") from error
+  except OSError as error:
+    raise UserError(
+      f"{path} cannot be read ({error.strerror or error}): give a file that you can read"
+    ) from error
+
+
+def _suffix(path: str) -> str:
+  return os.path.splitext(path)[1].lower()
+
+
+def _load_emoji(spec: str) -> Sequence[Prompt]:
+  task, slash, split = spec.removeprefix(_EMOJI).partition("/")
+  if not slash:
+    raise UserError(f"prompts {spec}: write emoji:TASK/SPLIT, e.g. emoji:pair/train")
+  from rlft.emoji import prompts as emoji_prompts  # only a run in the emoji world needs its art
+
+  return emoji_prompts.prompts(task, split)
+
+
+def _read_text(path: str) -> Sequence[Prompt]:
+  with open(path, encoding="utf-8-sig") as file:
+    return _Prompts([line.strip() for line in file if line.strip()])
+
+
+def _read_json_lines(path: str) -> Sequence[Prompt]:
+  return _from_rows(json_rows(path, (_COLUMN,)), _COLUMN)
+
+
+def json_rows(path: str, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+  """The objects of a JSON-lines file that users write; blank lines are skipped.
+
+  Args:
+    path: a UTF-8 file.
+    keys: what every object must have, with text as the value.
+
+  Raises:
+    UserError: a line is no such object. OSError and UnicodeDecodeError are left to `reading`.
+  """
+  form = ", ".join(f'"{key}": "..."' for key in keys)
+  with open(path, encoding="utf-8-sig") as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+      except ValueError as error:
+        raise UserError(f"{path}, line {number} is not JSON ({error}): correct it") from error
+      if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+        raise UserError(f"{path}, line {number} is not of the form {{{form}, ...}}: correct it")
+      yield row
+
+
+def _read_table(path: str, dialect: str) -> Sequence[Prompt]:
+  with open(path, encoding="utf-8-sig", newline="") as file:
+    reader = csv.DictReader(file, dialect=dialect)
+    try:
+      columns = reader.fieldnames or []
+      named = [column for column in columns if column.strip().lower() == _COLUMN]
+      if not named and columns:
+        raise _no_column(path, columns)
+      return _from_rows(reader, named[0] if named else _COLUMN)
+    except csv.Error as error:
+      raise UserError(f"{path}, after line {reader.line_num}: {error}: correct it") from error
+
+
+def _from_rows(rows: Iterator[Mapping[str, Any]], column: str) -> Sequence[Prompt]:
+  texts, metadata = [], []
+  for row in rows:  # a csv row that is too long has its rest under the key None
+    if (row[column] or "").strip():
+      texts.append(row[column].strip())
+      metadata.append({key: value for key, value in row.items() if key not in (column, None)})
+  return _Prompts(texts, metadata)
+
+
+def _read_parquet(path: str) -> Sequence[Prompt]:
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError as error:
+    raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+  try:
+    with parquet.ParquetFile(path) as file:
+      columns = file.schema_arrow.names
+      if _COLUMN not in columns:
+        raise _no_column(path, columns)
+      column = file.read(columns=[_COLUMN]).column(0).cast(pyarrow.string()).to_pylist()
+  except pyarrow.ArrowException as error:
+    raise UserError(f"prompt file {path} cannot be read ({error}): write it anew") from error
+  return _Prompts([text.strip() for text in column if text and text.strip()])
+
+
+def _no_column(path: str, columns: Sequence[str]) -> UserError:
+  shown = ", ".join(map(str, columns[:10]))
+  return UserError(f"{path} has no column '{_COLUMN}' (it has {shown}): rename the one to use")
+
+
+_READERS: Mapping[str, Callable[[str], Sequence[Prompt]]] = {
+  ".txt": _read_text,
+  ".jsonl": _read_json_lines,
+  ".csv": functools.partial(_read_table, dialect="excel"),
+  ".tsv": functools.partial(_read_table, dialect="excel-tab"),
+  ".parquet": _read_parquet,
+}
+
+
+class _TfdsTexts(Sequence[str]):
+  """The text feature of a random-access data source, read row by row.
+
+  A row takes about 0.1 ms where the data set has a shard for each 10,000 rows or so, and 40 times
+  as long from a single shard of a million.
+  """
+
+  def __init__(self, source: Sequence[Mapping[str, Any]]):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> str:
+    # The source raises no IndexError, with which Python ends an iteration.
+    value = self._source[range(len(self))[index]][_COLUMN]
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _load_tfds(spec: str) -> Sequence[Prompt]:
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise UserError(
+      f"prompts {spec} need tensorflow-datasets: pip install tensorflow-datasets array-record"
+    ) from error
+  name, _, split = spec.removeprefix(_TFDS).rpartition("/")
+  folder = os.path.expanduser(name)
+  try:
+    builder = tfds.builder_from_directory(folder) if os.path.isdir(folder) else tfds.builder(name)
+    columns = list(builder.info.features or [])
+    if _COLUMN not in columns:
+      raise _no_column(spec, columns)
+    source = builder.as_data_source(split=split)
+  except UserError:
+    raise
+  except Exception as error:  # TFDS documents no common base class of its errors
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UserError(f"prompts {spec} cannot be read: {first_line}") from error
+  if not len(source):
+    raise UserError(f"prompts {spec} are empty: give a split with at least one prompt")
+  return _Prompts(_TfdsTexts(source))
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], *, source: str = "") -> tuple[np.ndarray, int]:
+  """Token ids of fixed length; longer texts are cut off and counted.
+
+  Args:
+    tokenizer: a transformers CLIPTokenizer; its `model_max_length` is L.
+    texts: N prompts.
+    source: where they come from; if given, texts that are cut off are logged in one warning.
+
+  Returns:
+    ids `[N, L]` int32, padded, and how many of the N texts had more than L tokens.
+  """
+  length = tokenizer.model_max_length
+  encoded = tokenizer(
+    list(texts),
+    padding="max_length",
+    truncation=True,
+    max_length=length,
+    return_attention_mask=True,
+    return_tensors="np",
+  )
+  # Only a row without padding can have been cut off; these are counted by encoding them in full.
+  full = [texts[i] for i in np.flatnonzero(encoded["attention_mask"].all(axis=1))]
+  whole = tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
+  truncated = sum(len(ids) > length for ids in whole)
+  if truncated and source:
+    _log.warning(
+      "%d of %d prompts of %s have more than %d tokens and were cut off",
+      truncated,
+      len(texts),
+      source,
+      length,
+    )
+  return encoded["input_ids"].astype(np.int32), truncated
