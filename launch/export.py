@@ -1,0 +1,34 @@
+"""Writes a run's model as a directory for diffusers, and its LoRA as a file of its own.
+
+python launch/export.py --workdir=runs/emoji_joint --output=exported
+"""
+
+from absl import flags
+import numpy as np
+
+from rlft import cli
+from rlft.export import export
+from rlft.types import UserError
+
+cli.define_flags("workdir")
+_OUTPUT = flags.DEFINE_string("output", None, "directory for the model, a LoRA merged into it")
+_LORA_OUTPUT = flags.DEFINE_string(
+  "lora_output", None, "safetensors file for the LoRA alone, for diffusers' load_lora_weights"
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "of the stored weights")
+_EMA = flags.DEFINE_boolean("ema", True, "the averaged weights, where the run has them")
+
+
+def main() -> None:
+  workdir, output, lora_output = cli.from_flags().workdir, _OUTPUT.value, _LORA_OUTPUT.value
+  if not workdir:
+    raise UserError("--workdir is missing: give the directory of a run")
+  if not (output or lora_output):
+    raise UserError("there is nothing to write: give --output, --lora_output or both")
+  dtype = np.dtype(_DTYPE.value)
+  export(workdir, output=output, lora_output=lora_output, dtype=dtype, ema=_EMA.value)
+  print("\n".join(f"wrote {path}" for path in (output, lora_output) if path))
+
+
+if __name__ == "__main__":
+  cli.main(main)

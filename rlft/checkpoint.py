@@ -1,0 +1,165 @@
+"""Checkpoints by Orbax: asynchronous, atomic, and resumed without being asked.
+
+One module wraps Orbax, so that its traps are handled in one place: `latest_step()` may name a save
+that is not committed yet (only a fresh manager is asked), a directory that a crash left unreadable
+must not stop a run that has an older good one, and restoring needs explicit shardings.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+import logging
+
+import jax
+import orbax.checkpoint as ocp
+
+from rlft.types import UserError
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+  """Saves and restores (state, meta) by step in one directory.
+
+  `state` is a pytree of arrays; `meta` is a small JSON-serialisable dict.
+  """
+
+  def __init__(self, directory: str | Path, *, keep: int = 2):
+    self._directory = Path(directory).absolute()
+    self._keep = keep
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    # Orbax reports each phase of each save through absl; a user needs only what we say.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+      return ocp.CheckpointManager(
+          self._directory,
+          # Named here, since metadata cannot be read before a handler is known.
+          item_handlers={
+              "state": ocp.PyTreeCheckpointHandler(),
+              "meta": ocp.JsonCheckpointHandler(),
+          },
+          options=ocp.CheckpointManagerOptions(
+              max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
+          ),
+      )
+    except OSError as error:
+      raise UserError(
+          f"cannot write checkpoints in {self._directory}: {error.strerror or error}; choose another"
+          " --workdir or free some space"
+      ) from error
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    """Starts an asynchronous save; a save of the same step that exists already is kept."""
+    if step in self._manager.all_steps():
+      return
+    try:
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))
+          ),
+          force=True,
+      )
+    except (OSError, ValueError) as error:
+      raise self._save_error(step, error) from error
+
+  def wait(self) -> None:
+    """Returns when every save so far is committed."""
+    try:
+      self._manager.wait_until_finished()
+    except (OSError, ValueError) as error:
+      raise self._save_error("?", error) from error
+
+  def _save_error(self, step, error) -> UserError:
+    return UserError(
+        f"checkpoint {step} could not be written in {self._directory}"
+        f" ({str(error).splitlines()[0]}); earlier checkpoints are intact: free some space or fix"
+        " the directory, then run the same command to resume"
+    )
+
+  def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest readable checkpoint, or None if there is none.
+
+    A directory that cannot be read (half-written by a crash, truncated by a full disk) is renamed
+    to `<step>.unreadable` with a warning, and the one before it is tried.
+
+    Args:
+      template: a pytree of arrays or `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      (step, state placed as the template says, meta).
+
+    Raises:
+      UserError: checkpoints exist and none can be read, or the newest belongs to another model.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    failures = []
+    for step in steps:
+      try:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        meta = meta["meta"]
+      except Exception as error:  # Orbax raises a dozen types for a damaged directory.
+        failures.append(self._set_aside(step, error))
+        continue
+      self._check_shapes(step, template)
+      try:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=template,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+                )
+            ),
+        )
+      except Exception as error:
+        failures.append(self._set_aside(step, error))
+        continue
+      return step, restored["state"], meta
+    if failures:
+      raise UserError(
+          f"no checkpoint in {self._directory} can be read ({failures[0]}); delete the directory"
+          " to start afresh"
+      )
+    return None
+
+  def _check_shapes(self, step: int, template: Any) -> None:
+    """Refuses a checkpoint whose tree differs from the template's: it is another model's."""
+    flat = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    metadata = self._manager.item_metadata(step)["state"]
+    if metadata is None:  # Damaged: the restore itself says how.
+      return
+    found = flat(getattr(metadata, "tree", metadata))
+    expected = flat(template)
+    for name in sorted(expected.keys() | found.keys()):
+      if expected.get(name) != found.get(name):
+        raise UserError(
+            f"checkpoint {step} in {self._directory} is of another model: {name} has shape"
+            f" {found.get(name, 'nothing')} there, expected {expected.get(name, 'nothing')};"
+            " choose another --workdir, or the flags that this run was started with"
+        )
+
+  def _set_aside(self, step: int, error: Exception) -> str:
+    reason = f"checkpoint {step}: {str(error).splitlines()[0][:200]}"
+    source = self._directory / str(step)
+    target = self._directory / f"{step}.unreadable"
+    _log.warning("%s; moved to %s", reason, target.name)
+    self._manager.close()
+    if source.exists():
+      if target.exists():
+        import shutil
+
+        shutil.rmtree(target)
+      source.rename(target)
+    self._manager = self._open()
+    return reason
+
+  def close(self) -> None:
+    """Waits for pending saves and releases Orbax's threads."""
+    self.wait()
+    self._manager.close()

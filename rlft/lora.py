@@ -1,0 +1,47 @@
+"""LoRA (Hu et al., arXiv 2106.09685): low-rank updates of the UNet's attention projections.
+
+The adapter is a tree of its own, {module path: {'a': [in, r], 'b': [r, out]}}, and is merged
+functionally, W + scale * a b, so the modules know nothing of it and "adapter off" is the base tree.
+"""
+
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out_0")
+
+Adapter = dict[str, dict[str, jax.Array]]
+
+
+def targets(params: Any) -> dict[str, tuple[int, int]]:
+  """Adapted modules of a UNet tree, 'a/b/c' -> (in, out): all attention projections."""
+  flat = traverse_util.flatten_dict(params)
+  return {
+      "/".join(path[:-1]): leaf.shape
+      for path, leaf in flat.items()
+      if path[-1] == "kernel" and path[-2] in _PROJECTIONS
+  }
+
+
+def init(key: jax.Array, params: Any, rank: int) -> Adapter:
+  """A new adapter: `a` normal with deviation 1 / rank, `b` zero, so that it changes nothing yet."""
+  shapes = targets(params)
+  keys = jax.random.split(key, len(shapes))
+  return {
+      path: {
+          "a": jax.random.normal(k, (fan_in, rank), jnp.float32) / rank,
+          "b": jnp.zeros((rank, fan_out), jnp.float32),
+      }
+      for k, (path, (fan_in, fan_out)) in zip(keys, sorted(shapes.items()), strict=True)
+  }
+
+
+def merge(params: Any, adapter: Adapter, scale: float) -> Any:
+  """The tree with W + scale * a b in the place of each adapted W; scale is alpha / rank."""
+  flat = traverse_util.flatten_dict(params)
+  for path, factors in adapter.items():
+    leaf = (*path.split("/"), "kernel")
+    flat[leaf] = flat[leaf] + scale * (factors["a"] @ factors["b"])
+  return traverse_util.unflatten_dict(flat)

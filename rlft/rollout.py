@@ -1,0 +1,116 @@
+"""Sampling with trajectories and log-probabilities: one `lax.scan` over the reverse steps."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlft import ddim
+from rlft.types import Trajectory
+
+# (x_t [N, H, W, C], timesteps [N] int32, text [N, L, D]) -> network output [N, H, W, C] float32.
+Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def guided_output(
+    denoise: Denoiser,
+    sample: jax.Array,
+    timestep: jax.Array,
+    text: jax.Array,
+    *,
+    guidance_scale: float,
+) -> jax.Array:
+  """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale * (cond - uncond).
+
+  The same function serves sampling and training, with the same batch shape: only then is the
+  importance ratio exactly 1 before the first update.
+
+  Args:
+    denoise: the network with its parameters bound.
+    sample: `[B, H, W, C]` float32, x_t.
+    timestep: scalar int32.
+    text: `[2, B, L, D]`: embeddings of the empty prompt and of the prompts.
+    guidance_scale: 1 leaves the unconditional half out.
+
+  Returns:
+    `[B, H, W, C]` float32.
+  """
+  chex.assert_rank([sample, text], [4, 4])
+  batch = sample.shape[0]
+  if guidance_scale == 1.0:
+    return denoise(sample, jnp.full((batch,), timestep), text[1])
+  # Interleaved, not stacked: a batch sharded over devices stays where it is.
+  double = lambda x: jnp.repeat(x, 2, axis=0)
+  pairs = jnp.swapaxes(text, 0, 1).reshape(2 * batch, *text.shape[2:])
+  output = denoise(double(sample), jnp.full((2 * batch,), timestep), pairs)
+  output = output.reshape(batch, 2, *sample.shape[1:])
+  uncond, cond = output[:, 0], output[:, 1]
+  return uncond + guidance_scale * (cond - uncond)
+
+
+def policy_log_prob(
+    denoise: Denoiser,
+    schedule: ddim.Schedule,
+    index: jax.Array,
+    sample: jax.Array,
+    next_sample: jax.Array,
+    text: jax.Array,
+    *,
+    guidance_scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of a step that was taken, under the given parameters.
+
+  Returns:
+    (`[B]` mean log-probability of `next_sample`, `[B, H, W, C]` mean of the step), float32.
+  """
+  output = guided_output(
+      denoise, sample, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
+  )
+  mean = ddim.step_mean(schedule, index, sample, output)
+  return ddim.log_prob(next_sample, mean, jnp.asarray(schedule.std)[index]), mean
+
+
+def normal(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+  """`[B, *shape]` standard normal noise number `index` of each image's key `[B]`."""
+  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+
+def sample(
+    denoise: Denoiser,
+    schedule: ddim.Schedule,
+    noise: jax.Array,
+    text: jax.Array,
+    keys: jax.Array,
+    *,
+    guidance_scale: float,
+) -> Trajectory:
+  """Samples B trajectories of T steps.
+
+  Args:
+    denoise: the network with its parameters bound.
+    schedule: T steps.
+    noise: `[B, H, W, C]` float32 standard normal, x_T.
+    text: `[2, B, L, D]`: embeddings of the empty prompt and of the prompts.
+    keys: `[B]`, consumed: step i of an image uses `fold_in(its key, i)`, so that an image depends
+      on its own key only, not on the batch around it.
+    guidance_scale: see `guided_output`.
+
+  Returns:
+    Latents `[T+1, B, H, W, C]` and log-probabilities `[T, B]` (0 for deterministic steps).
+  """
+  chex.assert_type(noise, jnp.float32)
+
+  def step(latent, index):
+    output = guided_output(
+        denoise, latent, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
+    )
+    mean = ddim.step_mean(schedule, index, latent, output)
+    std = jnp.asarray(schedule.std)[index]
+    following = mean + std * normal(keys, index, latent.shape[1:])
+    safe = jnp.where(std > 0, std, 1.0)
+    log_prob = jnp.where(std > 0, ddim.log_prob(following, mean, safe), 0.0)
+    return following, (following, log_prob)
+
+  _, (latents, log_probs) = jax.lax.scan(step, noise, jnp.arange(len(schedule.timesteps)))
+  return Trajectory(jnp.concatenate([noise[None], latents]), log_probs)

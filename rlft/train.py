@@ -1,0 +1,571 @@
+"""THE file: fine-tuning a diffusion model by policy gradient (Algorithm 1 of arXiv 2401.12244).
+
+An iteration, for each task in turn:
+    sample    images with their trajectories and log-probabilities, under the current parameters
+    score     them: a JAX reward, or host functions on each process's own images
+    normalise the rewards to advantages, over the whole batch of the task
+    update    one clipped policy-gradient step for each of K randomly drawn timesteps
+then one step on the pretraining loss, which keeps the pictures good.
+
+Everything random is a pure function of (seed, iteration, task), so a run that was stopped goes on
+bit for bit from its last checkpoint, on any number of devices up to the order of float32 sums.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+import logging
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlft import advantages as advantages_lib
+from rlft import config as config_lib
+from rlft import ddim
+from rlft import files
+from rlft import lora as lora_lib
+from rlft import losses
+from rlft import order
+from rlft import pairs as pairs_lib
+from rlft import prompts as prompts_lib
+from rlft import report
+from rlft import results
+from rlft import rollout
+from rlft import sampler as sampler_lib
+from rlft import sharding
+from rlft.config import Config
+from rlft.metrics import MetricsWriter, Progress
+from rlft.models.pretrained import StableDiffusion
+from rlft.optimizer import make_optimizer
+from rlft.preemption import Stop
+from rlft.rewards.scoring import RewardError
+from rlft.run import Run, measure, open_run
+from rlft.types import Trajectory, UserError
+
+_log = logging.getLogger(__name__)
+
+_LORA_KEY = 2**31  # keys below are iterations
+_TIMESTEP_STREAM = 2**16  # streams below are the tasks' prompts
+
+
+# ---------------------------------------------------------------------------- state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What an update changes, sharded over 'fsdp'.
+
+  Attributes:
+    params: the trained tree: the UNet's parameters, or the LoRA adapter.
+    opt: state of the optimizer.
+    ema: averaged `params`, or None.
+  """
+
+  params: Any
+  opt: optax.OptState
+  ema: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The jitted programs of a run; each is compiled once for each batch shape."""
+
+  sample: Callable[..., tuple[Trajectory, jax.Array, jax.Array]]
+  advantages: Callable[..., jax.Array]
+  update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  pretrain: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  average: Callable[[TrainState], TrainState]
+  merged: Callable[[TrainState, Any], Any]
+
+
+# ---------------------------------------------------------------------------- programs
+
+
+def make_programs(
+    config: Config,
+    model: StableDiffusion,
+    schedule: ddim.Schedule,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> Programs:
+  """Builds the pure functions of an iteration and jits them over the mesh.
+
+  `frozen` is {'vae', 'text_encoder'}, and 'unet' (the base model) where LoRA or the KL divergence
+  needs it.
+  """
+  guidance = config.guidance_scale
+  rows = sharding.batch(mesh)
+  constrain = lambda x, axis: jax.lax.with_sharding_constraint(x, sharding.batch(mesh, axis))
+  alphas = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
+  lora_scale = scale_of_lora(config)
+
+  def unet_params(params, frozen):
+    """The UNet's tree, whole on each device."""
+    if config.lora_rank:
+      return lora_lib.merge(sharding.gather(mesh, frozen["unet"]), params, lora_scale)
+    return sharding.gather(mesh, params)
+
+  def denoiser(params) -> rollout.Denoiser:
+    return lambda x, t, text: model.unet.apply({"params": params}, x, t, text)
+
+  def sample(state, frozen, ids, empty, keys):
+    return sampler_lib.generate(
+        model,
+        schedule,
+        unet_params(state.params, frozen),
+        frozen,
+        ids,
+        empty,
+        keys,
+        guidance_scale=guidance,
+        constrain=constrain,
+    )
+
+  def policy_loss(params, frozen, path, text, advantage, mask, index):
+    """J of the paper at one timestep, plus the KL divergence to the base model."""
+    log_prob, mean = rollout.policy_log_prob(
+        denoiser(unet_params(params, frozen)),
+        schedule,
+        index,
+        path.latents[index],
+        path.latents[index + 1],
+        text,
+        guidance_scale=guidance,
+    )
+    loss, metrics = losses.clipped_surrogate(
+        log_prob, path.log_probs[index], advantage, mask, clip_range=config.clip_range
+    )
+    if config.kl_weight:
+      _, base_mean = rollout.policy_log_prob(
+          denoiser(sharding.gather(mesh, frozen["unet"])),
+          schedule,
+          index,
+          path.latents[index],
+          path.latents[index + 1],
+          text,
+          guidance_scale=guidance,
+      )
+      std = jnp.asarray(schedule.std)[index]
+      kl = losses.masked_mean(losses.gaussian_kl(mean, base_mean, std), mask)
+      metrics["kl_to_base"] = jax.lax.stop_gradient(kl)
+      loss += config.kl_weight * kl
+    return loss, metrics
+
+  def step(state, gradient):
+    updates, opt = optimizer.update(gradient, state.opt, state.params)
+    return dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt=opt)
+
+  def update(state, frozen, path, text, advantage, mask, indices):
+    """One optimizer step on the mean gradient over the timesteps `indices` `[n]`."""
+
+    def add(total, index):
+      gradient, metrics = jax.grad(policy_loss, has_aux=True)(
+          state.params, frozen, path, text, advantage, mask, index
+      )
+      return jax.tree.map(lambda t, g: t + g / len(indices), total, gradient), metrics
+
+    gradient, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), indices)
+    metrics = {
+        name: (jnp.max if name.startswith("ratio/") else jnp.mean)(values)
+        for name, values in metrics.items()
+    }
+    metrics["grad_norm"] = optax.global_norm(gradient)
+    return step(state, gradient), metrics
+
+  def pretrain(state, frozen, images, ids, key):
+    """One optimizer step on beta * L_pre."""
+    latents = sampler_lib.encode(model, frozen["vae"], images.astype(jnp.float32) / 255.0)
+    text = model.text_encoder.apply({"params": frozen["text_encoder"]}, ids)
+
+    def loss_fn(params):
+      loss = losses.denoising_loss(
+          denoiser(unet_params(params, frozen)),
+          alphas,
+          schedule.prediction_type,
+          latents,
+          text,
+          key,
+      )
+      return config.pretrain_weight * loss, loss
+
+    gradient, loss = jax.grad(loss_fn, has_aux=True)(state.params)
+    return step(state, gradient), {"loss/pretrain": loss}
+
+  def average(state):
+    mix = lambda e, p: config.ema_decay * e + (1 - config.ema_decay) * p
+    return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, state.params))
+
+  def merged(state, frozen):
+    params = state.params if state.ema is None else state.ema
+    return lora_lib.merge(frozen["unet"], params, lora_scale) if config.lora_rank else params
+
+  path_sharding = Trajectory(latents=sharding.batch(mesh, 1), log_probs=sharding.batch(mesh, 1))
+  return Programs(
+      sample=jax.jit(sample, out_shardings=(path_sharding, rows, sharding.batch(mesh, 1))),
+      advantages=jax.jit(
+          lambda rewards, group: advantages_lib.normalise(
+              rewards, clip=config.advantage_clip, group_size=group
+          ),
+          static_argnums=1,
+          out_shardings=rows,
+      ),
+      update=jax.jit(update, donate_argnums=0),
+      pretrain=jax.jit(pretrain, donate_argnums=0),
+      average=jax.jit(average, donate_argnums=0),
+      merged=jax.jit(merged),
+  )
+
+
+def scale_of_lora(config: Config) -> float:
+  """alpha / rank, with alpha = rank where it is not given; 0 without LoRA."""
+  return (config.lora_alpha or config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
+
+
+def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first update, each leaf made in its shard."""
+  config, unet = run.config, run.model.params["unet"]
+  if config.lora_rank:
+    key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
+    params = jax.jit(lora_lib.init, static_argnums=2)(key, unet, config.lora_rank)
+    params = jax.tree.map(np.asarray, params)
+  else:
+    params = unet
+
+  def init(params):
+    ema = params if config.ema_decay else None
+    return TrainState(params=params, opt=optimizer.init(params), ema=ema)
+
+  shardings = sharding.parameters(run.mesh, jax.eval_shape(init, params))
+  params = sharding.put(params, sharding.parameters(run.mesh, params))
+  return jax.jit(init, out_shardings=shardings)(params)
+
+
+# ---------------------------------------------------------------------------- an iteration
+
+
+def run_task(
+    run: Run, programs: Programs, state: TrainState, number: int, iteration: int, stop: Stop
+) -> tuple[TrainState, dict[str, float]] | None:
+  """Samples, scores and updates for one task.
+
+  Nothing changes before the scores are there: a reward that fails, or a request to stop, leaves the
+  state as it was, and the task can be done again from its start.
+
+  Args:
+    run: the run.
+    programs: of the run.
+    state: donated once the updates begin.
+    number: the task's place in `run.tasks`.
+    iteration: from 0.
+    stop: asked after scoring.
+
+  Returns:
+    The new state and the task's metrics; None if the run was told to stop.
+  """
+  config, task = run.config, run.tasks[number]
+  name, group, batch = task.config.name, task.config.images_per_prompt, task.config.batch_size
+
+  # --- sample ---
+  start = time.perf_counter()
+  rows = order.batch_indices(
+      config.seed, number, iteration, count=batch // group, size=len(task.prompts)
+  )
+  prompts = [prompt for row in rows.tolist() for prompt in [task.prompts[row]] * group]
+  ids, _ = prompts_lib.tokenize(run.model.tokenizer, [prompt.text for prompt in prompts])
+  path, images, text = programs.sample(
+      state,
+      run.frozen,
+      sharding.put(ids, run.rows),
+      run.empty,
+      sampler_lib.image_keys(_key(config.seed, iteration, number), 0, batch),
+  )
+  jax.block_until_ready(images)
+  sampled = time.perf_counter()
+
+  # --- score ---
+  scores = task.scorer.submit(images, prompts).result()
+  rewards = sampler_lib.fetch(scores)
+  scored = time.perf_counter()
+  metrics = _reward_metrics(name, rewards)
+  unscored = metrics[f"reward/{name}/unscored"]
+  if unscored > config.max_nan_share:
+    raise RewardError(
+        f"task {name}, iteration {iteration}: {unscored:.0%} of the images could not be scored by"
+        f" {task.config.reward}, more than --max_nan_share={config.max_nan_share:g}: correct the"
+        " reward, then run the same command to go on"
+    )
+  if stop.requested():
+    return None
+
+  # --- normalise ---
+  if task.history is not None:
+    texts = [prompt.text for prompt in prompts]
+    values = task.history.advantages(texts, rewards.tolist(), clip=config.advantage_clip)
+    advantages = sharding.put(np.asarray(values, np.float32), run.rows)
+  else:
+    advantages = programs.advantages(scores, group if config.advantage == "group" else None)
+
+  # --- update ---
+  picked = run.schedule.trainable[
+      order.subset(
+          config.seed,
+          _TIMESTEP_STREAM + number,
+          iteration,
+          count=config.train_timesteps,
+          size=len(run.schedule.trainable),
+      )
+  ].astype(np.int32)
+  updates = []
+  for indices in [picked] if config.accumulate_timesteps else picked[:, None]:
+    state, values = programs.update(
+        state, run.frozen, path, text, advantages, jnp.isfinite(scores), indices
+    )
+    updates.append(values)
+  metrics |= _update_metrics(name, jax.device_get(updates))
+  metrics |= {
+      f"time/sample_s/{name}": sampled - start,
+      f"time/reward_s/{name}": scored - sampled,
+      f"time/update_s/{name}": time.perf_counter() - scored,
+  }
+  where = f"task {name}, iteration {iteration}"
+  deviation = metrics[f"ratio/max_abs_deviation/{name}"]
+  if not deviation <= config.ratio_tolerance:
+    raise UserError(
+        f"{where}: the ratio before the first update deviates from 1 by {deviation:.2e}, more than"
+        f" --ratio_tolerance={config.ratio_tolerance:g}: sampling and training disagree; use"
+        " --compute_dtype=float32, or raise the tolerance knowingly"
+    )
+  _check_finite(where, metrics[f"grad_norm/{name}"])
+  return state, metrics
+
+
+def run_pretrain(
+    run: Run, programs: Programs, state: TrainState, iteration: int
+) -> tuple[TrainState, dict[str, float]]:
+  """One step on the pretraining loss; `state` is donated."""
+  config, start = run.config, time.perf_counter()
+  rows = pairs_lib.pair_indices(
+      config.seed, iteration, count=config.pretrain_batch_size, size=len(run.pairs)
+  )
+  captions = [run.pairs.captions[row] for row in rows]
+  ids, _ = prompts_lib.tokenize(run.model.tokenizer, captions)
+  state, metrics = programs.pretrain(
+      state,
+      run.frozen,
+      sharding.put(run.pairs.images(rows), run.rows),
+      sharding.put(ids, run.rows),
+      _key(config.seed, iteration, len(run.tasks)),
+  )
+  metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  _check_finite(f"pretraining step, iteration {iteration}", metrics["loss/pretrain"])
+  return state, metrics | {"time/update_s/pretrain": time.perf_counter() - start}
+
+
+def _key(seed: int, iteration: int, number: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), number)
+
+
+def _check_finite(where: str, value: float) -> None:
+  if not np.isfinite(value):
+    raise UserError(
+        f"{where}: the gradient or loss is not finite; lower --learning_rate and run the same"
+        " command to go on from the last checkpoint"
+    )
+
+
+def _reward_metrics(name: str, rewards: np.ndarray) -> dict[str, float]:
+  """Statistics of `[B]` rewards; NaN is counted and left out."""
+  valid = rewards[np.isfinite(rewards)]
+  statistics = {key: float("nan") for key in ("mean", "std", "min", "max")}
+  if len(valid):
+    statistics = {key: float(getattr(valid, key)()) for key in statistics}
+  metrics = {f"reward/{name}/{key}": value for key, value in statistics.items()}
+  return metrics | {f"reward/{name}/unscored": 1.0 - len(valid) / len(rewards)}
+
+
+def _update_metrics(name: str, updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The ratio before the first update; of everything else the mean over the updates."""
+  metrics = {}
+  for key in updates[0]:
+    values = [float(update[key]) for update in updates]
+    metrics[f"{key}/{name}"] = values[0] if key.startswith("ratio/") else float(np.mean(values))
+  return metrics
+
+
+def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:
+  """Puts the figures of the whole iteration before those of its tasks.
+
+  Args:
+    metrics: `<key>/<task>` of all tasks.
+    images: sampled in the iteration.
+  """
+
+  def of(key):
+    return [value for name, value in metrics.items() if name.startswith(f"{key}/")]
+
+  times = {f"time/{phase}_s": sum(of(f"time/{phase}_s")) for phase in ("sample", "reward", "update")}
+  seconds = sum(times.values())
+  return {
+      "ratio/max_abs_deviation": max(of("ratio/max_abs_deviation")),
+      **{key: float(np.mean(of(key))) for key in ("clip_fraction", "approx_kl", "grad_norm")},
+      **times,
+      "time/iteration_s": seconds,
+      "images_per_second": images / seconds,
+      **metrics,
+  }
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+@dataclasses.dataclass
+class Cursor:
+  """Where a run stands between two units of work (a task, or the pretraining step).
+
+  Attributes:
+    iteration: being done, from 0.
+    task: next task of the iteration; the number of tasks stands for the pretraining step.
+    metrics: of this iteration so far.
+  """
+
+  iteration: int = 0
+  task: int = 0
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def train(config: Config) -> None:
+  """Runs (or resumes) a training; everything that it writes is in `config.workdir`.
+
+  Raises:
+    UserError: a mistake in the settings, a reward that failed, a full disk. The last consistent
+      state is on disk then, and the same command goes on from it.
+  """
+  run = open_run(config)
+  optimizer = make_optimizer(
+      learning_rate=config.learning_rate,
+      b1=config.adam_b1,
+      b2=config.adam_b2,
+      eps=config.adam_eps,
+      weight_decay=config.weight_decay,
+      max_grad_norm=config.max_grad_norm,
+  )
+  programs = make_programs(config, run.model, run.schedule, optimizer, run.mesh)
+  state, cursor = _resume(run, initial_state(run, optimizer))
+  if run.writes:
+    files.write_atomic(run.workdir / "config.json", config_lib.to_json(config) + "\n")
+  try:
+    with Stop() as stop:
+      _loop(run, programs, state, cursor, stop)
+  finally:
+    run.close()
+
+
+def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop: Stop) -> None:
+  """Iterations, evaluations and checkpoints, until the end or until told to stop.
+
+  Order at the end of an iteration: metrics, evaluation, checkpoint. Whatever a crash loses is then
+  done again, and what was written twice is dropped when it resumes.
+  """
+  config = run.config
+  images = sum(task.config.batch_size for task in run.tasks)
+  writing = run.writes
+  with contextlib.ExitStack() as stack:
+    if writing:
+      writer = stack.enter_context(MetricsWriter(run.workdir, first_iteration=cursor.iteration))
+      progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
+    if cursor == Cursor() and run.evals:
+      measure(run, programs.merged(state, run.frozen), 0)
+    while cursor.iteration < config.iterations:
+      iteration = cursor.iteration
+      while cursor.task < len(run.tasks):
+        try:
+          done = run_task(run, programs, state, cursor.task, iteration, stop)
+        except RewardError:
+          _save(run, state, cursor)  # The state is that before the task: nothing is lost.
+          raise
+        if done is None:
+          _save(run, state, cursor)
+          if writing:
+            progress.say(f"stopped in iteration {iteration}; the same command goes on from here")
+          return
+        state, metrics = done
+        cursor.metrics |= metrics
+        cursor.task += 1
+      if run.pairs is not None:
+        state, metrics = run_pretrain(run, programs, state, iteration)
+        cursor.metrics |= metrics
+      if config.ema_decay:
+        state = programs.average(state)
+      metrics = summarise(cursor.metrics, images)
+      cursor = Cursor(iteration + 1)
+      if writing:
+        writer.write(iteration, metrics)
+        progress.update(metrics)
+      last = cursor.iteration == config.iterations
+      due = config.eval_every and cursor.iteration % config.eval_every == 0
+      if run.evals and (last or due):
+        measure(run, programs.merged(state, run.frozen), cursor.iteration)
+      due = config.checkpoint_every and cursor.iteration % config.checkpoint_every == 0
+      if last or due:
+        _save(run, state, cursor)
+  if writing:
+    _report(run)
+
+
+def _save(run: Run, state: TrainState, cursor: Cursor) -> None:
+  """Starts an asynchronous save; its step counts units of work."""
+  run.checkpointer.save(
+      cursor.iteration * (len(run.tasks) + 1) + cursor.task,
+      state,
+      {
+          "cursor": dataclasses.asdict(cursor),
+          "config": config_lib.to_json(run.config),
+          "base_model": run.fingerprint,
+          "histories": [task.history.state() if task.history else None for task in run.tasks],
+      },
+  )
+
+
+def _resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
+  """The newest checkpoint's state and place; the given state and the start if there is none.
+
+  Raises:
+    UserError: the checkpoint belongs to another base model or to other settings.
+  """
+  restored = run.checkpointer.restore(state)
+  if restored is None:
+    return state, Cursor()
+  _, state, meta = restored
+  if meta["base_model"] != run.fingerprint:
+    raise UserError(
+        f"the checkpoint in {run.workdir} was trained from another base model than"
+        f" {run.config.pretrained}: give that model, or a new --workdir"
+    )
+  for change in config_lib.check_resume(config_lib.from_json(meta["config"]), run.config):
+    _log.warning("resuming with a changed setting: %s", change)
+  for task, history in zip(run.tasks, meta["histories"], strict=True):
+    if task.history is not None:
+      task.history.restore(history)
+  cursor = Cursor(**meta["cursor"])
+  _log.warning("resuming %s at iteration %d", run.workdir, cursor.iteration)
+  return state, cursor
+
+
+def _report(run: Run) -> None:
+  """Writes what a user looks at when the run has ended."""
+  history = results.read_history(run.workdir)
+  if history:
+    before, after = history[0][1], history[-1][1]
+    results.write_eval_json(
+        run.workdir, before, after, history, dataclasses.asdict(run.config)
+    )
+    print(results.table(before, after))
+  page = report.write_report(run.workdir, command=shlex.join(["python", *sys.argv]))
+  print(f"report: {page}")

@@ -1,0 +1,174 @@
+"""The trained scorer: accuracy of the shipped weights, its training data, and resuming."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rlft.emoji import art, scorer, scorer_data, scorer_train, world
+from rlft.types import UserError
+
+DOG, CAR = (art.OBJECTS.index(name) for name in ("dog", "car"))
+
+
+@pytest.fixture(scope="module")
+def params():
+  return scorer.load()[1]
+
+
+def render(kind, *, seed=0, **given):
+  """A scene's image `[32, 32, 3]` float32 in [0, 1]."""
+  scene = world.render_scene(np.random.default_rng(seed), kind, **given)
+  return scene.image.astype(np.float32) / 255
+
+
+def test_accuracy_on_fresh_scenes(params):
+  accuracy = scorer_train.measure(params, 41, 300)
+  assert accuracy["f1"] >= 0.95 and accuracy["f1_single"] >= 0.95 and accuracy["f1_pair"] >= 0.95
+  assert accuracy["absent"] <= 0.002
+  assert accuracy["tone"] >= 0.97 and accuracy["skin"] >= 0.98
+  assert accuracy["vividness_mae"] <= 0.06
+
+
+def test_accuracy_on_spoiled_scenes(params):
+  accuracy = scorer_train.measure(params, 42, 300, degraded=True)
+  assert accuracy["f1"] >= 0.85
+  assert accuracy["confidence_mae"] <= 0.2
+
+
+def test_shapes_ranges_and_other_sizes(params):
+  images = np.random.default_rng(0).random((3, 32, 32, 3)).astype(np.float32)
+  scores = jax.jit(scorer.predict)(params, images)
+  shapes = {name: value.shape for name, value in vars(scores).items()}
+  assert shapes == {
+    "object_probs": (3, 60), "tone_probs": (3, 4), "skin_prob": (3,), "vividness": (3,),
+  }  # fmt: skip
+  for value in vars(scores).values():
+    assert value.dtype == np.float32 and value.min() >= 0 and value.max() <= 1
+  np.testing.assert_allclose(scores.tone_probs.sum(1), 1, atol=1e-6)
+  assert scores.object_probs.max() < 0.5 and scores.skin_prob.max() < 0.5  # noise is nothing
+
+  image = render("object", objects=["dog"])
+  large = np.asarray(jax.image.resize(image, (64, 48, 3), "linear"))
+  for size in (image, large):
+    assert scorer.predict(params, size[None]).object_probs[0, DOG] > 0.8
+
+
+def test_confidence_grades_what_fades(params):
+  vivid = [render("object", seed=s, objects=["car"]) for s in range(20)]
+  images = [share * v + (1 - share) * v[0, 0] for share in (1, 0.5, 0.1) for v in vivid]
+  confidence = scorer.predict(params, np.stack(images)).object_probs[:, CAR].reshape(3, 20).mean(1)
+  assert confidence[0] > confidence[1] + 0.1 > confidence[2] + 0.2
+
+
+def test_vividness_ranks_versions_of_a_scene(params):
+  levels = ((1.0, 1.0), (0.7, 0.85), (0.4, 0.65))
+  images = [
+    render(("object", "pair")[seed % 2], seed=seed, saturation=s, contrast=c)
+    for s, c in levels
+    for seed in range(20)
+  ]
+  values = np.asarray(scorer.predict(params, np.stack(images)).vividness).reshape(3, 20)
+  assert np.mean(values[0] > values[1]) >= 0.95 and np.mean(values[1] > values[2]) >= 0.95
+
+
+def test_vividness_by_hand():
+  # The floor is 0.4 * 0.65 = 0.26; 0.9 * 0.7 = 0.63 is halfway to 1.
+  values = [scorer_data.vividness(*pair) for pair in ((0.4, 0.65), (0.9, 0.7), (1, 1), (1.1, 1))]
+  np.testing.assert_allclose(values, [0, 0.5, 1, 1], atol=1e-6)
+
+
+def test_scenes_say_what_is_where():
+  batch = scorer_data.scenes(np.random.default_rng(3), 200, wide=True)
+  again = scorer_data.scenes(np.random.default_rng(3), 200, wide=True)
+  jax.tree.map(np.testing.assert_array_equal, batch, again)
+  person = batch.tones >= 0
+  assert np.all(batch.objects[person] == -1) and np.all(batch.objects[~person, 0] >= 0)
+  assert np.all(batch.regions[:, 0].mean((1, 2)) > 0.02)
+  both = batch.objects[:, 1] >= 0
+  assert not np.any(batch.regions[both, 0] & batch.regions[both, 1])
+  assert np.bincount(batch.tones[person], minlength=4).min() > 5  # uniform, unlike the world
+  # Outside all regions there is the background.
+  outside = ~batch.regions.any(1)
+  difference = np.abs(batch.images.astype(int) - batch.backgrounds[:, None, None])
+  assert difference[outside].max() <= 6
+
+
+def test_degraded_labels():
+  rng = np.random.default_rng(4)
+  batch, damage = scorer_data.scenes(rng, 300, wide=True), scorer_data.damage(rng, 300)
+  images, targets = jax.jit(scorer_data.degrade)(batch, damage)
+  again, _ = jax.jit(scorer_data.degrade)(batch, damage)
+  np.testing.assert_array_equal(images, again)
+  assert images.min() >= 0 and images.max() <= 1
+  labels = np.asarray(targets.objects)
+  assert labels.min() >= 0 and labels.max() <= 1
+  # At most two objects of the scene and two of the one it is blended with.
+  assert (labels > 0).sum(1).max() <= 4
+  graded = np.mean((labels > 0.05) & (labels < 0.55)) / np.mean(labels > 0)
+  assert 0.05 < graded < 0.5
+  assert np.all(np.asarray(targets.tone_weights)[batch.tones < 0] == 0)
+  # A quarter seen is nothing, half is half, three quarters is all.
+  np.testing.assert_allclose(
+    scorer_data._presence(np.array([0.2, 0.25, 0.5, 0.75, 1])), [0, 0, 0.5, 1, 1]
+  )
+
+
+def test_quantised_blocks_by_hand():
+  # A flat 0.5 has the coefficient 8 * 0.5 = 4 = 13.3 steps of 0.3, so it becomes 13 * 0.3 / 8.
+  flat = np.full((2, 32, 32, 3), 0.5, np.float32)
+  spoiled = scorer_data._quantised(flat, np.float32([0.3, 0.0]))
+  np.testing.assert_allclose(spoiled[0], 0.4875, atol=1e-6)
+  np.testing.assert_allclose(spoiled[1], 0.5, atol=1e-6)
+  picture = render("object")[None]
+  np.testing.assert_allclose(scorer_data._quantised(picture, np.zeros(1)), picture, atol=1e-5)
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, capsys):
+  config = scorer_train.ScorerConfig(
+    workdir=str(tmp_path / "whole"), steps=4, batch_size=8, test_scenes=300, checkpoint_every=2
+  )
+  scorer_train.run(config)
+  assert "held-out, clean: f1 " in capsys.readouterr().out
+  report = json.loads((tmp_path / "whole" / "accuracy.json").read_text())
+  assert set(report) == {"clean", "degraded"}
+
+  stopped = dataclasses.replace(config, workdir=str(tmp_path / "stopped"))
+  render_scenes, calls = scorer_data.scenes, []
+
+  def interrupted(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == 4:
+      raise KeyboardInterrupt
+    return render_scenes(*args, **kwargs)
+
+  monkeypatch.setattr(scorer_data, "scenes", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    scorer_train.fit(stopped)
+  monkeypatch.setattr(scorer_data, "scenes", render_scenes)
+  scorer_train.run(stopped)
+  files = [
+    (tmp_path / name / scorer_train.WEIGHTS_NAME).read_bytes() for name in ("whole", "stopped")
+  ]
+  assert files[0] == files[1]
+  with pytest.raises(UserError, match="has 4 steps already"):
+    scorer_train.fit(dataclasses.replace(config, steps=3))
+
+
+def test_mistakes_get_one_line(tmp_path):
+  with pytest.raises(UserError, match="--workdir is missing"):
+    scorer_train.run(scorer_train.ScorerConfig())
+  with pytest.raises(UserError, match="--batch_size=1 is too small: give 2 or more"):
+    scorer_train.run(scorer_train.ScorerConfig(workdir=str(tmp_path), batch_size=1))
+  path = tmp_path / "weights.safetensors"
+  with pytest.raises(UserError, match="cannot read the scorer's weights"):
+    scorer.load(path)
+  path.write_bytes(b"not safetensors")
+  with pytest.raises(UserError, match="cannot read the scorer's weights"):
+    scorer.load(path)
+  path.write_bytes(safetensors.numpy.save({"a": np.zeros(3)}))
+  with pytest.raises(UserError, match="another network"):
+    scorer.load(path)

@@ -1,0 +1,217 @@
+"""What is declared, shipped and documented is what the code needs and has."""
+
+import ast
+import configparser
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+from absl import flags
+import pytest
+
+from rlft import checks, cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+# Modules whose distribution has another name.
+_DISTRIBUTIONS = {
+  "absl": "absl-py",
+  "orbax": "orbax-checkpoint",
+  "PIL": "pillow",
+  "tensorboardx": "tensorboardX",
+}
+_NOT_OURS = {".git", ".venv", "build", "dist", "runs", "__pycache__"}
+_TEXT = {".py", ".md", ".cfg", ".toml", ".flags", ".json", ".txt", ".html", ".ipynb", ""}
+
+
+@functools.cache
+def _setup() -> configparser.RawConfigParser:
+  parser = configparser.RawConfigParser()
+  parser.read(ROOT / "setup.cfg")
+  return parser
+
+
+def _requirements(section: str, option: str) -> list[str]:
+  return [line for line in _setup()[section][option].splitlines() if line]
+
+
+def _name(requirement: str) -> str:
+  name = re.match(r"[A-Za-z0-9_.-]+", requirement)[0]
+  return name.lower().replace("_", "-")
+
+
+def _imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
+  """Third-party packages that a file needs: always (top level), and in some function only."""
+  tree = ast.parse(path.read_text())
+  always, sometimes = set(), set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      modules = [node.module]
+    else:
+      continue
+    packages = {module.partition(".")[0] for module in modules}
+    packages -= sys.stdlib_module_names | {"rlft"}
+    names = {_name(_DISTRIBUTIONS.get(package, package)) for package in packages}
+    (always if node in tree.body else sometimes).update(names)
+  return always, sometimes
+
+
+def test_imports_are_declared():
+  required = {_name(entry) for entry in _requirements("options", "install_requires")}
+  extras = {
+    _name(entry)
+    for option in _setup()["options.extras_require"]
+    for entry in _requirements("options.extras_require", option)
+  }
+  used = set()
+  for path in [*ROOT.glob("rlft/**/*.py"), *ROOT.glob("launch/*.py")]:
+    always, sometimes = _imports(path)
+    used |= always
+    assert always <= required, f"{path}: add {always - required} to install_requires"
+    undeclared = sometimes - required - extras
+    assert not undeclared, f"{path}: add {undeclared} to install_requires or an extra"
+  assert required <= used, f"setup.cfg: nothing imports {required - used}"
+
+
+def test_dependencies_have_both_bounds():
+  options = [("options", "install_requires")]
+  options += [("options.extras_require", extra) for extra in _setup()["options.extras_require"]]
+  for section, option in options:
+    for entry in _requirements(section, option):
+      if _name(entry) != "rlft":  # an extra that includes another
+        assert "==" in entry or (">=" in entry and "<" in entry), f"{option}: {entry}"
+
+
+def test_wheel_is_complete(tmp_path):
+  pytest.importorskip("setuptools")
+  copy = tmp_path / "copy"
+  ignored = shutil.ignore_patterns("__pycache__")
+  shutil.copytree(ROOT / "rlft", copy / "rlft", ignore=ignored)
+  for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    shutil.copy(ROOT / name, copy)
+  build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+  subprocess.run(
+    [sys.executable, "-c", build, tmp_path], cwd=copy, check=True, capture_output=True, timeout=300
+  )
+  (wheel,) = tmp_path.glob("*.whl")
+  with zipfile.ZipFile(wheel) as archive:
+    packed = set(archive.namelist())
+  expected = {
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "rlft").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+  }
+  assert expected <= packed, expected - packed
+  assert {"LICENSE", "NOTICE"} <= {pathlib.Path(name).name for name in packed}
+
+
+def _flagfiles() -> list[pathlib.Path]:
+  return sorted(ROOT.glob("experiments/*.flags"))
+
+
+@pytest.mark.parametrize("path", _flagfiles(), ids=lambda path: path.stem)
+def test_flagfile(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  relative = str(path.relative_to(ROOT))
+  command = re.search(r"^#\s*python (launch/\w+\.py) --flagfile=(\S+)", path.read_text(), re.M)
+  assert command, "the header must give the command"
+  assert command[2] == relative
+  if command[1] != "launch/train.py":
+    _check_command([command[1], f"--flagfile={relative}"])
+    return
+  values = flags.FlagValues()
+  cli.define_flags(flag_values=values)
+  values(["train", f"--flagfile={relative}"])
+  config = cli.from_flags(values)
+  assert config.workdir.startswith("runs/")
+  checks.validate(dataclasses.replace(config, workdir=str(tmp_path / "run")))
+
+
+def _check_command(arguments: list[str]) -> None:
+  """Parses a launch script's flags without running it: with --help, errors still come first."""
+  run = subprocess.run(
+    [sys.executable, *arguments, "--help"],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert "error:" not in run.stderr, run.stderr
+  # absl's --help ends with status 1.
+  assert run.returncode == 1 and arguments[0] in run.stdout, run.stdout + run.stderr
+
+
+def _readme_blocks() -> list[str]:
+  return re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.M | re.S)
+
+
+def _readme_launches() -> list[list[str]]:
+  lines = (line for block in _readme_blocks() for line in block.splitlines())
+  commands = (line.partition("python launch/")[2] for line in lines if not line.startswith("#"))
+  return [shlex.split(f"launch/{command}") for command in commands if command]
+
+
+def test_readme_has_its_two_commands():
+  install = [block for block in _readme_blocks() if "venv" in block]
+  assert len(install) == 2
+  run, test = install
+  assert len(run.splitlines()) == len(test.splitlines()) == 1
+  assert "python launch/train.py --flagfile=experiments/emoji_joint.flags" in run
+  assert "pytest" in test and "[test]" in test
+
+
+@pytest.mark.parametrize(
+  "arguments", _readme_launches(), ids=lambda words: pathlib.Path(words[0]).stem
+)
+def test_readme_command(arguments):
+  flagfile = [a for a in arguments if a.startswith("--flagfile=")]
+  # A file of experiments/ has a test of its own; here it could hide a flag that does not exist.
+  _check_command([a for a in arguments if a not in flagfile])
+  for argument in flagfile:
+    assert (ROOT / argument.removeprefix("--flagfile=")).is_file(), argument
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "BUILD_NOTES.md"])
+def test_documents_name_files_that_exist(name):
+  text = (ROOT / name).read_text()
+  paths = re.findall(r"\b(?:rlft|launch|experiments|tests|docs)/[\w./-]*\w\b/?", text)
+  missing = sorted({path for path in paths if not (ROOT / path).exists()})
+  assert not missing, f"{name} speaks of {missing}"
+
+
+def test_no_placeholders_and_no_paths_of_a_machine():
+  placeholder = re.compile(r"\b(TB" + r"D|TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+  machine = re.compile(r"(?<![\w.:/~-])/(work|root|mnt|Users)/\w")
+  found = []
+  for path in sorted(ROOT.rglob("*")):
+    inner = path.relative_to(ROOT)
+    if not path.is_file() or path.suffix not in _TEXT or _NOT_OURS & set(inner.parts):
+      continue
+    if any(part.endswith(("_cache", ".egg-info", "-sd")) for part in inner.parts):
+      continue
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+      if placeholder.search(line) or machine.search(line):
+        found.append(f"{inner}:{number}: {line.strip()[:100]}")
+  assert not found, "\n".join(found)
+
+
+def test_ci_runs_the_readme_command():
+  script = ROOT / ".ci" / "run"
+  assert os.access(script, os.X_OK)
+  extract = re.search(r"^command=\$\((awk .*?)\)$", script.read_text(), re.M | re.S)[1]
+  found = subprocess.run(
+    ["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  (block,) = [block for block in _readme_blocks() if "pytest" in block]
+  assert found.stdout == block
