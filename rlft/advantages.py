@@ -50,7 +50,7 @@ class PromptHistory:
     self._rewards: dict[str, list[float]] = {}
 
   def advantages(
-      self, prompts: Sequence[str], rewards: Sequence[float], *, clip: float
+    self, prompts: Sequence[str], rewards: Sequence[float], *, clip: float
   ) -> list[float]:
     """Adds `[B]` rewards and returns `[B]` advantages; short histories use the batch instead."""
     for prompt, reward in zip(prompts, rewards, strict=True):
@@ -60,9 +60,10 @@ class PromptHistory:
         del history[: -self._length]
     batch = [r for r in rewards if math.isfinite(r)]
     statistics = {
-        prompt: _mean_std(history if len(history := self._rewards.get(prompt, [])) >= self._minimum
-                          else batch)
-        for prompt in set(prompts)
+      prompt: _mean_std(
+        history if len(history := self._rewards.get(prompt, [])) >= self._minimum else batch
+      )
+      for prompt in set(prompts)
     }
     advantages = []
     for prompt, reward in zip(prompts, rewards, strict=True):

@@ -6,11 +6,13 @@ must not stop a run that has an older good one, and restoring needs explicit sha
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 import logging
+from pathlib import Path
+import shutil
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from rlft.types import UserError
@@ -34,20 +36,20 @@ class Checkpointer:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
       return ocp.CheckpointManager(
-          self._directory,
-          # Named here, since metadata cannot be read before a handler is known.
-          item_handlers={
-              "state": ocp.PyTreeCheckpointHandler(),
-              "meta": ocp.JsonCheckpointHandler(),
-          },
-          options=ocp.CheckpointManagerOptions(
-              max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
-          ),
+        self._directory,
+        # Named here, since metadata cannot be read before a handler is known.
+        item_handlers={
+          "state": ocp.PyTreeCheckpointHandler(),
+          "meta": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
+        ),
       )
     except OSError as error:
       raise UserError(
-          f"cannot write checkpoints in {self._directory}: {error.strerror or error}; choose another"
-          " --workdir or free some space"
+        f"cannot write checkpoints in {self._directory}: {error.strerror or error}; choose"
+        " another --workdir or free some space"
       ) from error
 
   def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -56,11 +58,11 @@ class Checkpointer:
       return
     try:
       self._manager.save(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))
-          ),
-          force=True,
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))
+        ),
+        force=True,
       )
     except (OSError, ValueError) as error:
       raise self._save_error(step, error) from error
@@ -74,9 +76,9 @@ class Checkpointer:
 
   def _save_error(self, step, error) -> UserError:
     return UserError(
-        f"checkpoint {step} could not be written in {self._directory}"
-        f" ({str(error).splitlines()[0]}); earlier checkpoints are intact: free some space or fix"
-        " the directory, then run the same command to resume"
+      f"checkpoint {step} could not be written in {self._directory}"
+      f" ({str(error).splitlines()[0]}); earlier checkpoints are intact: free some space or fix"
+      " the directory, then run the same command to resume"
     )
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
@@ -106,13 +108,13 @@ class Checkpointer:
       self._check_shapes(step, template)
       try:
         restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=template,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(template),
-                )
-            ),
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+              item=template,
+              restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+            )
+          ),
         )
       except Exception as error:
         failures.append(self._set_aside(step, error))
@@ -120,17 +122,48 @@ class Checkpointer:
       return step, restored["state"], meta
     if failures:
       raise UserError(
-          f"no checkpoint in {self._directory} can be read ({failures[0]}); delete the directory"
-          " to start afresh"
+        f"no checkpoint in {self._directory} can be read ({failures[0]}); delete the directory"
+        " to start afresh"
       )
     return None
 
+  def restore_numpy(self) -> tuple[Any, dict[str, Any]] | None:
+    """(state as nested dicts of numpy arrays, meta) of the newest checkpoint, on any topology.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    try:
+      metadata = self._manager.item_metadata(step)["state"]
+      tree = getattr(metadata, "tree", metadata)
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+          ),
+          meta=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:  # Orbax raises a dozen types for a damaged directory.
+      raise UserError(
+        f"checkpoint {step} in {self._directory} cannot be read ({str(error).splitlines()[0]});"
+        " resume the run to write a new one"
+      ) from error
+    return restored["state"], restored["meta"]
+
   def _check_shapes(self, step: int, template: Any) -> None:
     """Refuses a checkpoint whose tree differs from the template's: it is another model's."""
-    flat = lambda tree: {
+
+    def flat(tree):
+      return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+      }
+
     metadata = self._manager.item_metadata(step)["state"]
     if metadata is None:  # Damaged: the restore itself says how.
       return
@@ -139,9 +172,9 @@ class Checkpointer:
     for name in sorted(expected.keys() | found.keys()):
       if expected.get(name) != found.get(name):
         raise UserError(
-            f"checkpoint {step} in {self._directory} is of another model: {name} has shape"
-            f" {found.get(name, 'nothing')} there, expected {expected.get(name, 'nothing')};"
-            " choose another --workdir, or the flags that this run was started with"
+          f"checkpoint {step} in {self._directory} is of another model: {name} has shape"
+          f" {found.get(name, 'nothing')} there, expected {expected.get(name, 'nothing')};"
+          " choose another --workdir, or the flags that this run was started with"
         )
 
   def _set_aside(self, step: int, error: Exception) -> str:
@@ -151,10 +184,7 @@ class Checkpointer:
     _log.warning("%s; moved to %s", reason, target.name)
     self._manager.close()
     if source.exists():
-      if target.exists():
-        import shutil
-
-        shutil.rmtree(target)
+      shutil.rmtree(target, ignore_errors=True)
       source.rename(target)
     self._manager = self._open()
     return reason

@@ -54,13 +54,13 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
     betas = np.linspace(start**0.5, end**0.5, count) ** 2
   else:
     raise UserError(
-        f"scheduler_config.json: beta_schedule {kind!r} is not supported; use 'linear' or"
-        " 'scaled_linear'"
+      f"scheduler_config.json: beta_schedule {kind!r} is not supported; use 'linear' or"
+      " 'scaled_linear'"
     )
   if config.get("rescale_betas_zero_snr", False):
     raise UserError(
-        "scheduler_config.json: rescale_betas_zero_snr is not supported: its first step has no"
-        " signal, so no finite epsilon; set it to false"
+      "scheduler_config.json: rescale_betas_zero_snr is not supported: its first step has no"
+      " signal, so no finite epsilon; set it to false"
     )
   return np.cumprod(1.0 - betas)
 
@@ -87,34 +87,37 @@ def make_schedule(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) ->
     timesteps = np.round(np.arange(count, 0, -count / steps)).astype(np.int64)[:steps] - 1
   else:
     raise UserError(
-        f"scheduler_config.json: timestep_spacing {spacing!r} is not supported; use 'leading' or"
-        " 'trailing'"
+      f"scheduler_config.json: timestep_spacing {spacing!r} is not supported; use 'leading' or"
+      " 'trailing'"
     )
   if timesteps.max() >= count:
     raise UserError(f"scheduler_config.json: steps_offset leads past {count} timesteps; lower it")
   if config.get("clip_sample", False) or config.get("thresholding", False):
     raise UserError(
-        "scheduler_config.json: clip_sample and thresholding are for pixel-space models; set both"
-        " to false"
+      "scheduler_config.json: clip_sample and thresholding are for pixel-space models; set both"
+      " to false"
     )
   prediction_type = config.get("prediction_type", "epsilon")
   if prediction_type not in ("epsilon", "v_prediction"):
     raise UserError(
-        f"scheduler_config.json: prediction_type {prediction_type!r} is not supported; use"
-        " 'epsilon' or 'v_prediction'"
+      f"scheduler_config.json: prediction_type {prediction_type!r} is not supported; use"
+      " 'epsilon' or 'v_prediction'"
     )
   final = 1.0 if config.get("set_alpha_to_one", True) else alpha_bar[0]
   previous = timesteps - count // steps
   alpha = alpha_bar[timesteps]
   alpha_prev = np.where(previous >= 0, alpha_bar[np.maximum(previous, 0)], final)
   variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
-  f32 = lambda x: np.asarray(x, np.float32)
+
+  def f32(x):
+    return np.asarray(x, np.float32)
+
   return Schedule(
-      timesteps=np.asarray(timesteps, np.int32),
-      alpha=f32(alpha),
-      alpha_prev=f32(alpha_prev),
-      std=f32(eta * np.sqrt(np.maximum(variance, 0.0))),
-      prediction_type=prediction_type,
+    timesteps=np.asarray(timesteps, np.int32),
+    alpha=f32(alpha),
+    alpha_prev=f32(alpha_prev),
+    std=f32(eta * np.sqrt(np.maximum(variance, 0.0))),
+    prediction_type=prediction_type,
   )
 
 
@@ -130,7 +133,7 @@ def step_mean(schedule: Schedule, index: jax.Array, sample: jax.Array, output: j
   chex.assert_type([sample, output], jnp.float32)
   chex.assert_equal_shape([sample, output])
   alpha, alpha_prev, std = (
-      jnp.asarray(x)[index] for x in (schedule.alpha, schedule.alpha_prev, schedule.std)
+    jnp.asarray(x)[index] for x in (schedule.alpha, schedule.alpha_prev, schedule.std)
   )
   signal, noise = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
   if schedule.prediction_type == "epsilon":
@@ -162,7 +165,7 @@ def add_noise(alpha_bar: jax.Array, clean: jax.Array, noise: jax.Array) -> jax.A
 
 
 def denoising_target(
-    prediction_type: str, alpha_bar: jax.Array, clean: jax.Array, noise: jax.Array
+  prediction_type: str, alpha_bar: jax.Array, clean: jax.Array, noise: jax.Array
 ) -> jax.Array:
   """What the network should predict at x_t: the noise, or v (Salimans & Ho, 2202.00512)."""
   if prediction_type == "epsilon":

@@ -156,7 +156,9 @@ def measure(
   Raises:
     UserError: nothing to measure, a model or prompts that cannot be read, a metric that fails.
   """
-  given = Config(eval=tuple(evals), reward_timeout_s=reward_timeout_s, reward_threads=reward_threads)
+  given = Config(
+    eval=tuple(evals), reward_timeout_s=reward_timeout_s, reward_threads=reward_threads
+  )
   check_fields(given)
   if output:
     _check_output(output)

@@ -15,13 +15,18 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out_0")
 Adapter = dict[str, dict[str, jax.Array]]
 
 
+def scale(rank: int, alpha: float) -> float:
+  """alpha / rank, where an alpha of 0 stands for the rank; 0 without LoRA (rank 0)."""
+  return (alpha or rank) / rank if rank else 0.0
+
+
 def targets(params: Any) -> dict[str, tuple[int, int]]:
   """Adapted modules of a UNet tree, 'a/b/c' -> (in, out): all attention projections."""
   flat = traverse_util.flatten_dict(params)
   return {
-      "/".join(path[:-1]): leaf.shape
-      for path, leaf in flat.items()
-      if path[-1] == "kernel" and path[-2] in _PROJECTIONS
+    "/".join(path[:-1]): leaf.shape
+    for path, leaf in flat.items()
+    if path[-1] == "kernel" and path[-2] in _PROJECTIONS
   }
 
 
@@ -30,11 +35,11 @@ def init(key: jax.Array, params: Any, rank: int) -> Adapter:
   shapes = targets(params)
   keys = jax.random.split(key, len(shapes))
   return {
-      path: {
-          "a": jax.random.normal(k, (fan_in, rank), jnp.float32) / rank,
-          "b": jnp.zeros((rank, fan_out), jnp.float32),
-      }
-      for k, (path, (fan_in, fan_out)) in zip(keys, sorted(shapes.items()), strict=True)
+    path: {
+      "a": jax.random.normal(k, (fan_in, rank), jnp.float32) / rank,
+      "b": jnp.zeros((rank, fan_out), jnp.float32),
+    }
+    for k, (path, (fan_in, fan_out)) in zip(keys, sorted(shapes.items()), strict=True)
   }
 
 

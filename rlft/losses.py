@@ -14,12 +14,12 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def clipped_surrogate(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
-    *,
-    clip_range: float,
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_range: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Negated PPO objective: -mean min(w A, clip(w, 1 - e, 1 + e) A), w = exp(log p - log p_old).
 
@@ -44,10 +44,10 @@ def clipped_surrogate(
   objective = jnp.minimum(ratio * advantages, clipped * advantages)
   deviation = jnp.abs(ratio - 1.0)
   metrics = {
-      "ratio/max_abs_deviation": jnp.where(mask, deviation, 0.0).max(),
-      "clip_fraction": masked_mean((deviation > clip_range).astype(jnp.float32), mask),
-      # expm1 keeps the digits that ratio - 1 - log_ratio would cancel.
-      "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+    "ratio/max_abs_deviation": jnp.where(mask, deviation, 0.0).max(),
+    "clip_fraction": masked_mean((deviation > clip_range).astype(jnp.float32), mask),
+    # expm1 keeps the digits that ratio - 1 - log_ratio would cancel.
+    "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
   }
   return -masked_mean(objective, mask), jax.lax.stop_gradient(metrics)
 
@@ -59,12 +59,12 @@ def gaussian_kl(mean: jax.Array, base_mean: jax.Array, std: jax.Array) -> jax.Ar
 
 
 def denoising_loss(
-    denoise: Denoiser,
-    alphas_cumprod: jax.Array,
-    prediction_type: str,
-    latents: jax.Array,
-    text: jax.Array,
-    key: jax.Array,
+  denoise: Denoiser,
+  alphas_cumprod: jax.Array,
+  prediction_type: str,
+  latents: jax.Array,
+  text: jax.Array,
+  key: jax.Array,
 ) -> jax.Array:
   """The ordinary pretraining loss: squared error of the prediction at uniform timesteps.
 

@@ -25,10 +25,9 @@ import tqdm
 from transformers import CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from rlft import ddim
+from rlft import ddim, losses, rollout
 from rlft import images as images_lib
 from rlft import prompts as prompts_lib
-from rlft import rollout
 from rlft.checkpoint import Checkpointer
 from rlft.emoji import world
 from rlft.models import pretrained
@@ -40,21 +39,21 @@ TEXT_LENGTH = 16  # tokens; the longest caption of the world has 12
 
 # RGB to luma (Rec. 601), 2 (R - luma), 2 (B - luma), as columns.
 _LUMA_CHROMA = np.array(
-    [[0.299, 1.402, -0.598], [0.587, -1.174, -1.174], [0.114, -0.228, 1.772]], np.float32
+  [[0.299, 1.402, -0.598], [0.587, -1.174, -1.174], [0.114, -0.228, 1.772]], np.float32
 )
 
 SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "_diffusers_version": "0.39.0",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-    "timestep_spacing": "leading",
+  "_class_name": "DDIMScheduler",
+  "_diffusers_version": "0.39.0",
+  "num_train_timesteps": 1000,
+  "beta_start": 0.00085,
+  "beta_end": 0.012,
+  "beta_schedule": "scaled_linear",
+  "prediction_type": "v_prediction",
+  "steps_offset": 1,
+  "set_alpha_to_one": False,
+  "clip_sample": False,
+  "timestep_spacing": "leading",
 }
 
 
@@ -68,23 +67,24 @@ class PretrainConfig:
   vae_steps: int = dataclasses.field(default=1_500, metadata={"help": "steps of the autoencoder"})
   vae_batch_size: int = dataclasses.field(default=16, metadata={"help": "images a VAE step"})
   unet_steps: int = dataclasses.field(
-      default=8_000, metadata={"help": "steps of the UNet and text encoder"}
+    default=8_000, metadata={"help": "steps of the UNet and text encoder"}
   )
   unet_batch_size: int = dataclasses.field(default=64, metadata={"help": "latents a UNet step"})
   learning_rate: float = dataclasses.field(
-      default=1e-3, metadata={"help": "peak rate of Adam; warmed up, constant, linear to 0 at the end"}
+    default=1e-3,
+    metadata={"help": "peak rate of Adam; linear to 0 at the end"},
   )
   decay_share: float = dataclasses.field(
-      default=0.25, metadata={"help": "last part of the steps in which the learning rate falls to 0"}
+    default=0.25, metadata={"help": "last part of the steps, in which the rate falls"}
   )
   ema_decay: float = dataclasses.field(
-      default=0.999, metadata={"help": "decay of the averaged weights, which are the result"}
+    default=0.999, metadata={"help": "decay of the averaged weights, which are the result"}
   )
   caption_dropout: float = dataclasses.field(
-      default=0.1, metadata={"help": "share of captions left empty, for guidance"}
+    default=0.1, metadata={"help": "share of captions left empty, for guidance"}
   )
   checkpoint_every: int = dataclasses.field(
-      default=500, metadata={"help": "steps between checkpoints and sample grids"}
+    default=500, metadata={"help": "steps between checkpoints and sample grids"}
   )
 
 
@@ -93,7 +93,7 @@ def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -
   model = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
   model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=2_000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False
+    vocab_size=2_000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False
   )
   model.train_from_iterator(captions, trainer)
   merges = json.loads(model.to_str())["model"]["merges"]
@@ -111,44 +111,44 @@ def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -
 def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> pretrained.StableDiffusion:
   """The modules of `emoji-sd`, without parameters."""
   text = CLIPTextConfig(
-      vocab_size=len(tokenizer),
-      hidden_size=128,
-      intermediate_size=256,
-      num_hidden_layers=2,
-      num_attention_heads=4,
-      max_position_embeddings=tokenizer.model_max_length,
-      bos_token_id=tokenizer.bos_token_id,
-      eos_token_id=tokenizer.eos_token_id,
-      pad_token_id=tokenizer.pad_token_id,
+    vocab_size=len(tokenizer),
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=tokenizer.model_max_length,
+    bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
   )
   vae = VAEConfig(
-      block_out_channels=(24, 48, 64),
-      down_block_types=("DownEncoderBlock2D",) * 3,
-      up_block_types=("UpDecoderBlock2D",) * 3,
-      norm_num_groups=8,
-      sample_size=world.IMAGE_SIZE,
-      scaling_factor=scaling_factor,
-      force_upcast=False,
+    block_out_channels=(24, 48, 64),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    norm_num_groups=8,
+    sample_size=world.IMAGE_SIZE,
+    scaling_factor=scaling_factor,
+    force_upcast=False,
   )
   unet = UNetConfig(
-      sample_size=world.IMAGE_SIZE // vae.downscale,
-      block_out_channels=(48, 128),
-      layers_per_block=1,
-      # Attention at 4x4 only: at 8x8 it would cost a third of the time and adds little.
-      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-      attention_head_dim=4,
-      cross_attention_dim=text.hidden_size,
-      norm_num_groups=16,
-      use_linear_projection=True,
+    sample_size=world.IMAGE_SIZE // vae.downscale,
+    block_out_channels=(48, 128),
+    layers_per_block=1,
+    # Attention at 4x4 only: at 8x8 it would cost a third of the time and adds little.
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=4,
+    cross_attention_dim=text.hidden_size,
+    norm_num_groups=16,
+    use_linear_projection=True,
   )
   return pretrained.StableDiffusion(
-      unet=UNet2DCondition(unet),
-      vae=AutoencoderKL(vae),
-      text_encoder=CLIPTextEncoder(text),
-      tokenizer=tokenizer,
-      scheduler=SCHEDULER,
-      params={},
+    unet=UNet2DCondition(unet),
+    vae=AutoencoderKL(vae),
+    text_encoder=CLIPTextEncoder(text),
+    tokenizer=tokenizer,
+    scheduler=SCHEDULER,
+    params={},
   )
 
 
@@ -171,60 +171,31 @@ def vae_loss(vae: AutoencoderKL, params: Any, images: jax.Array, key: jax.Array)
   return jnp.abs(error).mean() + 4.0 * (error**2).mean() + 0.5 * edges + 1e-4 * kl
 
 
-def denoising_loss(
-    model: pretrained.StableDiffusion,
-    params: Any,
-    latents: jax.Array,
-    ids: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-  """Mean squared error of the network's prediction at uniformly drawn timesteps.
-
-  Args:
-    model: the modules.
-    params: {'unet', 'text_encoder'}.
-    latents: `[B, H, W, C]`, scaled.
-    ids: `[B, L]` int32.
-    key: consumed.
-  """
-  alpha_bar = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
-  time_key, noise_key = jax.random.split(key)
-  timesteps = jax.random.randint(time_key, (len(latents),), 0, len(alpha_bar))
-  noise = jax.random.normal(noise_key, latents.shape)
-  alpha = alpha_bar[timesteps]
-  text = model.text_encoder.apply({"params": params["text_encoder"]}, ids)
-  output = model.unet.apply(
-      {"params": params["unet"]}, ddim.add_noise(alpha, latents, noise), timesteps, text
-  )
-  target = ddim.denoising_target(model.scheduler["prediction_type"], alpha, latents, noise)
-  return jnp.mean((output - target) ** 2)
-
-
 def _optimizer(config: PretrainConfig, steps: int, rate: float) -> optax.GradientTransformation:
   decay = max(1, int(steps * config.decay_share))
   schedule = optax.join_schedules(
-      [
-          optax.linear_schedule(0.0, rate, 100),
-          optax.constant_schedule(rate),
-          optax.linear_schedule(rate, 0.0, decay),
-      ],
-      [100, steps - decay],
+    [
+      optax.linear_schedule(0.0, rate, 100),
+      optax.constant_schedule(rate),
+      optax.linear_schedule(rate, 0.0, decay),
+    ],
+    [100, steps - decay],
   )
   return optax.chain(
-      optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3)
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3)
   )
 
 
 def _fit(
-    name: str,
-    config: PretrainConfig,
-    params: Any,
-    loss_fn: Callable[[Any, Any, jax.Array], jax.Array],
-    batch_fn: Callable[[np.random.Generator], Any],
-    *,
-    steps: int,
-    rate: float,
-    preview: Callable[[Any, int], None],
+  name: str,
+  config: PretrainConfig,
+  params: Any,
+  loss_fn: Callable[[Any, Any, jax.Array], jax.Array],
+  batch_fn: Callable[[np.random.Generator], Any],
+  *,
+  steps: int,
+  rate: float,
+  preview: Callable[[Any, int], None],
 ) -> Any:
   """Minimises `loss_fn(params, batch, key)` by Adam; returns the averaged parameters.
 
@@ -308,14 +279,14 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
 
   vae_params = jax.jit(model.vae.init)(jax.random.fold_in(key, 0), _to_signed(shown[:1]))["params"]
   vae_params = _fit(
-      "vae",
-      config,
-      vae_params,
-      lambda params, batch, key: vae_loss(model.vae, params, _to_signed(batch), key),
-      lambda rng: images[rng.integers(len(images), size=config.vae_batch_size)],
-      steps=config.vae_steps,
-      rate=2 * config.learning_rate,
-      preview=preview_vae,
+    "vae",
+    config,
+    vae_params,
+    lambda params, batch, key: vae_loss(model.vae, params, _to_signed(batch), key),
+    lambda rng: images[rng.integers(len(images), size=config.vae_batch_size)],
+    steps=config.vae_steps,
+    rate=2 * config.learning_rate,
+    preview=preview_vae,
   )
 
   # --- UNet and text encoder, on latents of unit variance ---
@@ -329,20 +300,39 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
     dropped = rng.random(len(rows)) < config.caption_dropout
     return latents[rows], np.where(dropped[:, None], empty, ids[rows])
 
+  alphas = jnp.asarray(ddim.alphas_cumprod(SCHEDULER), jnp.float32)
+
+  def denoising_loss(params, batch, key):
+    latents, ids = batch
+    text = model.text_encoder.apply({"params": params["text_encoder"]}, ids)
+    return losses.denoising_loss(
+      lambda *args: model.unet.apply({"params": params["unet"]}, *args),
+      alphas,
+      SCHEDULER["prediction_type"],
+      latents,
+      text,
+      key,
+    )
+
   rows = [captions.index(c) for c in list(dict.fromkeys(captions))[:64]]
   schedule = ddim.make_schedule(SCHEDULER, 20)
 
   @jax.jit
   def preview_sample(params):
-    encode = lambda x: model.text_encoder.apply({"params": params["text_encoder"]}, x)
+    def encode(x):
+      return model.text_encoder.apply({"params": params["text_encoder"]}, x)
+
     text = encode(ids[rows])
     text = jnp.stack([jnp.broadcast_to(encode(empty[None]), text.shape), text])
-    denoise = lambda *args: model.unet.apply({"params": params["unet"]}, *args)
+
+    def denoise(*args):
+      return model.unet.apply({"params": params["unet"]}, *args)
+
     keys = jax.random.split(jax.random.key(1), len(rows))
     noise = rollout.normal(keys, len(schedule.timesteps), latents.shape[1:])
     path = rollout.sample(denoise, schedule, noise, text, keys, guidance_scale=2.0)
     return model.vae.apply(
-        {"params": vae_params}, path.latents[-1] / scaling_factor, method="decode"
+      {"params": vae_params}, path.latents[-1] / scaling_factor, method="decode"
     )
 
   def preview_unet(params, step):
@@ -352,17 +342,17 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
   text_params = jax.jit(model.text_encoder.init)(jax.random.fold_in(key, 1), ids[:1])["params"]
   text = jnp.zeros((1, TEXT_LENGTH, model.text_encoder.config.hidden_size))
   unet_params = jax.jit(model.unet.init)(
-      jax.random.fold_in(key, 2), latents[:1], jnp.zeros((1,), jnp.int32), text
+    jax.random.fold_in(key, 2), latents[:1], jnp.zeros((1,), jnp.int32), text
   )["params"]
   params = _fit(
-      "unet",
-      config,
-      {"unet": unet_params, "text_encoder": text_params},
-      lambda params, batch, key: denoising_loss(model, params, *batch, key),
-      unet_batch,
-      steps=config.unet_steps,
-      rate=config.learning_rate,
-      preview=preview_unet,
+    "unet",
+    config,
+    {"unet": unet_params, "text_encoder": text_params},
+    denoising_loss,
+    unet_batch,
+    steps=config.unet_steps,
+    rate=config.learning_rate,
+    preview=preview_unet,
   )
   model = dataclasses.replace(model, params={**params, "vae": vae_params})
   pretrained.save(workdir / "emoji-sd", model, dtype=np.float16)

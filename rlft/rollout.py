@@ -14,12 +14,12 @@ Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def guided_output(
-    denoise: Denoiser,
-    sample: jax.Array,
-    timestep: jax.Array,
-    text: jax.Array,
-    *,
-    guidance_scale: float,
+  denoise: Denoiser,
+  sample: jax.Array,
+  timestep: jax.Array,
+  text: jax.Array,
+  *,
+  guidance_scale: float,
 ) -> jax.Array:
   """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale * (cond - uncond).
 
@@ -40,8 +40,11 @@ def guided_output(
   batch = sample.shape[0]
   if guidance_scale == 1.0:
     return denoise(sample, jnp.full((batch,), timestep), text[1])
+
   # Interleaved, not stacked: a batch sharded over devices stays where it is.
-  double = lambda x: jnp.repeat(x, 2, axis=0)
+  def double(x):
+    return jnp.repeat(x, 2, axis=0)
+
   pairs = jnp.swapaxes(text, 0, 1).reshape(2 * batch, *text.shape[2:])
   output = denoise(double(sample), jnp.full((2 * batch,), timestep), pairs)
   output = output.reshape(batch, 2, *sample.shape[1:])
@@ -50,14 +53,14 @@ def guided_output(
 
 
 def policy_log_prob(
-    denoise: Denoiser,
-    schedule: ddim.Schedule,
-    index: jax.Array,
-    sample: jax.Array,
-    next_sample: jax.Array,
-    text: jax.Array,
-    *,
-    guidance_scale: float,
+  denoise: Denoiser,
+  schedule: ddim.Schedule,
+  index: jax.Array,
+  sample: jax.Array,
+  next_sample: jax.Array,
+  text: jax.Array,
+  *,
+  guidance_scale: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of a step that was taken, under the given parameters.
 
@@ -65,7 +68,7 @@ def policy_log_prob(
     (`[B]` mean log-probability of `next_sample`, `[B, H, W, C]` mean of the step), float32.
   """
   output = guided_output(
-      denoise, sample, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
+    denoise, sample, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
   )
   mean = ddim.step_mean(schedule, index, sample, output)
   return ddim.log_prob(next_sample, mean, jnp.asarray(schedule.std)[index]), mean
@@ -77,13 +80,13 @@ def normal(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> j
 
 
 def sample(
-    denoise: Denoiser,
-    schedule: ddim.Schedule,
-    noise: jax.Array,
-    text: jax.Array,
-    keys: jax.Array,
-    *,
-    guidance_scale: float,
+  denoise: Denoiser,
+  schedule: ddim.Schedule,
+  noise: jax.Array,
+  text: jax.Array,
+  keys: jax.Array,
+  *,
+  guidance_scale: float,
 ) -> Trajectory:
   """Samples B trajectories of T steps.
 
@@ -103,7 +106,7 @@ def sample(
 
   def step(latent, index):
     output = guided_output(
-        denoise, latent, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
+      denoise, latent, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
     )
     mean = ddim.step_mean(schedule, index, latent, output)
     std = jnp.asarray(schedule.std)[index]

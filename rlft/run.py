@@ -9,26 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from rlft import checks
-from rlft import ddim
+from rlft import checks, ddim, results, samples, sharding
 from rlft import evaluate as evaluate_lib
 from rlft import pairs as pairs_lib
 from rlft import prompts as prompts_lib
-from rlft import results
 from rlft import sampler as sampler_lib
-from rlft import samples
-from rlft import sharding
 from rlft.advantages import PromptHistory
 from rlft.checkpoint import Checkpointer
 from rlft.config import Config, TaskConfig
+from rlft.inference import make_specs, score_all
 from rlft.models import pretrained
 from rlft.rewards import make_reward
 from rlft.rewards.scoring import Scorer
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import Prompt, UserError
 
 _COUNTED_PROMPTS = 100_000  # of a list, in which those that are too long are counted at the start
 
@@ -100,36 +97,25 @@ def open_run(config: Config) -> Run:
   """
   checks.validate(config)
   checks.validate_devices(
-      config, device_count=jax.device_count(), process_count=jax.process_count()
+    config, device_count=jax.device_count(), process_count=jax.process_count()
   )
   mesh = sharding.make_mesh(config.fsdp)
-  named = {entry.reward for entry in config.task} | {entry.metric for entry in config.eval}
-  rewards = {name: make_reward(name) for name in sorted(named)}
+  rewards = {name: make_reward(name) for name in sorted({task.reward for task in config.task})}
   for task in config.task:
     checks.validate_set_reward(config, task, is_set=rewards[task.reward].is_set)
   prompts = [prompts_lib.load_prompts(task.prompts) for task in config.task]
   for task, entries in zip(config.task, prompts, strict=True):
     checks.validate_prompt_count(config, task, len(entries))
-  evals = [
-      evaluate_lib.EvalSpec(
-          name=entry.name,
-          metric=rewards[entry.metric],
-          prompts=prompts_lib.load_prompts(entry.prompts),
-          images=entry.images,
-          images_per_prompt=entry.images_per_prompt,
-          trained_on=entry.metric in {task.reward for task in config.task},
-      )
-      for entry in config.eval
-  ]
+  evals = make_specs(config.eval, trained_on={task.reward for task in config.task})
 
   model = pretrained.load(
-      config.pretrained, dtype=jnp.dtype(config.compute_dtype), remat=config.remat
+    config.pretrained, dtype=jnp.dtype(config.compute_dtype), remat=config.remat
   )
   schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
   if len(schedule.trainable) < config.train_timesteps:
     raise UserError(
-        f"--train_timesteps={config.train_timesteps}: only {len(schedule.trainable)} of the"
-        f" {config.sampling_steps} sampling steps are random; lower it"
+      f"--train_timesteps={config.train_timesteps}: only {len(schedule.trainable)} of the"
+      f" {config.sampling_steps} sampling steps are random; lower it"
     )
   for task, entries in zip(config.task, prompts, strict=True):
     texts = [entry.text for entry in entries[:_COUNTED_PROMPTS]]
@@ -140,63 +126,50 @@ def open_run(config: Config) -> Run:
     pairs = pairs_lib.load_pairs(config.pretrain_data, size=size, seed=config.seed)
 
   everywhere = sharding.replicated(mesh)
-  frozen = {
-      name: sharding.put(model.params[name], everywhere) for name in ("vae", "text_encoder")
-  }
+  frozen = {name: sharding.put(model.params[name], everywhere) for name in ("vae", "text_encoder")}
   if config.lora_rank or config.kl_weight:
     unet = model.params["unet"]
     frozen["unet"] = sharding.put(unet, sharding.parameters(mesh, unet))
   rows = sharding.batch(mesh)
   return Run(
-      config=config,
-      workdir=Path(config.workdir),
+    config=config,
+    workdir=Path(config.workdir),
+    mesh=mesh,
+    rows=rows,
+    model=model,
+    fingerprint=pretrained.fingerprint(model.params),
+    schedule=schedule,
+    tasks=[
+      Task(
+        config=task,
+        prompts=entries,
+        scorer=Scorer(
+          rewards[task.reward],
+          batch_size=task.batch_size,
+          images_per_prompt=task.images_per_prompt,
+          batch_sharding=rows,
+          timeout_s=config.reward_timeout_s,
+          threads=config.reward_threads,
+        ),
+        history=PromptHistory(length=config.prompt_history, minimum=config.prompt_history_min)
+        if config.advantage == "prompt"
+        else None,
+      )
+      for task, entries in zip(config.task, prompts, strict=True)
+    ],
+    evals=evals,
+    pairs=pairs,
+    empty=prompts_lib.tokenize(model.tokenizer, [""])[0][0],
+    frozen=frozen,
+    sampler=sampler_lib.Sampler(
+      model,
+      batch_size=max(task.batch_size for task in config.task),
+      sampling_steps=config.sampling_steps,
+      guidance_scale=config.guidance_scale,
+      eta=config.eta,
       mesh=mesh,
-      rows=rows,
-      model=model,
-      fingerprint=pretrained.fingerprint(model.params),
-      schedule=schedule,
-      tasks=[
-          Task(
-              config=task,
-              prompts=entries,
-              scorer=make_scorer(
-                  config, rewards[task.reward], task.batch_size, task.images_per_prompt, rows
-              ),
-              history=PromptHistory(
-                  length=config.prompt_history, minimum=config.prompt_history_min
-              )
-              if config.advantage == "prompt"
-              else None,
-          )
-          for task, entries in zip(config.task, prompts, strict=True)
-      ],
-      evals=evals,
-      pairs=pairs,
-      empty=prompts_lib.tokenize(model.tokenizer, [""])[0][0],
-      frozen=frozen,
-      sampler=sampler_lib.Sampler(
-          model,
-          batch_size=max(task.batch_size for task in config.task),
-          sampling_steps=config.sampling_steps,
-          guidance_scale=config.guidance_scale,
-          eta=config.eta,
-          mesh=mesh,
-      ),
-      checkpointer=Checkpointer(Path(config.workdir, "checkpoints"), keep=config.keep_checkpoints),
-  )
-
-
-def make_scorer(
-    config: Config, reward: Reward, batch_size: int, images_per_prompt: int, rows: NamedSharding
-) -> Scorer:
-  """A scorer for batches of one size, with the run's deadline and threads."""
-  return Scorer(
-      reward,
-      batch_size=batch_size,
-      images_per_prompt=images_per_prompt,
-      batch_sharding=rows,
-      timeout_s=config.reward_timeout_s,
-      threads=config.reward_threads,
+    ),
+    checkpointer=Checkpointer(Path(config.workdir, "checkpoints"), keep=config.keep_checkpoints),
   )
 
 
@@ -214,44 +187,24 @@ def measure(run: Run, params: Any, iteration: int) -> None:
     return run.sampler(texts, seed, params=params, progress="evaluating" if run.writes else "")
 
   def score(reward, images, prompts, images_per_prompt):
-    return score_all(run, reward, images, prompts, images_per_prompt)
+    return score_all(
+      reward,
+      images,
+      prompts,
+      images_per_prompt=images_per_prompt,
+      rows=run.rows,
+      timeout_s=run.config.reward_timeout_s,
+      threads=run.config.reward_threads,
+    )
 
   def keep(spec, images, prompts):
     if run.writes and run.config.report_images:
       samples.save_samples(
-          run.workdir, spec.name, iteration, images, prompts, max_prompts=run.config.report_images
+        run.workdir, spec.name, iteration, images, prompts, max_prompts=run.config.report_images
       )
 
   measured = evaluate_lib.evaluate(
-      run.evals, sample=sample, score=score, seed=run.config.eval_seed, keep=keep
+    run.evals, sample=sample, score=score, seed=run.config.eval_seed, keep=keep
   )
   if run.writes:
     results.append_history(run.workdir, iteration, measured)
-
-
-def score_all(
-    run: Run,
-    reward: Reward,
-    images: np.ndarray,
-    prompts: Sequence[Prompt],
-    images_per_prompt: int,
-) -> np.ndarray:
-  """Scores any number of images: `[N]`, or `[N / G]` for a set reward.
-
-  Args:
-    run: the run.
-    reward: the metric.
-    images: `[N, H, W, 3]` float32 in [0, 1], on every process.
-    prompts: N; the images of a set follow each other.
-    images_per_prompt: G.
-  """
-  count = len(images)
-  # Padded by copies of the last set, so that the rows can be spread over the devices.
-  rows = np.arange(-(-count // (size := np.lcm(images_per_prompt, run.mesh.size))) * size)
-  rows = np.where(rows < count, rows, count - images_per_prompt + rows % images_per_prompt)
-  scorer = make_scorer(run.config, reward, len(rows), images_per_prompt, run.rows)
-  with scorer:
-    placed = sharding.put(np.asarray(images)[rows], run.rows)
-    pending = scorer.submit(placed, [prompts[row] for row in rows])
-    scores = sampler_lib.fetch(pending.result())[:count]
-  return scores[::images_per_prompt] if reward.is_set else scores

@@ -5,22 +5,23 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from rlft import ddim
+from rlft import ddim, rollout, sharding
 from rlft import prompts as prompts_lib
-from rlft import rollout
-from rlft import sharding
 from rlft.models.pretrained import StableDiffusion
 from rlft.types import Trajectory, UserError
 
 
 def embed(model: StableDiffusion, text_params: Any, ids: jax.Array, empty: jax.Array) -> jax.Array:
   """`[2, B, L, D]`: embeddings of the empty prompt `[L]` and of the prompts `[B, L]`."""
-  encode = lambda x: model.text_encoder.apply({"params": text_params}, x)
+
+  def encode(x):
+    return model.text_encoder.apply({"params": text_params}, x)
+
   text = encode(ids)
   return jnp.stack([jnp.broadcast_to(encode(empty[None]), text.shape), text])
 
@@ -46,16 +47,16 @@ def latent_shape(model: StableDiffusion) -> tuple[int, int, int]:
 
 
 def generate(
-    model: StableDiffusion,
-    schedule: ddim.Schedule,
-    unet_params: Any,
-    frozen: Any,
-    ids: jax.Array,
-    empty: jax.Array,
-    keys: jax.Array,
-    *,
-    guidance_scale: float,
-    constrain: Any = lambda x, axis: x,
+  model: StableDiffusion,
+  schedule: ddim.Schedule,
+  unet_params: Any,
+  frozen: Any,
+  ids: jax.Array,
+  empty: jax.Array,
+  keys: jax.Array,
+  *,
+  guidance_scale: float,
+  constrain: Any = lambda x, axis: x,
 ) -> tuple[Trajectory, jax.Array, jax.Array]:
   """Samples an image for each prompt; pure, to be jitted.
 
@@ -89,14 +90,14 @@ class Sampler:
   """Draws images in batches of one size; compiled once."""
 
   def __init__(
-      self,
-      model: StableDiffusion,
-      *,
-      batch_size: int,
-      sampling_steps: int,
-      guidance_scale: float,
-      eta: float = 1.0,
-      mesh: Mesh | None = None,
+    self,
+    model: StableDiffusion,
+    *,
+    batch_size: int,
+    sampling_steps: int,
+    guidance_scale: float,
+    eta: float = 1.0,
+    mesh: Mesh | None = None,
   ):
     """Places the frozen weights on the mesh (all devices if None).
 
@@ -106,30 +107,30 @@ class Sampler:
     self._mesh = mesh or sharding.make_mesh()
     if batch_size % self._mesh.size:
       raise UserError(
-          f"batch size {batch_size} cannot be spread over {self._mesh.size} devices: choose a"
-          " multiple"
+        f"batch size {batch_size} cannot be spread over {self._mesh.size} devices: choose a"
+        " multiple"
       )
     self._model = model
     self._batch_size = batch_size
     self._schedule = ddim.make_schedule(model.scheduler, sampling_steps, eta=eta)
     everywhere = sharding.replicated(self._mesh)
     self._frozen = sharding.put(
-        {name: model.params[name] for name in ("vae", "text_encoder")}, everywhere
+      {name: model.params[name] for name in ("vae", "text_encoder")}, everywhere
     )
     self._params = None
     self._empty = prompts_lib.tokenize(model.tokenizer, [""])[0][0]
     self._generate = jax.jit(
-        lambda params, frozen, ids, empty, keys: generate(
-            model,
-            self._schedule,
-            sharding.gather(self._mesh, params),
-            frozen,
-            ids,
-            empty,
-            keys,
-            guidance_scale=guidance_scale,
-        )[1],
-        out_shardings=sharding.batch(self._mesh),
+      lambda params, frozen, ids, empty, keys: generate(
+        model,
+        self._schedule,
+        sharding.gather(self._mesh, params),
+        frozen,
+        ids,
+        empty,
+        keys,
+        guidance_scale=guidance_scale,
+      )[1],
+      out_shardings=sharding.batch(self._mesh),
     )
 
   def initial_noise(self, count: int, seed: int) -> np.ndarray:
@@ -138,7 +139,7 @@ class Sampler:
     return np.asarray(rollout.normal(_keys(seed, 0, count), steps, latent_shape(self._model)))
 
   def __call__(
-      self, prompts: Sequence[str], seed: int, *, params: Any = None, progress: str = ""
+    self, prompts: Sequence[str], seed: int, *, params: Any = None, progress: str = ""
   ) -> np.ndarray:
     """Draws one image for each prompt.
 
@@ -164,8 +165,11 @@ class Sampler:
     starts = range(0, count, size)
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
       batch = self._generate(
-          params, self._frozen, place(ids[start : start + size]), self._empty,
-          _keys(seed, start, size),
+        params,
+        self._frozen,
+        place(ids[start : start + size]),
+        self._empty,
+        _keys(seed, start, size),
       )
       images.append(fetch(batch))
     return np.concatenate(images)[:count]

@@ -59,8 +59,8 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, replicated(mesh)), tree)
 
   run.defvjp(
-      lambda tree: (run(tree), None),
-      lambda _, gradient: (jax.tree.map(constrain, gradient, shardings),),
+    lambda tree: (run(tree), None),
+    lambda _, gradient: (jax.tree.map(constrain, gradient, shardings),),
   )
   return run(tree)
 

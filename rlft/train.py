@@ -27,18 +27,11 @@ import optax
 
 from rlft import advantages as advantages_lib
 from rlft import config as config_lib
-from rlft import ddim
-from rlft import files
+from rlft import ddim, files, losses, order, report, results, rollout, sharding
 from rlft import lora as lora_lib
-from rlft import losses
-from rlft import order
 from rlft import pairs as pairs_lib
 from rlft import prompts as prompts_lib
-from rlft import report
-from rlft import results
-from rlft import rollout
 from rlft import sampler as sampler_lib
-from rlft import sharding
 from rlft.config import Config
 from rlft.metrics import MetricsWriter, Progress
 from rlft.models.pretrained import StableDiffusion
@@ -89,11 +82,11 @@ class Programs:
 
 
 def make_programs(
-    config: Config,
-    model: StableDiffusion,
-    schedule: ddim.Schedule,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+  config: Config,
+  model: StableDiffusion,
+  schedule: ddim.Schedule,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
 ) -> Programs:
   """Builds the pure functions of an iteration and jits them over the mesh.
 
@@ -102,9 +95,12 @@ def make_programs(
   """
   guidance = config.guidance_scale
   rows = sharding.batch(mesh)
-  constrain = lambda x, axis: jax.lax.with_sharding_constraint(x, sharding.batch(mesh, axis))
+
+  def constrain(x, axis):
+    return jax.lax.with_sharding_constraint(x, sharding.batch(mesh, axis))
+
   alphas = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
-  lora_scale = scale_of_lora(config)
+  lora_scale = lora_lib.scale(config.lora_rank, config.lora_alpha)
 
   def unet_params(params, frozen):
     """The UNet's tree, whole on each device."""
@@ -117,40 +113,40 @@ def make_programs(
 
   def sample(state, frozen, ids, empty, keys):
     return sampler_lib.generate(
-        model,
-        schedule,
-        unet_params(state.params, frozen),
-        frozen,
-        ids,
-        empty,
-        keys,
-        guidance_scale=guidance,
-        constrain=constrain,
+      model,
+      schedule,
+      unet_params(state.params, frozen),
+      frozen,
+      ids,
+      empty,
+      keys,
+      guidance_scale=guidance,
+      constrain=constrain,
     )
 
   def policy_loss(params, frozen, path, text, advantage, mask, index):
     """J of the paper at one timestep, plus the KL divergence to the base model."""
     log_prob, mean = rollout.policy_log_prob(
-        denoiser(unet_params(params, frozen)),
+      denoiser(unet_params(params, frozen)),
+      schedule,
+      index,
+      path.latents[index],
+      path.latents[index + 1],
+      text,
+      guidance_scale=guidance,
+    )
+    loss, metrics = losses.clipped_surrogate(
+      log_prob, path.log_probs[index], advantage, mask, clip_range=config.clip_range
+    )
+    if config.kl_weight:
+      _, base_mean = rollout.policy_log_prob(
+        denoiser(sharding.gather(mesh, frozen["unet"])),
         schedule,
         index,
         path.latents[index],
         path.latents[index + 1],
         text,
         guidance_scale=guidance,
-    )
-    loss, metrics = losses.clipped_surrogate(
-        log_prob, path.log_probs[index], advantage, mask, clip_range=config.clip_range
-    )
-    if config.kl_weight:
-      _, base_mean = rollout.policy_log_prob(
-          denoiser(sharding.gather(mesh, frozen["unet"])),
-          schedule,
-          index,
-          path.latents[index],
-          path.latents[index + 1],
-          text,
-          guidance_scale=guidance,
       )
       std = jnp.asarray(schedule.std)[index]
       kl = losses.masked_mean(losses.gaussian_kl(mean, base_mean, std), mask)
@@ -167,14 +163,14 @@ def make_programs(
 
     def add(total, index):
       gradient, metrics = jax.grad(policy_loss, has_aux=True)(
-          state.params, frozen, path, text, advantage, mask, index
+        state.params, frozen, path, text, advantage, mask, index
       )
       return jax.tree.map(lambda t, g: t + g / len(indices), total, gradient), metrics
 
     gradient, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), indices)
     metrics = {
-        name: (jnp.max if name.startswith("ratio/") else jnp.mean)(values)
-        for name, values in metrics.items()
+      name: (jnp.max if name.startswith("ratio/") else jnp.mean)(values)
+      for name, values in metrics.items()
     }
     metrics["grad_norm"] = optax.global_norm(gradient)
     return step(state, gradient), metrics
@@ -186,12 +182,12 @@ def make_programs(
 
     def loss_fn(params):
       loss = losses.denoising_loss(
-          denoiser(unet_params(params, frozen)),
-          alphas,
-          schedule.prediction_type,
-          latents,
-          text,
-          key,
+        denoiser(unet_params(params, frozen)),
+        alphas,
+        schedule.prediction_type,
+        latents,
+        text,
+        key,
       )
       return config.pretrain_weight * loss, loss
 
@@ -199,7 +195,9 @@ def make_programs(
     return step(state, gradient), {"loss/pretrain": loss}
 
   def average(state):
-    mix = lambda e, p: config.ema_decay * e + (1 - config.ema_decay) * p
+    def mix(e, p):
+      return config.ema_decay * e + (1 - config.ema_decay) * p
+
     return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, state.params))
 
   def merged(state, frozen):
@@ -208,24 +206,19 @@ def make_programs(
 
   path_sharding = Trajectory(latents=sharding.batch(mesh, 1), log_probs=sharding.batch(mesh, 1))
   return Programs(
-      sample=jax.jit(sample, out_shardings=(path_sharding, rows, sharding.batch(mesh, 1))),
-      advantages=jax.jit(
-          lambda rewards, group: advantages_lib.normalise(
-              rewards, clip=config.advantage_clip, group_size=group
-          ),
-          static_argnums=1,
-          out_shardings=rows,
+    sample=jax.jit(sample, out_shardings=(path_sharding, rows, sharding.batch(mesh, 1))),
+    advantages=jax.jit(
+      lambda rewards, group: advantages_lib.normalise(
+        rewards, clip=config.advantage_clip, group_size=group
       ),
-      update=jax.jit(update, donate_argnums=0),
-      pretrain=jax.jit(pretrain, donate_argnums=0),
-      average=jax.jit(average, donate_argnums=0),
-      merged=jax.jit(merged),
+      static_argnums=1,
+      out_shardings=rows,
+    ),
+    update=jax.jit(update, donate_argnums=0),
+    pretrain=jax.jit(pretrain, donate_argnums=0),
+    average=jax.jit(average, donate_argnums=0),
+    merged=jax.jit(merged),
   )
-
-
-def scale_of_lora(config: Config) -> float:
-  """alpha / rank, with alpha = rank where it is not given; 0 without LoRA."""
-  return (config.lora_alpha or config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
 
 
 def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
@@ -251,7 +244,7 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def run_task(
-    run: Run, programs: Programs, state: TrainState, number: int, iteration: int, stop: Stop
+  run: Run, programs: Programs, state: TrainState, number: int, iteration: int, stop: Stop
 ) -> tuple[TrainState, dict[str, float]] | None:
   """Samples, scores and updates for one task.
 
@@ -275,16 +268,16 @@ def run_task(
   # --- sample ---
   start = time.perf_counter()
   rows = order.batch_indices(
-      config.seed, number, iteration, count=batch // group, size=len(task.prompts)
+    config.seed, number, iteration, count=batch // group, size=len(task.prompts)
   )
   prompts = [prompt for row in rows.tolist() for prompt in [task.prompts[row]] * group]
   ids, _ = prompts_lib.tokenize(run.model.tokenizer, [prompt.text for prompt in prompts])
   path, images, text = programs.sample(
-      state,
-      run.frozen,
-      sharding.put(ids, run.rows),
-      run.empty,
-      sampler_lib.image_keys(_key(config.seed, iteration, number), 0, batch),
+    state,
+    run.frozen,
+    sharding.put(ids, run.rows),
+    run.empty,
+    sampler_lib.image_keys(_key(config.seed, iteration, number), 0, batch),
   )
   jax.block_until_ready(images)
   sampled = time.perf_counter()
@@ -297,9 +290,9 @@ def run_task(
   unscored = metrics[f"reward/{name}/unscored"]
   if unscored > config.max_nan_share:
     raise RewardError(
-        f"task {name}, iteration {iteration}: {unscored:.0%} of the images could not be scored by"
-        f" {task.config.reward}, more than --max_nan_share={config.max_nan_share:g}: correct the"
-        " reward, then run the same command to go on"
+      f"task {name}, iteration {iteration}: {unscored:.0%} of the images could not be scored by"
+      f" {task.config.reward}, more than --max_nan_share={config.max_nan_share:g}: correct the"
+      " reward, then run the same command to go on"
     )
   if stop.requested():
     return None
@@ -314,54 +307,54 @@ def run_task(
 
   # --- update ---
   picked = run.schedule.trainable[
-      order.subset(
-          config.seed,
-          _TIMESTEP_STREAM + number,
-          iteration,
-          count=config.train_timesteps,
-          size=len(run.schedule.trainable),
-      )
+    order.subset(
+      config.seed,
+      _TIMESTEP_STREAM + number,
+      iteration,
+      count=config.train_timesteps,
+      size=len(run.schedule.trainable),
+    )
   ].astype(np.int32)
   updates = []
   for indices in [picked] if config.accumulate_timesteps else picked[:, None]:
     state, values = programs.update(
-        state, run.frozen, path, text, advantages, jnp.isfinite(scores), indices
+      state, run.frozen, path, text, advantages, jnp.isfinite(scores), indices
     )
     updates.append(values)
   metrics |= _update_metrics(name, jax.device_get(updates))
   metrics |= {
-      f"time/sample_s/{name}": sampled - start,
-      f"time/reward_s/{name}": scored - sampled,
-      f"time/update_s/{name}": time.perf_counter() - scored,
+    f"time/sample_s/{name}": sampled - start,
+    f"time/reward_s/{name}": scored - sampled,
+    f"time/update_s/{name}": time.perf_counter() - scored,
   }
   where = f"task {name}, iteration {iteration}"
   deviation = metrics[f"ratio/max_abs_deviation/{name}"]
   if not deviation <= config.ratio_tolerance:
     raise UserError(
-        f"{where}: the ratio before the first update deviates from 1 by {deviation:.2e}, more than"
-        f" --ratio_tolerance={config.ratio_tolerance:g}: sampling and training disagree; use"
-        " --compute_dtype=float32, or raise the tolerance knowingly"
+      f"{where}: the ratio before the first update deviates from 1 by {deviation:.2e}, more than"
+      f" --ratio_tolerance={config.ratio_tolerance:g}: sampling and training disagree; use"
+      " --compute_dtype=float32, or raise the tolerance knowingly"
     )
   _check_finite(where, metrics[f"grad_norm/{name}"])
   return state, metrics
 
 
 def run_pretrain(
-    run: Run, programs: Programs, state: TrainState, iteration: int
+  run: Run, programs: Programs, state: TrainState, iteration: int
 ) -> tuple[TrainState, dict[str, float]]:
   """One step on the pretraining loss; `state` is donated."""
   config, start = run.config, time.perf_counter()
   rows = pairs_lib.pair_indices(
-      config.seed, iteration, count=config.pretrain_batch_size, size=len(run.pairs)
+    config.seed, iteration, count=config.pretrain_batch_size, size=len(run.pairs)
   )
   captions = [run.pairs.captions[row] for row in rows]
   ids, _ = prompts_lib.tokenize(run.model.tokenizer, captions)
   state, metrics = programs.pretrain(
-      state,
-      run.frozen,
-      sharding.put(run.pairs.images(rows), run.rows),
-      sharding.put(ids, run.rows),
-      _key(config.seed, iteration, len(run.tasks)),
+    state,
+    run.frozen,
+    sharding.put(run.pairs.images(rows), run.rows),
+    sharding.put(ids, run.rows),
+    _key(config.seed, iteration, len(run.tasks)),
   )
   metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
   _check_finite(f"pretraining step, iteration {iteration}", metrics["loss/pretrain"])
@@ -375,8 +368,8 @@ def _key(seed: int, iteration: int, number: int) -> jax.Array:
 def _check_finite(where: str, value: float) -> None:
   if not np.isfinite(value):
     raise UserError(
-        f"{where}: the gradient or loss is not finite; lower --learning_rate and run the same"
-        " command to go on from the last checkpoint"
+      f"{where}: the gradient or loss is not finite; lower --learning_rate and run the same"
+      " command to go on from the last checkpoint"
     )
 
 
@@ -410,15 +403,17 @@ def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:
   def of(key):
     return [value for name, value in metrics.items() if name.startswith(f"{key}/")]
 
-  times = {f"time/{phase}_s": sum(of(f"time/{phase}_s")) for phase in ("sample", "reward", "update")}
+  times = {
+    f"time/{phase}_s": sum(of(f"time/{phase}_s")) for phase in ("sample", "reward", "update")
+  }
   seconds = sum(times.values())
   return {
-      "ratio/max_abs_deviation": max(of("ratio/max_abs_deviation")),
-      **{key: float(np.mean(of(key))) for key in ("clip_fraction", "approx_kl", "grad_norm")},
-      **times,
-      "time/iteration_s": seconds,
-      "images_per_second": images / seconds,
-      **metrics,
+    "ratio/max_abs_deviation": max(of("ratio/max_abs_deviation")),
+    **{key: float(np.mean(of(key))) for key in ("clip_fraction", "approx_kl", "grad_norm")},
+    **times,
+    "time/iteration_s": seconds,
+    "images_per_second": images / seconds,
+    **metrics,
   }
 
 
@@ -449,12 +444,12 @@ def train(config: Config) -> None:
   """
   run = open_run(config)
   optimizer = make_optimizer(
-      learning_rate=config.learning_rate,
-      b1=config.adam_b1,
-      b2=config.adam_b2,
-      eps=config.adam_eps,
-      weight_decay=config.weight_decay,
-      max_grad_norm=config.max_grad_norm,
+    learning_rate=config.learning_rate,
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    weight_decay=config.weight_decay,
+    max_grad_norm=config.max_grad_norm,
   )
   programs = make_programs(config, run.model, run.schedule, optimizer, run.mesh)
   state, cursor = _resume(run, initial_state(run, optimizer))
@@ -522,14 +517,14 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
 def _save(run: Run, state: TrainState, cursor: Cursor) -> None:
   """Starts an asynchronous save; its step counts units of work."""
   run.checkpointer.save(
-      cursor.iteration * (len(run.tasks) + 1) + cursor.task,
-      state,
-      {
-          "cursor": dataclasses.asdict(cursor),
-          "config": config_lib.to_json(run.config),
-          "base_model": run.fingerprint,
-          "histories": [task.history.state() if task.history else None for task in run.tasks],
-      },
+    cursor.iteration * (len(run.tasks) + 1) + cursor.task,
+    state,
+    {
+      "cursor": dataclasses.asdict(cursor),
+      "config": config_lib.to_json(run.config),
+      "base_model": run.fingerprint,
+      "histories": [task.history.state() if task.history else None for task in run.tasks],
+    },
   )
 
 
@@ -545,8 +540,8 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
   _, state, meta = restored
   if meta["base_model"] != run.fingerprint:
     raise UserError(
-        f"the checkpoint in {run.workdir} was trained from another base model than"
-        f" {run.config.pretrained}: give that model, or a new --workdir"
+      f"the checkpoint in {run.workdir} was trained from another base model than"
+      f" {run.config.pretrained}: give that model, or a new --workdir"
     )
   for change in config_lib.check_resume(config_lib.from_json(meta["config"]), run.config):
     _log.warning("resuming with a changed setting: %s", change)
@@ -563,9 +558,7 @@ def _report(run: Run) -> None:
   history = results.read_history(run.workdir)
   if history:
     before, after = history[0][1], history[-1][1]
-    results.write_eval_json(
-        run.workdir, before, after, history, dataclasses.asdict(run.config)
-    )
+    results.write_eval_json(run.workdir, before, after, history, dataclasses.asdict(run.config))
     print(results.table(before, after))
   page = report.write_report(run.workdir, command=shlex.join(["python", *sys.argv]))
   print(f"report: {page}")

@@ -12,6 +12,7 @@ from rlft.emoji import art, scorer, scorer_data, scorer_train, world
 from rlft.types import UserError
 
 DOG, CAR = (art.OBJECTS.index(name) for name in ("dog", "car"))
+look = jax.jit(scorer.predict)
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +41,30 @@ def test_accuracy_on_spoiled_scenes(params):
 
 
 def test_shapes_ranges_and_other_sizes(params):
-  images = np.random.default_rng(0).random((3, 32, 32, 3)).astype(np.float32)
-  scores = jax.jit(scorer.predict)(params, images)
+  images = np.random.default_rng(0).random((60, 32, 32, 3)).astype(np.float32)
+  images[-1] = render("object", objects=["dog"])
+  scores = look(params, images)
   shapes = {name: value.shape for name, value in vars(scores).items()}
   assert shapes == {
-    "object_probs": (3, 60), "tone_probs": (3, 4), "skin_prob": (3,), "vividness": (3,),
+    "object_probs": (60, 60), "tone_probs": (60, 4), "skin_prob": (60,), "vividness": (60,),
   }  # fmt: skip
   for value in vars(scores).values():
     assert value.dtype == np.float32 and value.min() >= 0 and value.max() <= 1
   np.testing.assert_allclose(scores.tone_probs.sum(1), 1, atol=1e-6)
-  assert scores.object_probs.max() < 0.5 and scores.skin_prob.max() < 0.5  # noise is nothing
-
-  image = render("object", objects=["dog"])
-  large = np.asarray(jax.image.resize(image, (64, 48, 3), "linear"))
-  for size in (image, large):
-    assert scorer.predict(params, size[None]).object_probs[0, DOG] > 0.8
+  jax.tree.map(np.testing.assert_array_equal, scores, look(params, images))
+  large = look(params, np.asarray(jax.image.resize(images[-1:], (1, 64, 48, 3), "linear")))
+  assert scores.object_probs[-1, DOG] > 0.8 and large.object_probs[0, DOG] > 0.8
+  # Noise is nothing.
+  assert scores.object_probs[:-1].max() < 0.5 and scores.skin_prob[:-1].max() < 0.5
 
 
 def test_confidence_grades_what_fades(params):
-  vivid = [render("object", seed=s, objects=["car"]) for s in range(20)]
-  images = [share * v + (1 - share) * v[0, 0] for share in (1, 0.5, 0.1) for v in vivid]
-  confidence = scorer.predict(params, np.stack(images)).object_probs[:, CAR].reshape(3, 20).mean(1)
-  assert confidence[0] > confidence[1] + 0.1 > confidence[2] + 0.2
+  cars = [
+    render("object", seed=s, objects=["car"], saturation=0.8, contrast=0.9) for s in range(20)
+  ]
+  images = [share * car + (1 - share) * car[0, 0] for share in (1, 0.5, 0.1) for car in cars]
+  confidence = look(params, np.stack(images)).object_probs[:, CAR].reshape(3, 20).mean(1)
+  assert confidence[0] > confidence[1] + 0.1 and confidence[1] > confidence[2] + 0.1
 
 
 def test_vividness_ranks_versions_of_a_scene(params):
@@ -71,7 +74,7 @@ def test_vividness_ranks_versions_of_a_scene(params):
     for s, c in levels
     for seed in range(20)
   ]
-  values = np.asarray(scorer.predict(params, np.stack(images)).vividness).reshape(3, 20)
+  values = np.asarray(look(params, np.stack(images)).vividness).reshape(3, 20)
   assert np.mean(values[0] > values[1]) >= 0.95 and np.mean(values[1] > values[2]) >= 0.95
 
 

@@ -1,0 +1,162 @@
+"""The launch scripts, as a user calls them: train, sample, evaluate, export, and diffusers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import models_cases
+import numpy as np
+import PIL.Image
+import pytest
+
+from rlft import finetuned
+from rlft.models import pretrained
+from rlft.sampler import Sampler
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, GUIDANCE = 4, 3.0
+
+
+def launch(script, *arguments, cwd):
+  # One device: the virtual ones of the tests would only take longer to compile for.
+  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+  command = [sys.executable, ROOT / "launch" / f"{script}.py", *arguments]
+  return subprocess.run(
+    command,
+    cwd=cwd,
+    env=env | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Where a LoRA was trained for an iteration: `base`, `run`, `prompts.txt`, `reward.py`."""
+  folder = tmp_path_factory.mktemp("launch")
+  pretrained.save(folder / "base", models_cases.tiny_pipeline())
+  (folder / "prompts.txt").write_text("\n".join(models_cases.PROMPTS))
+  (folder / "reward.py").write_text(
+    "def bright(images, prompts, metadata):\n  return images.mean((1, 2, 3))\n"
+  )
+  done = launch(
+    "train",
+    "--pretrained=base",
+    "--workdir=run",
+    "--task=name=bright,prompts=prompts.txt,reward=host:reward.py:bright,batch_size=4",
+    "--eval=name=bright,prompts=prompts.txt,metric=host:reward.py:bright,images=4",
+    "--iterations=1",
+    f"--sampling_steps={STEPS}",
+    f"--guidance_scale={GUIDANCE}",
+    "--train_timesteps=2",
+    # The update is the learning rate's sign: large enough to be seen in the pictures.
+    "--learning_rate=0.1",
+    "--pretrain_weight=0",
+    "--lora_rank=2",
+    "--lora_alpha=4",
+    "--compute_dtype=float32",
+    cwd=folder,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return folder
+
+
+def test_a_run_leaves_its_files(folder):
+  files = {path.name for path in (folder / "run").iterdir()}
+  assert {"config.json", "metrics.jsonl", "eval.json", "report.html", "checkpoints"} <= files
+
+
+def test_sample(folder):
+  prompt = models_cases.PROMPTS[0]
+  done = launch(
+    "sample",
+    "--model=run",
+    f"--prompt={prompt}",
+    "--prompts=prompts.txt",
+    "--images_per_prompt=2",
+    "--output=grid.png",
+    cwd=folder,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("grid.png: 3 prompts, 2 images each (seed 1000, sampling_steps 4")
+  with PIL.Image.open(folder / "grid.png") as picture:
+    assert picture.size == (2 * 130 + 2, 3 * 130 + 2)
+
+
+def test_evaluate_repeats_the_runs_own_evaluation(folder):
+  done = launch("evaluate", "--model=run", "--output=again.json", cwd=folder)
+  assert done.returncode == 0, done.stderr
+  assert "bright" in done.stdout
+  again = json.loads((folder / "again.json").read_text())["results"]["bright"]
+  own = json.loads((folder / "run" / "eval.json").read_text())["after"]["bright"]
+  assert again["mean"] == pytest.approx(own["mean"], abs=1e-6)
+  assert again["images"] == own["images"] == 4 and again["trained_on"]
+
+
+def test_export_is_the_run_and_diffusers_draws_the_same(folder):
+  done = launch(
+    "export", "--workdir=run", "--output=exported", "--lora_output=lora.safetensors", cwd=folder
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == "wrote exported\nwrote lora.safetensors\n"
+
+  prompts = list(models_cases.PROMPTS)
+  sampler = Sampler(
+    pretrained.load(folder / "exported"),
+    batch_size=8,
+    sampling_steps=STEPS,
+    guidance_scale=GUIDANCE,
+    eta=0.0,
+  )
+  ours, noise = sampler(prompts, 3), sampler.initial_noise(len(prompts), 3)
+  base = pretrained.load(folder / "base")
+  plain = sampler(prompts, 3, params=base.params["unet"])
+  assert np.abs(ours - plain).max() > 0.02, "the training changed nothing that can be compared"
+
+  torch = pytest.importorskip("torch")
+  diffusers = pytest.importorskip("diffusers")
+
+  def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.tensor(noise).permute(0, 3, 1, 2)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "eta": 0.0}
+    return pipe(prompts, latents=latents, output_type="np", **settings).images
+
+  pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "exported")
+  np.testing.assert_allclose(draw(pipe), ours, atol=1e-3)
+
+  pytest.importorskip("peft")
+  pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "base")
+  np.testing.assert_allclose(draw(pipe), plain, atol=1e-3)
+  pipe.load_lora_weights(folder, weight_name="lora.safetensors")
+  np.testing.assert_allclose(draw(pipe), ours, atol=1e-3)
+
+
+def test_an_exported_model_has_no_lora(folder):
+  assert finetuned.load(str(folder / "run")).lora is not None
+  done = launch("export", "--workdir=base", "--lora_output=other.safetensors", cwd=folder)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: base has no LoRA") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "message"),
+  [
+    ("train", ["--iteration=3"], "unknown flag --iteration: did you mean --iterations?"),
+    ("train", ["--pretrained=emoji-sd"], "--workdir is missing"),
+    ("sample", ["--model=nowhere", "--prompt=a"], "'nowhere' is not a directory"),
+    ("sample", [], "Flag --model must have a value"),
+    ("evaluate", ["--model=nowhere", "--eval=emojy"], "unknown preset 'emojy', did you mean emoji"),
+    ("export", ["--workdir=run"], "nothing to write: give --output"),
+    ("export", ["--output=here"], "--workdir is missing"),
+  ],
+)
+def test_a_mistake_is_one_line(tmp_path, script, arguments, message):
+  done = launch(script, *arguments, cwd=tmp_path)
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr.startswith("error: ") and message in done.stderr
+  assert done.stderr.count("\n") == 1
+  assert not list(tmp_path.iterdir())
