@@ -19,6 +19,8 @@ from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
 
+_UNREADABLE = ".unreadable"  # after the step's number, in the name of a directory set aside
+
 
 class Checkpointer:
   """Saves and restores (state, meta) by step in one directory.
@@ -26,9 +28,22 @@ class Checkpointer:
   `state` is a pytree of arrays; `meta` is a small JSON-serialisable dict.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2):
+  def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+    """Opens the directory, and makes it where it is missing.
+
+    Args:
+      directory: the checkpoints'.
+      keep: newest checkpoints that stay; older ones are deleted after a save.
+      read_only: only reads; what looks like the remains of a crash may be the save of a run that
+        is going on, and stays.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
     self._directory = Path(directory).absolute()
     self._keep = keep
+    self._read_only = read_only
+    self._saving = 0
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -42,7 +57,9 @@ class Checkpointer:
           "state": ocp.PyTreeCheckpointHandler(),
           "meta": ocp.JsonCheckpointHandler(),
         },
-        options=ocp.CheckpointManagerOptions(
+        options=ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        if self._read_only
+        else ocp.CheckpointManagerOptions(
           max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
         ),
       )
@@ -56,6 +73,7 @@ class Checkpointer:
     """Starts an asynchronous save; a save of the same step that exists already is kept."""
     if step in self._manager.all_steps():
       return
+    self._saving = step
     try:
       self._manager.save(
         step,
@@ -65,19 +83,19 @@ class Checkpointer:
         force=True,
       )
     except (OSError, ValueError) as error:
-      raise self._save_error(step, error) from error
+      raise self._save_error(error) from error
 
   def wait(self) -> None:
     """Returns when every save so far is committed."""
     try:
       self._manager.wait_until_finished()
     except (OSError, ValueError) as error:
-      raise self._save_error("?", error) from error
+      raise self._save_error(error) from error
 
-  def _save_error(self, step, error) -> UserError:
+  def _save_error(self, error: Exception) -> UserError:
     return UserError(
-      f"checkpoint {step} could not be written in {self._directory}"
-      f" ({str(error).splitlines()[0]}); earlier checkpoints are intact: free some space or fix"
+      f"checkpoint {self._saving} could not be written in {self._directory}"
+      f" ({_first_line(error)}); earlier checkpoints are intact: free some space or fix"
       " the directory, then run the same command to resume"
     )
 
@@ -96,17 +114,11 @@ class Checkpointer:
     Raises:
       UserError: checkpoints exist and none can be read, or the newest belongs to another model.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
     failures = []
-    for step in steps:
+    for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        meta = meta["meta"]
-      except Exception as error:  # Orbax raises a dozen types for a damaged directory.
-        failures.append(self._set_aside(step, error))
-        continue
-      self._check_shapes(step, template)
-      try:
+        self._check_shapes(step, template)
         restored = self._manager.restore(
           step,
           args=ocp.args.Composite(
@@ -116,10 +128,14 @@ class Checkpointer:
             )
           ),
         )
-      except Exception as error:
+      except UserError:
+        raise
+      except Exception as error:  # Orbax raises a dozen types for a damaged directory.
         failures.append(self._set_aside(step, error))
         continue
-      return step, restored["state"], meta
+      return step, restored["state"], meta["meta"]
+    # Also those of an earlier attempt: a run must not start afresh because it was tried twice.
+    failures += sorted(path.name for path in self._directory.glob(f"*{_UNREADABLE}"))
     if failures:
       raise UserError(
         f"no checkpoint in {self._directory} can be read ({failures[0]}); delete the directory"
@@ -150,7 +166,7 @@ class Checkpointer:
       )
     except Exception as error:  # Orbax raises a dozen types for a damaged directory.
       raise UserError(
-        f"checkpoint {step} in {self._directory} cannot be read ({str(error).splitlines()[0]});"
+        f"checkpoint {step} in {self._directory} cannot be read ({_first_line(error)});"
         " resume the run to write a new one"
       ) from error
     return restored["state"], restored["meta"]
@@ -178,9 +194,9 @@ class Checkpointer:
         )
 
   def _set_aside(self, step: int, error: Exception) -> str:
-    reason = f"checkpoint {step}: {str(error).splitlines()[0][:200]}"
+    reason = f"checkpoint {step}: {_first_line(error)}"
     source = self._directory / str(step)
-    target = self._directory / f"{step}.unreadable"
+    target = self._directory / f"{step}{_UNREADABLE}"
     _log.warning("%s; moved to %s", reason, target.name)
     self._manager.close()
     if source.exists():
@@ -191,5 +207,12 @@ class Checkpointer:
 
   def close(self) -> None:
     """Waits for pending saves and releases Orbax's threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+  """What an error says, short enough for a message of one line."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

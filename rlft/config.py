@@ -141,6 +141,11 @@ class Config:
     fixed=True,
   )
   remat: bool = _option("recompute activations in the backward pass to save memory", True)
+  cpu_devices: int = _option(
+    "on CPUs, split the host into so many devices: XLA leaves cores idle with one; 0 leaves it",
+    0,
+    least=0,
+  )
   fsdp: int = _option("parameter shards; divides the number of devices", 1, least=1)
 
   # Rewards and safety.

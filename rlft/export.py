@@ -38,8 +38,8 @@ def export(
   found = finetuned.load(os.fspath(workdir), ema=ema)
   if lora_output and found.lora is None:
     raise UserError(
-      f"{workdir} has no LoRA to write to {lora_output}: it trained the whole UNet, give only a"
-      " directory for the model"
+      f"{workdir} has no LoRA to write to {lora_output}: only a run with --lora_rank has one, give"
+      " --output for the whole model"
     )
   if lora_output:
     save_lora(lora_output, found.lora, scale=found.lora_scale, dtype=dtype)

@@ -44,7 +44,7 @@ def load(path: str, *, ema: bool = True) -> Finetuned:
   workdir = Path(path)
   if not (workdir / "checkpoints").is_dir():
     return Finetuned(pretrained.load(path))
-  checkpointer = Checkpointer(workdir / "checkpoints")
+  checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
   restored = checkpointer.restore_numpy()
   checkpointer.close()
   if restored is None:

@@ -5,6 +5,7 @@ parameters are replicated, which is plain data parallelism. Axes are of type Aut
 refuse convolutions.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -12,6 +13,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 _SMALLEST_SHARDED = 4096  # elements; gathering less costs more than keeping it
+
+
+def split_host(devices: int) -> None:
+  """Splits the host's CPU into devices; before JAX has started, and 0 leaves it as it is.
+
+  XLA runs many operations of a program on one thread: two devices on two cores train the miniature
+  1.5 times as fast as one. Accelerators are not affected.
+  """
+  if devices:
+    # A device waits for the others in a thread of its own; with only one thread for each core,
+    # programs that were launched one after another can wait for each other for ever.
+    os.environ.setdefault("PJRT_NPROC", str(8 * devices))
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

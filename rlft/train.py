@@ -73,6 +73,8 @@ class Programs:
   sample: Callable[..., tuple[Trajectory, jax.Array, jax.Array]]
   advantages: Callable[..., jax.Array]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  accumulate: Callable[..., tuple[Any, dict[str, jax.Array]]]
+  apply: Callable[[TrainState, Any], TrainState]
   pretrain: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   average: Callable[[TrainState], TrainState]
   merged: Callable[[TrainState, Any], Any]
@@ -158,22 +160,25 @@ def make_programs(
     updates, opt = optimizer.update(gradient, state.opt, state.params)
     return dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt=opt)
 
-  def update(state, frozen, path, text, advantage, mask, indices):
-    """One optimizer step on the mean gradient over the timesteps `indices` `[n]`."""
+  def gradient(state, frozen, path, text, advantage, mask, index):
+    gradient, metrics = jax.grad(policy_loss, has_aux=True)(
+      state.params, frozen, path, text, advantage, mask, index
+    )
+    return gradient, metrics | {"grad_norm": optax.global_norm(gradient)}
 
-    def add(total, index):
-      gradient, metrics = jax.grad(policy_loss, has_aux=True)(
-        state.params, frozen, path, text, advantage, mask, index
-      )
-      return jax.tree.map(lambda t, g: t + g / len(indices), total, gradient), metrics
+  def update(state, *batch):
+    """One optimizer step on one timestep."""
+    change, metrics = gradient(state, *batch)
+    return step(state, change), metrics
 
-    gradient, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), indices)
-    metrics = {
-      name: (jnp.max if name.startswith("ratio/") else jnp.mean)(values)
-      for name, values in metrics.items()
-    }
-    metrics["grad_norm"] = optax.global_norm(gradient)
-    return step(state, gradient), metrics
+  def accumulate(total, state, *batch):
+    """Adds one timestep's gradient. One call for each: XLA's loops are slow on CPUs."""
+    change, metrics = gradient(state, *batch)
+    return jax.tree.map(jnp.add, total, change), metrics
+
+  def apply(state, total):
+    """One optimizer step on the mean gradient over all timesteps."""
+    return step(state, jax.tree.map(lambda g: g / config.train_timesteps, total))
 
   def pretrain(state, frozen, images, ids, key):
     """One optimizer step on beta * L_pre."""
@@ -215,6 +220,8 @@ def make_programs(
       out_shardings=rows,
     ),
     update=jax.jit(update, donate_argnums=0),
+    accumulate=jax.jit(accumulate, donate_argnums=0),
+    apply=jax.jit(apply, donate_argnums=(0, 1)),
     pretrain=jax.jit(pretrain, donate_argnums=0),
     average=jax.jit(average, donate_argnums=0),
     merged=jax.jit(merged),
@@ -263,12 +270,12 @@ def run_task(
     The new state and the task's metrics; None if the run was told to stop.
   """
   config, task = run.config, run.tasks[number]
-  name, group, batch = task.config.name, task.config.images_per_prompt, task.config.batch_size
+  name, group, size = task.config.name, task.config.images_per_prompt, task.config.batch_size
 
   # --- sample ---
   start = time.perf_counter()
   rows = order.batch_indices(
-    config.seed, number, iteration, count=batch // group, size=len(task.prompts)
+    config.seed, number, iteration, count=size // group, size=len(task.prompts)
   )
   prompts = [prompt for row in rows.tolist() for prompt in [task.prompts[row]] * group]
   ids, _ = prompts_lib.tokenize(run.model.tokenizer, [prompt.text for prompt in prompts])
@@ -277,7 +284,7 @@ def run_task(
     run.frozen,
     sharding.put(ids, run.rows),
     run.empty,
-    sampler_lib.image_keys(_key(config.seed, iteration, number), 0, batch),
+    sampler_lib.image_keys(_key(config.seed, iteration, number), 0, size),
   )
   jax.block_until_ready(images)
   sampled = time.perf_counter()
@@ -316,11 +323,16 @@ def run_task(
     )
   ].astype(np.int32)
   updates = []
-  for indices in [picked] if config.accumulate_timesteps else picked[:, None]:
-    state, values = programs.update(
-      state, run.frozen, path, text, advantages, jnp.isfinite(scores), indices
-    )
+  total = jax.tree.map(jnp.zeros_like, state.params) if config.accumulate_timesteps else None
+  for index in picked:
+    batch = (run.frozen, path, text, advantages, jnp.isfinite(scores), index)
+    if config.accumulate_timesteps:
+      total, values = programs.accumulate(total, state, *batch)
+    else:
+      state, values = programs.update(state, *batch)
     updates.append(values)
+  if config.accumulate_timesteps:
+    state = programs.apply(state, total)
   metrics |= _update_metrics(name, jax.device_get(updates))
   metrics |= {
     f"time/sample_s/{name}": sampled - start,
@@ -442,6 +454,7 @@ def train(config: Config) -> None:
     UserError: a mistake in the settings, a reward that failed, a full disk. The last consistent
       state is on disk then, and the same command goes on from it.
   """
+  sharding.split_host(config.cpu_devices)
   run = open_run(config)
   optimizer = make_optimizer(
     learning_rate=config.learning_rate,

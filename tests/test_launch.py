@@ -11,7 +11,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from rlft import finetuned
 from rlft.models import pretrained
 from rlft.sampler import Sampler
 
@@ -135,8 +134,7 @@ def test_export_is_the_run_and_diffusers_draws_the_same(folder):
   np.testing.assert_allclose(draw(pipe), ours, atol=1e-3)
 
 
-def test_an_exported_model_has_no_lora(folder):
-  assert finetuned.load(str(folder / "run")).lora is not None
+def test_a_directory_has_no_lora(folder):
   done = launch("export", "--workdir=base", "--lora_output=other.safetensors", cwd=folder)
   assert done.returncode == 2
   assert done.stderr.startswith("error: base has no LoRA") and done.stderr.count("\n") == 1
@@ -146,12 +144,9 @@ def test_an_exported_model_has_no_lora(folder):
   ("script", "arguments", "message"),
   [
     ("train", ["--iteration=3"], "unknown flag --iteration: did you mean --iterations?"),
-    ("train", ["--pretrained=emoji-sd"], "--workdir is missing"),
     ("sample", ["--model=nowhere", "--prompt=a"], "'nowhere' is not a directory"),
-    ("sample", [], "Flag --model must have a value"),
     ("evaluate", ["--model=nowhere", "--eval=emojy"], "unknown preset 'emojy', did you mean emoji"),
     ("export", ["--workdir=run"], "nothing to write: give --output"),
-    ("export", ["--output=here"], "--workdir is missing"),
   ],
 )
 def test_a_mistake_is_one_line(tmp_path, script, arguments, message):

@@ -119,6 +119,8 @@ def fit(config: ScorerConfig) -> scorer.Params:
   with contextlib.closing(Checkpointer(Path(config.workdir, "checkpoints"))) as checkpointer:
     params, first = init(config.seed), 0
     state = {"params": params, "opt": optimizer.init(params)}
+    # Placed as a restored state is, or the step would be compiled again after resuming.
+    state = jax.device_put(state, jax.local_devices()[0])
     restored = checkpointer.restore(state)
     if restored is not None:
       first, state, _ = restored

@@ -1,0 +1,303 @@
+"""The smallest Stable Diffusion that can be trained, and runs of the trainer on it.
+
+Nearly all of a run's time here is compilation, so runs whose settings give the same programs share
+them, XLA optimises little, and most runs use one of the eight devices.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+import models_cases
+import numpy as np
+import PIL.Image
+import pytest
+
+from rlft import sharding, train
+from rlft.checkpoint import Checkpointer
+from rlft.config import Config, TaskConfig
+from rlft.models import clip, pretrained, unet, vae
+
+ROOT = pathlib.Path(__file__).parents[1]
+BATCH = 8
+PROMPTS = (*models_cases.PROMPTS, "a dog", "a cat", "dogs")
+
+# Rewards as a user writes them. BROKEN=... in the environment stands for a version with a mistake:
+# the file itself is read once in a process.
+_REWARDS = '''
+"""Rewards of the tests."""
+
+import os
+import signal
+
+import numpy as np
+
+calls = 0
+
+
+def red(images):
+  return images[..., 0].mean((1, 2))
+
+
+def green(images, prompts, metadata):
+  global calls
+  calls += 1
+  how, _, call = os.environ.get("BROKEN", "").partition("@")
+  if how and calls == int(call or calls):
+    if how == "raises":
+      raise ValueError("no\\nluck")
+    if how == "shape":
+      return images.mean((1, 2))
+    if how == "stop":
+      os.kill(os.getpid(), signal.SIGTERM)
+    if how == "nan":
+      return np.full(len(images), np.nan)
+  return images[..., 1].mean((1, 2))
+
+
+def spread(images, prompts, metadata):
+  scores = images[..., 2].std((1, 2, 3))
+  return np.where(np.array(prompts) == "two cats", np.nan, scores)
+
+
+spread.is_set = True
+'''
+
+
+def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
+  """Random weights: 8x8 images, 4x4x4 latents, one attention, 16 tokens."""
+  words = models_cases.tokenizer()
+  modules = {
+    "unet": unet.UNet2DCondition(
+      unet.UNetConfig(
+        sample_size=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(channels,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+      )
+    ),
+    "vae": vae.AutoencoderKL(
+      vae.VAEConfig(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.5,
+      )
+    ),
+    "text_encoder": clip.CLIPTextEncoder(
+      clip.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+      )
+    ),
+  }
+  params = {name: models_cases.random_params(m, seed=seed) for name, m in modules.items()}
+  # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
+  params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
+  scheduler = {**models_cases.SCHEDULER, "prediction_type": "epsilon"}
+  return pretrained.StableDiffusion(**modules, tokenizer=words, scheduler=scheduler, params=params)
+
+
+def make_folder(folder: pathlib.Path) -> pathlib.Path:
+  """Writes what runs need: `model`, `prompts.txt`, `rewards.py` and images in `pairs`."""
+  pretrained.save(folder / "model", tiny_model())
+  (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+  (folder / "rewards.py").write_text(_REWARDS)
+  pairs = folder / "pairs"
+  pairs.mkdir()
+  lines = []
+  for i in range(12):
+    pixels = np.random.RandomState(i).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+    PIL.Image.fromarray(pixels).save(pairs / f"{i}.png")
+    lines.append(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % len(PROMPTS)]}))
+  (pairs / "metadata.jsonl").write_text("\n".join(lines))
+  return folder
+
+
+def task(folder: pathlib.Path, name: str = "red", reward: str = "jax:red", **changes: Any):
+  """A task; `reward` is kind:function."""
+  kind, _, function = reward.partition(":")
+  return TaskConfig(
+    name=name,
+    prompts=str(folder / "prompts.txt"),
+    reward=f"{kind}:{folder / 'rewards.py'}:{function}",
+    **({"batch_size": BATCH} | changes),
+  )
+
+
+def config(folder: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> Config:
+  """Two tasks and pretraining, in float32."""
+  settings = {
+    "pretrained": str(folder / "model"),
+    "workdir": str(workdir),
+    "task": (task(folder), task(folder, "green", "host:green")),
+    "iterations": 2,
+    "sampling_steps": 3,
+    "guidance_scale": 2.0,
+    "train_timesteps": 2,
+    "pretrain_data": str(folder / "pairs"),
+    "pretrain_batch_size": BATCH,
+    "pretrain_weight": 0.1,
+    "clip_range": 1e-2,
+    "learning_rate": 3e-3,
+    # Large, so that an update depends on its gradient smoothly: where Adam only takes the sign, the
+    # order of two float32 sums may decide on it.
+    "adam_eps": 1e-2,
+    "compute_dtype": "float32",
+    "remat": False,
+    "checkpoint_every": 1,
+    "report_images": 2,
+  }
+  return Config(**(settings | changes))
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of `metrics.jsonl`."""
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def reproducible(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """The lines without what depends on the clock."""
+  return [
+    {k: v for k, v in line.items() if not k.startswith("time/") and k != "images_per_second"}
+    for line in lines
+  ]
+
+
+def final_state(workdir: pathlib.Path) -> Any:
+  """What the newest checkpoint holds, as numpy arrays."""
+  checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
+  state, _ = checkpointer.restore_numpy()
+  checkpointer.close()
+  return state
+
+
+def assert_same_run(found: pathlib.Path, expected: pathlib.Path) -> None:
+  """Bit for bit: the whole state (optimizer, averages) and every number but times."""
+  jax.tree.map(np.testing.assert_array_equal, final_state(found), final_state(expected))
+  assert reproducible(metrics(found)) == reproducible(metrics(expected))
+
+
+# How runs are made cheap.
+
+
+@contextlib.contextmanager
+def fast_compilation() -> Iterator[None]:
+  """XLA optimises little: that takes half the time, and these programs run for milliseconds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+  """Runs use the first `count` devices."""
+
+  def make_mesh(fsdp=1):
+    return jax.make_mesh(
+      (count // fsdp, fsdp),
+      ("data", "fsdp"),
+      axis_types=(AxisType.Auto,) * 2,
+      devices=jax.devices()[:count],
+    )
+
+  monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+
+
+_make_programs = train.make_programs
+_shared: dict[Any, train.Programs] = {}
+# Settings that no program depends on.
+_ELSEWHERE = ("workdir", "task", "eval", "iterations", "seed", "train_timesteps", "advantage")
+_ELSEWHERE += ("accumulate_timesteps", "prompt_history", "prompt_history_min", "max_nan_share")
+_ELSEWHERE += ("checkpoint_every", "keep_checkpoints", "eval_every", "reward_timeout_s")
+
+
+def share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Runs in this process that would compile the same programs share them."""
+
+  def make_programs(config, model, schedule, optimizer, mesh):
+    neutral = {name: getattr(Config(), name) for name in _ELSEWHERE}
+    key = dataclasses.replace(config, **neutral), mesh
+    if key not in _shared:
+      _shared[key] = _make_programs(config, model, schedule, optimizer, mesh)
+    return _shared[key]
+
+  monkeypatch.setattr(train, "make_programs", make_programs)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+  """The names of the programs that XLA compiles in the block, one for each time."""
+  names = []
+
+  def listen(event, _, **details):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(details["fun_name"])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Real processes.
+
+
+def flags(config: Config) -> list[str]:
+  """The command line of a run."""
+
+  def entry(value):
+    return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(value).items())
+
+  line = []
+  for field in dataclasses.fields(Config):
+    value = getattr(config, field.name)
+    if isinstance(value, tuple):
+      line += [f"--{field.name}={entry(each)}" for each in value]
+    elif value != field.default:
+      line.append(f"--{field.name}={value}")
+  return line
+
+
+def start(config: Config, cache: pathlib.Path, **environment: str) -> subprocess.Popen:
+  """Starts `launch/train.py` on one device; programs are kept in and taken from `cache`."""
+  environment = {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    **environment,
+  }
+  return subprocess.Popen(
+    [sys.executable, ROOT / "launch" / "train.py", *flags(config)],
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
