@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from rlft import tasks
-from rlft.config import Config, EvalConfig, TaskConfig, suggestion
+from rlft import pairs, tasks
+from rlft.config import EMOJI_SD, Config, EvalConfig, TaskConfig, suggestion
 from rlft.types import UserError
 
 _REPEATED = {
@@ -83,6 +83,9 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
       value = tuple(entry for text in value for entry in parse(text))
     elif field.metadata.get("path"):
       value = os.path.expanduser(value)
+      # A run is read from other working directories, too; the shipped things are no directories.
+      if os.path.isdir(value) and value not in (pairs.EMOJI, EMOJI_SD):
+        value = os.path.abspath(value)
     values[field.name] = value
   return Config(**values)
 

@@ -25,7 +25,7 @@ import tqdm
 from transformers import CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from rlft import ddim, losses, rollout
+from rlft import ddim, losses, sampler
 from rlft import images as images_lib
 from rlft import prompts as prompts_lib
 from rlft.checkpoint import Checkpointer
@@ -319,25 +319,15 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
 
   @jax.jit
   def preview_sample(params):
-    def encode(x):
-      return model.text_encoder.apply({"params": params["text_encoder"]}, x)
-
-    text = encode(ids[rows])
-    text = jnp.stack([jnp.broadcast_to(encode(empty[None]), text.shape), text])
-
-    def denoise(*args):
-      return model.unet.apply({"params": params["unet"]}, *args)
-
-    keys = jax.random.split(jax.random.key(1), len(rows))
-    noise = rollout.normal(keys, len(schedule.timesteps), latents.shape[1:])
-    path = rollout.sample(denoise, schedule, noise, text, keys, guidance_scale=2.0)
-    return model.vae.apply(
-      {"params": vae_params}, path.latents[-1] / scaling_factor, method="decode"
-    )
+    frozen = {"vae": vae_params, "text_encoder": params["text_encoder"]}
+    keys = sampler.image_keys(jax.random.key(1), 0, len(rows))
+    return sampler.generate(
+      model, schedule, params["unet"], frozen, ids[rows], empty, keys, guidance_scale=2.0
+    )[1]
 
   def preview_unet(params, step):
-    decoded = np.clip(np.asarray(preview_sample(params)) / 2 + 0.5, 0, 1)
-    images_lib.save_png(workdir / f"unet_{step:06d}.png", images_lib.grid(decoded, 16, scale=3))
+    drawn = np.asarray(preview_sample(params))
+    images_lib.save_png(workdir / f"unet_{step:06d}.png", images_lib.grid(drawn, 16, scale=3))
 
   text_params = jax.jit(model.text_encoder.init)(jax.random.fold_in(key, 1), ids[:1])["params"]
   text = jnp.zeros((1, TEXT_LENGTH, model.text_encoder.config.hidden_size))

@@ -119,6 +119,11 @@ class Sampler:
     )
     self._params = None
     self._empty = prompts_lib.tokenize(model.tokenizer, [""])[0][0]
+
+    def constrain(x, axis):
+      return jax.lax.with_sharding_constraint(x, sharding.batch(self._mesh, axis))
+
+    by_row, by_column = sharding.batch(self._mesh), sharding.batch(self._mesh, 1)
     self._generate = jax.jit(
       lambda params, frozen, ids, empty, keys: generate(
         model,
@@ -129,9 +134,26 @@ class Sampler:
         empty,
         keys,
         guidance_scale=guidance_scale,
-      )[1],
-      out_shardings=sharding.batch(self._mesh),
+        constrain=constrain,
+      ),
+      out_shardings=(Trajectory(latents=by_column, log_probs=by_column), by_row, by_column),
     )
+
+  def rollout(
+    self, params: Any, ids: np.ndarray, keys: jax.Array
+  ) -> tuple[Trajectory, jax.Array, jax.Array]:
+    """Samples a batch with all that training needs; returns before it is computed.
+
+    Args:
+      params: of the UNet, placed on the mesh.
+      ids: `[B, L]` int32 tokens; B may differ from the batch size, for another compilation.
+      keys: `[B]`, consumed; each image depends on its own key alone.
+
+    Returns:
+      The trajectory, images `[B, H, W, 3]` in [0, 1], text embeddings `[2, B, L, D]`.
+    """
+    ids = sharding.put(ids, sharding.batch(self._mesh))
+    return self._generate(params, self._frozen, ids, self._empty, keys)
 
   def initial_noise(self, count: int, seed: int) -> np.ndarray:
     """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""
@@ -160,17 +182,10 @@ class Sampler:
     ids, _ = prompts_lib.tokenize(self._model.tokenizer, list(prompts))
     size, count = self._batch_size, len(prompts)
     ids = np.concatenate([ids, np.broadcast_to(self._empty, (-count % size, ids.shape[1]))])
-    place = functools.partial(sharding.put, sharding=sharding.batch(self._mesh))
     images = []
     starts = range(0, count, size)
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
-      batch = self._generate(
-        params,
-        self._frozen,
-        place(ids[start : start + size]),
-        self._empty,
-        _keys(seed, start, size),
-      )
+      batch = self.rollout(params, ids[start : start + size], _keys(seed, start, size))[1]
       images.append(fetch(batch))
     return np.concatenate(images)[:count]
 

@@ -39,7 +39,7 @@ from rlft.optimizer import make_optimizer
 from rlft.preemption import Stop
 from rlft.rewards.scoring import RewardError
 from rlft.run import Run, measure, open_run
-from rlft.types import Trajectory, UserError
+from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -70,14 +70,13 @@ class TrainState:
 class Programs:
   """The jitted programs of a run; each is compiled once for each batch shape."""
 
-  sample: Callable[..., tuple[Trajectory, jax.Array, jax.Array]]
+  merged: Callable[[Any, Any], Any]
   advantages: Callable[..., jax.Array]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   accumulate: Callable[..., tuple[Any, dict[str, jax.Array]]]
   apply: Callable[[TrainState, Any], TrainState]
   pretrain: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   average: Callable[[TrainState], TrainState]
-  merged: Callable[[TrainState, Any], Any]
 
 
 # ---------------------------------------------------------------------------- programs
@@ -96,11 +95,6 @@ def make_programs(
   needs it.
   """
   guidance = config.guidance_scale
-  rows = sharding.batch(mesh)
-
-  def constrain(x, axis):
-    return jax.lax.with_sharding_constraint(x, sharding.batch(mesh, axis))
-
   alphas = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
   lora_scale = lora_lib.scale(config.lora_rank, config.lora_alpha)
 
@@ -112,19 +106,6 @@ def make_programs(
 
   def denoiser(params) -> rollout.Denoiser:
     return lambda x, t, text: model.unet.apply({"params": params}, x, t, text)
-
-  def sample(state, frozen, ids, empty, keys):
-    return sampler_lib.generate(
-      model,
-      schedule,
-      unet_params(state.params, frozen),
-      frozen,
-      ids,
-      empty,
-      keys,
-      guidance_scale=guidance,
-      constrain=constrain,
-    )
 
   def policy_loss(params, frozen, path, text, advantage, mask, index):
     """J of the paper at one timestep, plus the KL divergence to the base model."""
@@ -205,26 +186,23 @@ def make_programs(
 
     return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, state.params))
 
-  def merged(state, frozen):
-    params = state.params if state.ema is None else state.ema
-    return lora_lib.merge(frozen["unet"], params, lora_scale) if config.lora_rank else params
+  def merged(params, frozen):
+    return lora_lib.merge(frozen["unet"], params, lora_scale)
 
-  path_sharding = Trajectory(latents=sharding.batch(mesh, 1), log_probs=sharding.batch(mesh, 1))
   return Programs(
-    sample=jax.jit(sample, out_shardings=(path_sharding, rows, sharding.batch(mesh, 1))),
+    merged=jax.jit(merged) if config.lora_rank else lambda params, frozen: params,
     advantages=jax.jit(
       lambda rewards, group: advantages_lib.normalise(
         rewards, clip=config.advantage_clip, group_size=group
       ),
       static_argnums=1,
-      out_shardings=rows,
+      out_shardings=sharding.batch(mesh),
     ),
     update=jax.jit(update, donate_argnums=0),
     accumulate=jax.jit(accumulate, donate_argnums=0),
-    apply=jax.jit(apply, donate_argnums=(0, 1)),
+    apply=jax.jit(apply, donate_argnums=0),
     pretrain=jax.jit(pretrain, donate_argnums=0),
     average=jax.jit(average, donate_argnums=0),
-    merged=jax.jit(merged),
   )
 
 
@@ -279,11 +257,9 @@ def run_task(
   )
   prompts = [prompt for row in rows.tolist() for prompt in [task.prompts[row]] * group]
   ids, _ = prompts_lib.tokenize(run.model.tokenizer, [prompt.text for prompt in prompts])
-  path, images, text = programs.sample(
-    state,
-    run.frozen,
-    sharding.put(ids, run.rows),
-    run.empty,
+  path, images, text = run.sampler.rollout(
+    programs.merged(state.params, run.frozen),
+    ids,
     sampler_lib.image_keys(_key(config.seed, iteration, number), 0, size),
   )
   jax.block_until_ready(images)
@@ -440,11 +416,13 @@ class Cursor:
     iteration: being done, from 0.
     task: next task of the iteration; the number of tasks stands for the pretraining step.
     metrics: of this iteration so far.
+    evaluated: whether the evaluation that is due before this iteration has been done.
   """
 
   iteration: int = 0
   task: int = 0
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  evaluated: bool = False
 
 
 def train(config: Config) -> None:
@@ -478,8 +456,8 @@ def train(config: Config) -> None:
 def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop: Stop) -> None:
   """Iterations, evaluations and checkpoints, until the end or until told to stop.
 
-  Order at the end of an iteration: metrics, evaluation, checkpoint. Whatever a crash loses is then
-  done again, and what was written twice is dropped when it resumes.
+  Order between two iterations: metrics, evaluation, checkpoint. Whatever a crash loses is then done
+  again, and what was written twice is dropped when it resumes.
   """
   config = run.config
   images = sum(task.config.batch_size for task in run.tasks)
@@ -488,10 +466,21 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
     if writing:
       writer = stack.enter_context(MetricsWriter(run.workdir, first_iteration=cursor.iteration))
       progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
-    if cursor == Cursor() and run.evals:
-      measure(run, programs.merged(state, run.frozen), 0)
-    while cursor.iteration < config.iterations:
+    while True:
       iteration = cursor.iteration
+      if _evaluation_due(run, cursor):
+        try:
+          measure(run, programs.merged(_averaged(state), run.frozen), iteration)
+        except RewardError:
+          _save(run, state, cursor)
+          raise
+        cursor.evaluated = True
+      last = iteration >= config.iterations
+      due = config.checkpoint_every and iteration % config.checkpoint_every == 0
+      if cursor.task == 0 and iteration > 0 and (last or due):
+        _save(run, state, cursor)
+      if last:
+        break
       while cursor.task < len(run.tasks):
         try:
           done = run_task(run, programs, state, cursor.task, iteration, stop)
@@ -516,15 +505,22 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
       if writing:
         writer.write(iteration, metrics)
         progress.update(metrics)
-      last = cursor.iteration == config.iterations
-      due = config.eval_every and cursor.iteration % config.eval_every == 0
-      if run.evals and (last or due):
-        measure(run, programs.merged(state, run.frozen), cursor.iteration)
-      due = config.checkpoint_every and cursor.iteration % config.checkpoint_every == 0
-      if last or due:
-        _save(run, state, cursor)
   if writing:
     _report(run)
+
+
+def _evaluation_due(run: Run, cursor: Cursor) -> bool:
+  """Before the first iteration, after the last, and every `eval_every`."""
+  if not run.evals or cursor.evaluated or cursor.task > 0:
+    return False
+  every = run.config.eval_every
+  return cursor.iteration in (0, run.config.iterations) or bool(
+    every and cursor.iteration % every == 0
+  )
+
+
+def _averaged(state: TrainState) -> Any:
+  return state.params if state.ema is None else state.ema
 
 
 def _save(run: Run, state: TrainState, cursor: Cursor) -> None:

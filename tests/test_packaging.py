@@ -4,6 +4,7 @@ import ast
 import configparser
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import re
@@ -119,47 +120,83 @@ def _flagfiles() -> list[pathlib.Path]:
   return sorted(ROOT.glob("experiments/*.flags"))
 
 
-@pytest.mark.parametrize("path", _flagfiles(), ids=lambda path: path.stem)
-def test_flagfile(path, tmp_path, monkeypatch):
-  monkeypatch.chdir(ROOT)
-  relative = str(path.relative_to(ROOT))
+def _header(path: pathlib.Path) -> tuple[str, str]:
+  """Script and flagfile of the command in the header of a flagfile."""
   command = re.search(r"^#\s*python (launch/\w+\.py) --flagfile=(\S+)", path.read_text(), re.M)
-  assert command, "the header must give the command"
-  assert command[2] == relative
-  if command[1] != "launch/train.py":
-    _check_command([command[1], f"--flagfile={relative}"])
-    return
-  values = flags.FlagValues()
-  cli.define_flags(flag_values=values)
-  values(["train", f"--flagfile={relative}"])
-  config = cli.from_flags(values)
-  assert config.workdir.startswith("runs/")
-  checks.validate(dataclasses.replace(config, workdir=str(tmp_path / "run")))
+  assert command, f"{path}: the header must give the command"
+  return command[1], command[2]
 
 
-def _check_command(arguments: list[str]) -> None:
-  """Parses a launch script's flags without running it: with --help, errors still come first."""
-  run = subprocess.run(
-    [sys.executable, *arguments, "--help"],
+@pytest.mark.parametrize("path", _flagfiles(), ids=lambda path: path.stem)
+def test_flagfile(path, tmp_path, monkeypatch, parsed):
+  monkeypatch.chdir(ROOT)
+  script, flagfile = _header(path)
+  assert flagfile == str(path.relative_to(ROOT))
+  assert parsed[script, f"--flagfile={flagfile}"] == "parsed"
+  if script == "launch/train.py":
+    values = flags.FlagValues()
+    cli.define_flags(flag_values=values)
+    values(["train", f"--flagfile={flagfile}"])
+    config = cli.from_flags(values)
+    assert config.workdir.startswith("runs/")
+    checks.validate(dataclasses.replace(config, workdir=str(tmp_path / "run")))
+
+
+# Runs launch scripts up to where their flags are parsed. Importing one takes seconds; forks of a
+# process that has imported what they all need do not.
+_PARSE = """
+import json, os, runpy, sys
+from absl import app
+import rlft.emoji.scorer_train, rlft.export, rlft.inference, rlft.pretrain, rlft.train
+
+app.run = lambda main, flags_parser: flags_parser(sys.argv)
+for command in json.load(sys.stdin):
+  print(f"COMMAND {json.dumps(command)}", flush=True)
+  if not (child := os.fork()):
+    os.dup2(1, 2)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+    print("parsed", flush=True)
+    os._exit(0)
+  os.waitpid(child, 0)
+"""
+
+
+def _parse(commands: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+  """'parsed', or what was said instead, for each command (a script and its arguments)."""
+  done = subprocess.run(
+    [sys.executable, "-c", _PARSE],
+    input=json.dumps(commands),
     cwd=ROOT,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,
   )
-  assert "error:" not in run.stderr, run.stderr
-  # absl's --help ends with status 1.
-  assert run.returncode == 1 and arguments[0] in run.stdout, run.stdout + run.stderr
+  parts = (part.partition("\n") for part in done.stdout.split("COMMAND ")[1:])
+  said = {tuple(json.loads(command)): text.strip() for command, _, text in parts}
+  assert set(said) == set(commands), done.stderr
+  return said
+
+
+@pytest.fixture(scope="module")
+def parsed():
+  """What is said of every command in the README and in the flagfiles, and of a wrong one."""
+  commands = [(script, f"--flagfile={flagfile}") for script, flagfile in map(_header, _flagfiles())]
+  return _parse([*commands, *_readme_launches(), _WRONG])
+
+
+_WRONG = ("launch/sample.py", "--model=emoji-sd", "--promt=a dog")
 
 
 def _readme_blocks() -> list[str]:
   return re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.M | re.S)
 
 
-def _readme_launches() -> list[list[str]]:
+def _readme_launches() -> list[tuple[str, ...]]:
   lines = (line for block in _readme_blocks() for line in block.splitlines())
   commands = (line.partition("python launch/")[2] for line in lines if not line.startswith("#"))
-  return [shlex.split(f"launch/{command}") for command in commands if command]
+  return [tuple(shlex.split(f"launch/{command}")) for command in commands if command]
 
 
 def test_readme_has_its_two_commands():
@@ -171,15 +208,15 @@ def test_readme_has_its_two_commands():
   assert "pytest" in test and "[test]" in test
 
 
-@pytest.mark.parametrize(
-  "arguments", _readme_launches(), ids=lambda words: pathlib.Path(words[0]).stem
-)
-def test_readme_command(arguments):
-  flagfile = [a for a in arguments if a.startswith("--flagfile=")]
-  # A file of experiments/ has a test of its own; here it could hide a flag that does not exist.
-  _check_command([a for a in arguments if a not in flagfile])
-  for argument in flagfile:
-    assert (ROOT / argument.removeprefix("--flagfile=")).is_file(), argument
+def test_readme_commands(parsed):
+  commands = _readme_launches()
+  assert {script for script, *_ in commands} == {
+    f"launch/{name}.py" for name in ("train", "sample", "evaluate", "export")
+  }
+  said = {command: parsed[command] for command in commands}
+  assert said == dict.fromkeys(commands, "parsed")
+  # The check itself sees mistakes.
+  assert parsed[_WRONG] == "error: unknown flag --promt: did you mean --prompt?"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "BUILD_NOTES.md"])

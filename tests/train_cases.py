@@ -4,10 +4,9 @@ Nearly all of a run's time here is compilation, so runs whose settings give the 
 them, XLA optimises little, and most runs use one of the eight devices.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import sys
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 import models_cases
 import numpy as np
@@ -29,15 +29,17 @@ from rlft.models import clip, pretrained, unet, vae
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH = 8
+PRETRAIN_WEIGHT = 0.1
 PROMPTS = (*models_cases.PROMPTS, "a dog", "a cat", "dogs")
 
-# Rewards as a user writes them. BROKEN=... in the environment stands for a version with a mistake:
-# the file itself is read once in a process.
+# Rewards as a user writes them. BROKEN=how@call in the environment stands for a version of `green`
+# with a mistake: the file itself is read once in a process.
 _REWARDS = '''
 """Rewards of the tests."""
 
 import os
 import signal
+import time
 
 import numpy as np
 
@@ -57,10 +59,12 @@ def green(images, prompts, metadata):
       raise ValueError("no\\nluck")
     if how == "shape":
       return images.mean((1, 2))
-    if how == "stop":
+    if how == "stops":
       os.kill(os.getpid(), signal.SIGTERM)
     if how == "nan":
       return np.full(len(images), np.nan)
+  if how == "slow":
+    time.sleep(0.15)
   return images[..., 1].mean((1, 2))
 
 
@@ -120,7 +124,8 @@ def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
 
 
 def make_folder(folder: pathlib.Path) -> pathlib.Path:
-  """Writes what runs need: `model`, `prompts.txt`, `rewards.py` and images in `pairs`."""
+  """Makes a folder with `model`, `prompts.txt`, `rewards.py`, images in `pairs`, an empty `cache`."""
+  (folder / "cache").mkdir(parents=True)
   pretrained.save(folder / "model", tiny_model())
   (folder / "prompts.txt").write_text("\n".join(PROMPTS))
   (folder / "rewards.py").write_text(_REWARDS)
@@ -135,15 +140,21 @@ def make_folder(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def task(folder: pathlib.Path, name: str = "red", reward: str = "jax:red", **changes: Any):
-  """A task; `reward` is kind:function."""
+def task(
+  folder: pathlib.Path,
+  name: str = "red",
+  reward: str = "jax:red",
+  rewards: pathlib.Path | None = None,
+  **changes: Any,
+) -> TaskConfig:
+  """A task; `reward` is kind:function in the file `rewards`, else in the folder's."""
   kind, _, function = reward.partition(":")
-  return TaskConfig(
-    name=name,
-    prompts=str(folder / "prompts.txt"),
-    reward=f"{kind}:{folder / 'rewards.py'}:{function}",
-    **({"batch_size": BATCH} | changes),
-  )
+  settings = {
+    "prompts": str(folder / "prompts.txt"),
+    "reward": f"{kind}:{rewards or folder / 'rewards.py'}:{function}",
+    "batch_size": BATCH,
+  }
+  return TaskConfig(name=name, **(settings | changes))
 
 
 def config(folder: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> Config:
@@ -158,14 +169,15 @@ def config(folder: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> Confi
     "train_timesteps": 2,
     "pretrain_data": str(folder / "pairs"),
     "pretrain_batch_size": BATCH,
-    "pretrain_weight": 0.1,
-    "clip_range": 1e-2,
-    "learning_rate": 3e-3,
+    "pretrain_weight": PRETRAIN_WEIGHT,
+    "clip_range": 0.1,
+    "learning_rate": 1e-2,
     # Large, so that an update depends on its gradient smoothly: where Adam only takes the sign, the
     # order of two float32 sums may decide on it.
     "adam_eps": 1e-2,
     "compute_dtype": "float32",
     "remat": False,
+    "reward_threads": 1,
     "checkpoint_every": 1,
     "report_images": 2,
   }
@@ -202,49 +214,78 @@ def assert_same_run(found: pathlib.Path, expected: pathlib.Path) -> None:
 # How runs are made cheap.
 
 
+def folder(factory: pytest.TempPathFactory) -> pathlib.Path:
+  """What `make_folder` makes, once for all tests."""
+  made = factory.getbasetemp() / "train"
+  return made if made.exists() else make_folder(made)
+
+
 @contextlib.contextmanager
-def fast_compilation() -> Iterator[None]:
-  """XLA optimises little: that takes half the time, and these programs run for milliseconds."""
+def fast_compilation(cache: pathlib.Path) -> Iterator[None]:
+  """XLA optimises little, which halves its time, and programs are kept in `cache`."""
   jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_enable_compilation_cache", True)
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  compilation_cache.reset_cache()
   try:
     yield
   finally:
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-  """Runs use the first `count` devices."""
-
-  def make_mesh(fsdp=1):
-    return jax.make_mesh(
-      (count // fsdp, fsdp),
-      ("data", "fsdp"),
-      axis_types=(AxisType.Auto,) * 2,
-      devices=jax.devices()[:count],
-    )
-
-  monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 _make_programs = train.make_programs
 _shared: dict[Any, train.Programs] = {}
 # Settings that no program depends on.
-_ELSEWHERE = ("workdir", "task", "eval", "iterations", "seed", "train_timesteps", "advantage")
+_ELSEWHERE = ("workdir", "task", "eval", "iterations", "seed", "advantage")
 _ELSEWHERE += ("accumulate_timesteps", "prompt_history", "prompt_history_min", "max_nan_share")
 _ELSEWHERE += ("checkpoint_every", "keep_checkpoints", "eval_every", "reward_timeout_s")
 
+ChangePrograms = Callable[[train.Programs], train.Programs]
 
-def share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Runs in this process that would compile the same programs share them."""
+
+def run(config: Config, *, devices: int = 1, change: ChangePrograms = lambda x: x) -> None:
+  """`train`; runs in this process that would compile the same programs share them.
+
+  Args:
+    config: the run.
+    devices: how many of the eight it uses.
+    change: called with the programs; its result is used in their place.
+  """
+
+  def make_mesh(fsdp=1):
+    return jax.make_mesh(
+      (devices // fsdp, fsdp),
+      ("data", "fsdp"),
+      axis_types=(AxisType.Auto,) * 2,
+      devices=jax.devices()[:devices],
+    )
 
   def make_programs(config, model, schedule, optimizer, mesh):
     neutral = {name: getattr(Config(), name) for name in _ELSEWHERE}
+    if not config.pretrain_weight:  # Then nothing calls the one program that depends on it.
+      neutral["pretrain_weight"] = PRETRAIN_WEIGHT
     key = dataclasses.replace(config, **neutral), mesh
     if key not in _shared:
       _shared[key] = _make_programs(config, model, schedule, optimizer, mesh)
-    return _shared[key]
+    return change(_shared[key])
 
-  monkeypatch.setattr(train, "make_programs", make_programs)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    monkeypatch.setattr(train, "make_programs", make_programs)
+    train.train(config)
+
+
+def uninterrupted(folder: pathlib.Path) -> pathlib.Path:
+  """The workdir of a run of three iterations in one go, with the settings of `config`."""
+  workdir = folder / "uninterrupted"
+  if not workdir.exists():
+    run(config(folder, workdir, iterations=3))
+  return workdir
 
 
 @contextlib.contextmanager

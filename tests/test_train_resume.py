@@ -1,0 +1,117 @@
+"""A run that was stopped and goes on is, bit for bit, the run that was not."""
+
+import pathlib
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import train_cases as cases
+
+SEED = 5  # of the moments at which processes are stopped
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = cases.folder(tmp_path_factory)
+  with cases.fast_compilation(folder / "cache"):
+    yield folder
+
+
+def test_stopped_between_two_iterations(folder, tmp_path):
+  for iterations in (1, 3):
+    cases.run(cases.config(folder, tmp_path, iterations=iterations))
+  cases.assert_same_run(tmp_path, cases.uninterrupted(folder))
+
+
+def variants(folder):
+  red = cases.task(folder)
+  return {
+    "prompt": {"task": (red,), "advantage": "prompt", "prompt_history_min": 2},
+    "group": {
+      "task": (cases.task(folder, images_per_prompt=2),),
+      "advantage": "group",
+    },
+    "accumulate": {"task": (red,), "accumulate_timesteps": True},
+    "lora": {
+      "task": (red,),
+      "train_timesteps": 1,
+      "lora_rank": 2,
+      "kl_weight": 0.1,
+      "ema_decay": 0.5,
+    },
+  }
+
+
+@pytest.mark.parametrize("variant", ["prompt", "group", "accumulate", "lora"])
+def test_stopped_with_other_settings(folder, tmp_path, variant):
+  def run(name, iterations):
+    changes = variants(folder)[variant] | {"iterations": iterations, "pretrain_weight": 0.0}
+    cases.run(cases.config(folder, tmp_path / name, **changes))
+
+  run("whole", 3)
+  run("stopped", 2)
+  run("stopped", 3)
+  cases.assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+  assert all(line["grad_norm"] > 0 for line in cases.metrics(tmp_path / "whole"))
+
+
+def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, capfd):
+  rewards = shutil.copy(folder / "rewards.py", tmp_path)
+  tasks = cases.task(folder), cases.task(folder, "green", "host:green", rewards)
+  config = cases.config(folder, tmp_path / "run", task=tasks, iterations=3, checkpoint_every=0)
+  # Its second call, in which it sends the signal, is in the second of three iterations.
+  monkeypatch.setenv("BROKEN", "stops@2")
+  handler = signal.getsignal(signal.SIGTERM)
+  cases.run(config)
+  assert signal.getsignal(signal.SIGTERM) is handler
+  assert "stopped in iteration 1; the same command goes on" in capfd.readouterr().err
+  # One iteration of 3 units, then the first task of the next.
+  assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
+  assert len(cases.metrics(tmp_path / "run")) == 1
+  cases.run(config)
+  cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+def wait_for_checkpoint(process, workdir: pathlib.Path, other_than=()):
+  """Returns when a checkpoint has been committed that is none of `other_than`."""
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None:
+    names = {path.name for path in (workdir / "checkpoints").glob("*")}
+    if any(name.isdigit() for name in names - set(other_than)):
+      return names
+    time.sleep(0.02)
+  raise AssertionError(f"no checkpoint: {process.communicate()}")
+
+
+def test_processes_killed_at_random_moments(folder, tmp_path):
+  iterations, slow = 12, {"BROKEN": "slow"}
+  moments = random.Random(SEED)
+  config = cases.config(folder, tmp_path / "killed", iterations=iterations)
+  whole = cases.config(folder, tmp_path / "whole", iterations=iterations)
+
+  process = cases.start(config, folder / "cache", **slow)
+  cases.run(whole)
+  first = wait_for_checkpoint(process, tmp_path / "killed")
+  time.sleep(moments.uniform(0, 1))
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+  process = cases.start(config, folder / "cache", **slow)
+  wait_for_checkpoint(process, tmp_path / "killed", first)
+  time.sleep(moments.uniform(0, 0.5))
+  process.terminate()
+  out, err = process.communicate(timeout=120)
+  print(out, err)
+  assert process.returncode == 0
+  assert "the same command goes on from here" in err
+  assert len(cases.metrics(tmp_path / "killed")) < iterations
+
+  process = cases.start(config, folder / "cache")
+  out, err = process.communicate(timeout=240)
+  print(out, err)
+  assert process.returncode == 0
+  cases.assert_same_run(tmp_path / "killed", tmp_path / "whole")
+  assert (tmp_path / "killed" / "report.html").exists()
