@@ -17,7 +17,10 @@ from rlft.types import UserError
 def state(value):
   """A tree as the trainer's: a nested dict whose names may hold slashes, and a None."""
   return {
-    "params": {"a/b": {"kernel": jax.random.normal(jax.random.key(0), (64, 64)) + value}, "bias": jnp.arange(3.0) + value},
+    "params": {
+      "a/b": {"kernel": jax.random.normal(jax.random.key(0), (64, 64)) + value},
+      "bias": jnp.arange(3.0) + value,
+    },
     "count": jnp.asarray(7, jnp.int32),
     "ema": None,
   }

@@ -4,6 +4,7 @@ import pathlib
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -60,7 +61,7 @@ def test_stopped_with_other_settings(folder, tmp_path, variant):
 def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, capfd):
   rewards = shutil.copy(folder / "rewards.py", tmp_path)
   tasks = cases.task(folder), cases.task(folder, "green", "host:green", rewards)
-  config = cases.config(folder, tmp_path / "run", task=tasks, iterations=3, checkpoint_every=0)
+  config = cases.config(folder, tmp_path / "run", task=tasks, iterations=3)
   # Its second call, in which it sends the signal, is in the second of three iterations.
   monkeypatch.setenv("BROKEN", "stops@2")
   handler = signal.getsignal(signal.SIGTERM)
@@ -74,33 +75,36 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
 
 
-def wait_for_checkpoint(process, workdir: pathlib.Path, other_than=()):
-  """Returns when a checkpoint has been committed that is none of `other_than`."""
-  deadline = time.monotonic() + 240
-  while time.monotonic() < deadline and process.poll() is None:
-    names = {path.name for path in (workdir / "checkpoints").glob("*")}
-    if any(name.isdigit() for name in names - set(other_than)):
-      return names
+def newest(workdir: pathlib.Path) -> int:
+  """The step of the newest committed checkpoint; -1 if there is none."""
+  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  return max([int(name) for name in names if name.isdigit()], default=-1)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path) -> None:
+  """Returns when the process has committed a checkpoint."""
+  before, deadline = newest(workdir), time.monotonic() + 240
+  while newest(workdir) == before:
+    assert time.monotonic() < deadline and process.poll() is None, process.communicate()
     time.sleep(0.02)
-  raise AssertionError(f"no checkpoint: {process.communicate()}")
 
 
 def test_processes_killed_at_random_moments(folder, tmp_path):
   iterations, slow = 12, {"BROKEN": "slow"}
   moments = random.Random(SEED)
-  config = cases.config(folder, tmp_path / "killed", iterations=iterations)
+  config = cases.config(folder, tmp_path / "killed", iterations=iterations, checkpoint_every=1)
   whole = cases.config(folder, tmp_path / "whole", iterations=iterations)
 
   process = cases.start(config, folder / "cache", **slow)
   cases.run(whole)
-  first = wait_for_checkpoint(process, tmp_path / "killed")
+  wait_for_checkpoint(process, tmp_path / "killed")
   time.sleep(moments.uniform(0, 1))
   process.kill()
   process.communicate()
   assert process.returncode == -signal.SIGKILL
 
   process = cases.start(config, folder / "cache", **slow)
-  wait_for_checkpoint(process, tmp_path / "killed", first)
+  wait_for_checkpoint(process, tmp_path / "killed")
   time.sleep(moments.uniform(0, 0.5))
   process.terminate()
   out, err = process.communicate(timeout=120)

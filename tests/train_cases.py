@@ -6,6 +6,7 @@ them, XLA optimises little, and most runs use one of the eight devices.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -178,7 +179,7 @@ def config(folder: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> Confi
     "compute_dtype": "float32",
     "remat": False,
     "reward_threads": 1,
-    "checkpoint_every": 1,
+    "checkpoint_every": 0,
     "report_images": 2,
   }
   return Config(**(settings | changes))
@@ -238,24 +239,59 @@ def fast_compilation(cache: pathlib.Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-_make_programs = train.make_programs
-_shared: dict[Any, train.Programs] = {}
+_load, _open_run, _make_programs = pretrained.load, train.open_run, train.make_programs
+_shared: dict[Any, Any] = {}
 # Settings that no program depends on.
 _ELSEWHERE = ("workdir", "task", "eval", "iterations", "seed", "advantage")
 _ELSEWHERE += ("accumulate_timesteps", "prompt_history", "prompt_history_min", "max_nan_share")
 _ELSEWHERE += ("checkpoint_every", "keep_checkpoints", "eval_every", "reward_timeout_s")
 
-ChangePrograms = Callable[[train.Programs], train.Programs]
+
+def _share(what: str, config: Config, make: Callable[[], Any], *key: Any) -> Any:
+  """What `make` made for the first run with settings that give the same programs."""
+  neutral = {name: getattr(Config(), name) for name in _ELSEWHERE}
+  if not config.pretrain_weight:  # Then nothing calls the one program that depends on it.
+    neutral["pretrain_weight"] = PRETRAIN_WEIGHT
+  key = what, dataclasses.replace(config, **neutral), *key
+  if key not in _shared:
+    _shared[key] = make()
+  return _shared[key]
 
 
-def run(config: Config, *, devices: int = 1, change: ChangePrograms = lambda x: x) -> None:
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One call of a program; arrays are copies, since a later call may be given their memory.
+
+  Attributes:
+    name: of the program; 'sample' for the sampler's.
+    shards: the first argument, with the shape of a shard in the place of each array.
+    args: the others.
+    result: what it returned.
+  """
+
+  name: str
+  shards: Any
+  args: tuple[Any, ...]
+  result: Any
+
+
+def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) -> None:
   """`train`; runs in this process that would compile the same programs share them.
 
   Args:
     config: the run.
     devices: how many of the eight it uses.
-    change: called with the programs; its result is used in their place.
+    calls: a list to add each call of a program to.
   """
+
+  def recorded(name, program):
+    def call(*args):
+      shards = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, args[0])
+      result = program(*args)
+      calls.append(Call(name, shards, args[1:], jax.tree.map(np.array, result)))
+      return result
+
+    return program if calls is None else call
 
   def make_mesh(fsdp=1):
     return jax.make_mesh(
@@ -265,17 +301,25 @@ def run(config: Config, *, devices: int = 1, change: ChangePrograms = lambda x: 
       devices=jax.devices()[:devices],
     )
 
-  def make_programs(config, model, schedule, optimizer, mesh):
-    neutral = {name: getattr(Config(), name) for name in _ELSEWHERE}
-    if not config.pretrain_weight:  # Then nothing calls the one program that depends on it.
-      neutral["pretrain_weight"] = PRETRAIN_WEIGHT
-    key = dataclasses.replace(config, **neutral), mesh
-    if key not in _shared:
-      _shared[key] = _make_programs(config, model, schedule, optimizer, mesh)
-    return change(_shared[key])
+  def load(path, **settings):
+    return _share("model", Config(), lambda: _load(path, **settings), path, *settings.items())
+
+  def open_run(config):
+    run = _open_run(config)
+    sampler = copy.copy(_share("sampler", config, lambda: run.sampler, devices))
+    sampler.rollout = recorded("sample", sampler.rollout)
+    return dataclasses.replace(run, sampler=sampler)
+
+  def make_programs(config, *args):
+    programs = _share("programs", config, lambda: _make_programs(config, *args), devices)
+    names = ("update", "accumulate", "apply", "pretrain", "average")
+    changes = {name: recorded(name, getattr(programs, name)) for name in names}
+    return dataclasses.replace(programs, **changes)
 
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    monkeypatch.setattr(pretrained, "load", load)
+    monkeypatch.setattr(train, "open_run", open_run)
     monkeypatch.setattr(train, "make_programs", make_programs)
     train.train(config)
 
