@@ -7,7 +7,9 @@ must not stop a run that has an older good one, and restoring needs explicit sha
 
 from collections.abc import Mapping
 import logging
+import os
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -47,8 +49,9 @@ class Checkpointer:
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    # Orbax reports each phase of each save through absl; a user needs only what we say.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax reports each phase of each save through absl, and what fails with pages of tracebacks
+    # from its threads; all of it reaches us as exceptions, and a user needs only what we say.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
       return ocp.CheckpointManager(
         self._directory,
@@ -73,6 +76,7 @@ class Checkpointer:
     """Starts an asynchronous save; a save of the same step that exists already is kept."""
     if step in self._manager.all_steps():
       return
+    self.wait()  # So would Orbax; here a failure has the number of the save that failed.
     self._saving = step
     try:
       self._manager.save(
@@ -215,4 +219,6 @@ class Checkpointer:
 
 def _first_line(error: Exception) -> str:
   """What an error says, short enough for a message of one line."""
+  if code := re.search(r"os_error_code='(\d+)'", str(error)):
+    return os.strerror(int(code[1]))
   return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -6,7 +6,6 @@ them, XLA optimises little, and most runs use one of the eight devices.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -79,7 +78,7 @@ spread.is_set = True
 
 
 def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
-  """Random weights: 8x8 images, 4x4x4 latents, one attention, 16 tokens."""
+  """Random weights: 4x4 images, 4x4x4 latents, one transformer, 16 tokens."""
   words = models_cases.tokenizer()
   modules = {
     "unet": unet.UNet2DCondition(
@@ -96,9 +95,7 @@ def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
     ),
     "vae": vae.AutoencoderKL(
       vae.VAEConfig(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        block_out_channels=(8,),
         norm_num_groups=4,
         scaling_factor=0.5,
       )
@@ -125,7 +122,7 @@ def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
 
 
 def make_folder(folder: pathlib.Path) -> pathlib.Path:
-  """Makes a folder with `model`, `prompts.txt`, `rewards.py`, images in `pairs`, an empty `cache`."""
+  """Makes a folder: `model`, `prompts.txt`, `rewards.py`, images in `pairs`, an empty `cache`."""
   (folder / "cache").mkdir(parents=True)
   pretrained.save(folder / "model", tiny_model())
   (folder / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -134,7 +131,7 @@ def make_folder(folder: pathlib.Path) -> pathlib.Path:
   pairs.mkdir()
   lines = []
   for i in range(12):
-    pixels = np.random.RandomState(i).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+    pixels = np.random.RandomState(i).randint(0, 256, (4, 4, 3)).astype(np.uint8)
     PIL.Image.fromarray(pixels).save(pairs / f"{i}.png")
     lines.append(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % len(PROMPTS)]}))
   (pairs / "metadata.jsonl").write_text("\n".join(lines))
@@ -263,7 +260,7 @@ class Call:
   """One call of a program; arrays are copies, since a later call may be given their memory.
 
   Attributes:
-    name: of the program; 'sample' for the sampler's.
+    name: of the program.
     shards: the first argument, with the shape of a shard in the place of each array.
     args: the others.
     result: what it returned.
@@ -306,8 +303,7 @@ def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) ->
 
   def open_run(config):
     run = _open_run(config)
-    sampler = copy.copy(_share("sampler", config, lambda: run.sampler, devices))
-    sampler.rollout = recorded("sample", sampler.rollout)
+    sampler = _share("sampler", config, lambda: run.sampler, devices)
     return dataclasses.replace(run, sampler=sampler)
 
   def make_programs(config, *args):

@@ -1,0 +1,145 @@
+"""What goes wrong in a run says so in one line, and nothing is lost."""
+
+import contextlib
+import dataclasses
+import logging
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import train_cases as cases
+
+from rlft.config import EvalConfig
+from rlft.models import pretrained
+from rlft.run import open_run
+from rlft.types import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = cases.folder(tmp_path_factory)
+  with cases.fast_compilation(folder / "cache"):
+    yield folder
+
+
+@contextlib.contextmanager
+def one_line(match):
+  with pytest.raises(UserError, match=match) as error:
+    yield
+  assert "\n" not in str(error.value)
+
+
+def config(folder, tmp_path, **changes):
+  """A run in `tmp_path / 'run'`; its second reward has mistakes when BROKEN says so."""
+  # A copy, for its own count of calls.
+  rewards = shutil.copy(folder / "rewards.py", tmp_path)
+  tasks = cases.task(folder), cases.task(folder, "green", "host:green", rewards)
+  return cases.config(folder, tmp_path / "run", **({"task": tasks, "iterations": 3} | changes))
+
+
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    ("raises", r"reward '.*rewards.py:green' raised ValueError: no luck \(.*rewards.py:\d+\)"),
+    ("shape", r"returned float32\[8, 3\], expected float32\[8\]: return one number for each image"),
+    ("nan", "task green, iteration 1: 100% of the images .* more than --max_nan_share=0.1"),
+  ],
+)
+def test_a_reward_fails_in_the_middle(folder, tmp_path, monkeypatch, how, message):
+  settings = config(folder, tmp_path)
+  monkeypatch.setenv("BROKEN", f"{how}@2")
+  with one_line(message):
+    cases.run(settings)
+  assert [line["iteration"] for line in cases.metrics(tmp_path / "run")] == [0]
+  # The same command, with the reward mended.
+  monkeypatch.delenv("BROKEN")
+  cases.run(settings)
+  cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+def test_an_evaluation_fails_after_the_last_iteration(folder, tmp_path, monkeypatch):
+  settings = config(folder, tmp_path, task=(cases.task(folder),), pretrain_weight=0.0)
+  metric = f"host:{tmp_path / 'rewards.py'}:green"
+  evals = (EvalConfig("green", str(folder / "prompts.txt"), metric, images=8),)
+  settings = dataclasses.replace(settings, eval=evals)
+  monkeypatch.setenv("BROKEN", "raises@2")
+  with one_line("raised ValueError: no luck"):
+    cases.run(settings)
+  monkeypatch.delenv("BROKEN")
+  trained = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert len(cases.metrics(tmp_path / "run")) == 3
+  cases.run(settings)
+  # Only the evaluation was done again.
+  assert (tmp_path / "run" / "metrics.jsonl").read_text() == trained
+  assert (tmp_path / "run" / "eval.json").exists()
+
+
+def test_a_full_disk(folder, tmp_path):
+  cases.run(config(folder, tmp_path, iterations=1))
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # More than the metrics need, and less than a checkpoint.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+  try:
+    with one_line("checkpoint 6 could not be written .* earlier checkpoints are intact"):
+      cases.run(config(folder, tmp_path, iterations=2))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  cases.run(config(folder, tmp_path))
+  cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+def test_a_half_written_checkpoint(folder, tmp_path, caplog):
+  for iterations in (1, 2):
+    cases.run(config(folder, tmp_path, iterations=iterations))
+  checkpoints = tmp_path / "run" / "checkpoints"
+  for path in (checkpoints / "6" / "state").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[:1000])
+  shutil.copytree(checkpoints / "3", checkpoints / "9.orbax-checkpoint-tmp")
+  with caplog.at_level(logging.WARNING, "rlft"):
+    cases.run(config(folder, tmp_path))
+  assert "moved to 6.unreadable" in caplog.text and "at iteration 1" in caplog.text
+  assert {path.name for path in checkpoints.iterdir()} == {"3", "6.unreadable", "9"}
+  cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+@pytest.fixture
+def trained(folder, tmp_path):
+  """The settings of a run of one iteration, which leaves a checkpoint."""
+  settings = config(folder, tmp_path, task=(cases.task(folder),), pretrain_weight=0.0, iterations=1)
+  cases.run(settings)
+  return settings
+
+
+def test_a_checkpoint_of_another_model(tmp_path, trained):
+  before = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
+  for message, other in (
+    ("was trained from another base model .*: give that model, or a new", {"seed": 3}),
+    (r"of another model: .* has shape \(16,\) there, expected \(8,\); choose another", {"channels": 8}),
+  ):
+    directory = tmp_path / str(other)
+    pretrained.save(directory, cases.tiny_model(**other))
+    with one_line(f"checkpoint .*{message} --workdir"):
+      cases.run(dataclasses.replace(trained, pretrained=str(directory)))
+  with one_line(r"other settings \(seed: 0 -> 1; guidance_scale: 2.0 -> 3.0\): give the old ones"):
+    cases.run(dataclasses.replace(trained, seed=1, guidance_scale=3.0))
+  after = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
+  assert after[1] == before[1]
+  jax.tree.map(np.testing.assert_array_equal, after[0], before[0])
+
+
+def test_prompt_files(folder, tmp_path, caplog):
+  prompts = tmp_path / "prompts.txt"
+  task = cases.task(folder, prompts=str(prompts))
+  settings = config(folder, tmp_path, task=(task,), pretrain_weight=0.0)
+  prompts.write_text(" \n\n")
+  with one_line("prompts.txt has no prompts: give a file with at least one"):
+    cases.run(settings)
+  # The model takes 16 tokens.
+  prompts.write_text("a dog\n" + "dogs " * 30 + "\n" + "a cat " * 20)
+  with caplog.at_level(logging.WARNING, "rlft"):
+    open_run(settings).close()
+  assert (
+    "2 of 3 prompts of" in caplog.text and "more than 16 tokens and were cut off" in caplog.text
+  )
