@@ -83,6 +83,9 @@ class PretrainConfig:
   caption_dropout: float = dataclasses.field(
     default=0.1, metadata={"help": "share of captions left empty, for guidance"}
   )
+  cpu_devices: int = dataclasses.field(
+    default=0, metadata={"help": "on CPUs, split the host into so many devices; 0 leaves it"}
+  )
   checkpoint_every: int = dataclasses.field(
     default=500, metadata={"help": "steps between checkpoints and sample grids"}
   )
@@ -258,6 +261,7 @@ def _to_signed(images: jax.Array) -> jax.Array:
 
 def run(config: PretrainConfig) -> pretrained.StableDiffusion:
   """Trains all stages (or what is left of them) and writes `<workdir>/emoji-sd`."""
+  sharding.split_host(config.cpu_devices)
   workdir = Path(config.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   images, captions = world.training_pairs(config.seed, config.scenes)

@@ -12,6 +12,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlft.types import UserError
+
 _SMALLEST_SHARDED = 4096  # elements; gathering less costs more than keeping it
 
 
@@ -20,12 +22,22 @@ def split_host(devices: int) -> None:
 
   XLA runs many operations of a program on one thread: two devices on two cores train the miniature
   1.5 times as fast as one. Accelerators are not affected.
+
+  Raises:
+    UserError: JAX has started already, with another number of CPU devices.
   """
   if devices:
     # A device waits for the others in a thread of its own; with only one thread for each core,
     # programs that were launched one after another can wait for each other for ever.
     os.environ.setdefault("PJRT_NPROC", str(8 * devices))
-    jax.config.update("jax_num_cpu_devices", devices)
+    try:
+      jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError as error:  # JAX has started: a second run in a notebook, for example.
+      if jax.default_backend() == "cpu" and jax.device_count() != devices:
+        raise UserError(
+          f"--cpu_devices={devices}: JAX has started with {jax.device_count()} devices already;"
+          " start a new process, or give 0 to use them"
+        ) from error
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlft import sharding
+from rlft.types import UserError
 
 TREE = {"conv": np.ones((3, 3, 64, 32), np.float32), "bias": np.ones((32,), np.float32)}
 
@@ -53,3 +55,11 @@ def test_batch_is_spread_over_both_axes():
   assert [s.data.shape for s in rows.addressable_shards] == [(2,)] * 8
   time_major = jax.device_put(jnp.zeros((3, 16)), sharding.batch(mesh, 1))
   assert time_major.addressable_shards[0].data.shape == (3, 2)
+
+
+def test_the_host_is_not_split_twice():
+  jax.devices()  # Has started JAX, with 8.
+  sharding.split_host(0)
+  sharding.split_host(8)
+  with pytest.raises(UserError, match="--cpu_devices=2: JAX has started with 8 devices already"):
+    sharding.split_host(2)

@@ -116,7 +116,10 @@ def test_a_checkpoint_of_another_model(tmp_path, trained):
   before = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
   for message, other in (
     ("was trained from another base model .*: give that model, or a new", {"seed": 3}),
-    (r"of another model: .* has shape \(16,\) there, expected \(8,\); choose another", {"channels": 8}),
+    (
+      r"of another model: .* has shape \(16,\) there, expected \(8,\); choose another",
+      {"channels": 8},
+    ),
   ):
     directory = tmp_path / str(other)
     pretrained.save(directory, cases.tiny_model(**other))

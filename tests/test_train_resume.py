@@ -1,5 +1,7 @@
 """A run that was stopped and goes on is, bit for bit, the run that was not."""
 
+from concurrent import futures
+import dataclasses
 import pathlib
 import random
 import shutil
@@ -10,7 +12,10 @@ import time
 import pytest
 import train_cases as cases
 
+from rlft.config import Config
+
 SEED = 5  # of the moments at which processes are stopped
+ITERATIONS = 15  # of their run; a slow one takes 0.15 s
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +23,50 @@ def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
   with cases.fast_compilation(folder / "cache"):
     yield folder
+
+
+def newest(workdir: pathlib.Path) -> int:
+  """The step of the newest committed checkpoint; -1 if there is none."""
+  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  return max([int(name) for name in names if name.isdigit()], default=-1)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path) -> None:
+  """Returns when the process has committed a checkpoint."""
+  before, deadline = newest(workdir), time.monotonic() + 240
+  while newest(workdir) == before:
+    assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+    time.sleep(0.02)
+
+
+def run_with_interruptions(config: Config, cache: pathlib.Path) -> list[tuple[int, str, int]]:
+  """Kills a run at a random moment, stops the next at another, and lets the third finish.
+
+  Returns:
+    For each process its exit status, what it wrote to stderr, and the number of lines of metrics
+    that it left.
+  """
+  moments, workdir = random.Random(SEED), pathlib.Path(config.workdir)
+  found = []
+  for stop in (subprocess.Popen.kill, subprocess.Popen.terminate, None):
+    # A slow reward leaves time in which to stop it.
+    process = cases.start(config, cache, BROKEN="slow" if stop else "")
+    if stop:
+      wait_for_checkpoint(process, workdir)
+      time.sleep(moments.uniform(0, 1))
+      stop(process)
+    _, errors = process.communicate(timeout=240)
+    found.append((process.returncode, errors, len(cases.metrics(workdir))))
+  return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupted(folder, tmp_path_factory):
+  """(settings, future of `run_with_interruptions`), which goes on beside the other tests."""
+  workdir = tmp_path_factory.mktemp("interrupted")
+  config = cases.config(folder, workdir, iterations=ITERATIONS, checkpoint_every=1)
+  with futures.ThreadPoolExecutor() as pool:
+    yield config, pool.submit(run_with_interruptions, config, folder / "cache")
 
 
 def test_stopped_between_two_iterations(folder, tmp_path):
@@ -75,47 +124,14 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
 
 
-def newest(workdir: pathlib.Path) -> int:
-  """The step of the newest committed checkpoint; -1 if there is none."""
-  names = [path.name for path in (workdir / "checkpoints").glob("*")]
-  return max([int(name) for name in names if name.isdigit()], default=-1)
-
-
-def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path) -> None:
-  """Returns when the process has committed a checkpoint."""
-  before, deadline = newest(workdir), time.monotonic() + 240
-  while newest(workdir) == before:
-    assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-    time.sleep(0.02)
-
-
-def test_processes_killed_at_random_moments(folder, tmp_path):
-  iterations, slow = 12, {"BROKEN": "slow"}
-  moments = random.Random(SEED)
-  config = cases.config(folder, tmp_path / "killed", iterations=iterations, checkpoint_every=1)
-  whole = cases.config(folder, tmp_path / "whole", iterations=iterations)
-
-  process = cases.start(config, folder / "cache", **slow)
+def test_killed_and_terminated_at_random_moments(folder, tmp_path, interrupted):
+  config, running = interrupted
+  whole = dataclasses.replace(config, workdir=str(tmp_path), checkpoint_every=0)
   cases.run(whole)
-  wait_for_checkpoint(process, tmp_path / "killed")
-  time.sleep(moments.uniform(0, 1))
-  process.kill()
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
-
-  process = cases.start(config, folder / "cache", **slow)
-  wait_for_checkpoint(process, tmp_path / "killed")
-  time.sleep(moments.uniform(0, 0.5))
-  process.terminate()
-  out, err = process.communicate(timeout=120)
-  print(out, err)
-  assert process.returncode == 0
-  assert "the same command goes on from here" in err
-  assert len(cases.metrics(tmp_path / "killed")) < iterations
-
-  process = cases.start(config, folder / "cache")
-  out, err = process.communicate(timeout=240)
-  print(out, err)
-  assert process.returncode == 0
-  cases.assert_same_run(tmp_path / "killed", tmp_path / "whole")
-  assert (tmp_path / "killed" / "report.html").exists()
+  (killed, _, _), (stopped, errors, lines), (finished, _, _) = running.result()
+  assert killed == -signal.SIGKILL
+  assert stopped == 0 and "the same command goes on from here" in errors and lines < ITERATIONS
+  assert finished == 0
+  workdir = pathlib.Path(config.workdir)
+  cases.assert_same_run(workdir, tmp_path)
+  assert (workdir / "report.html").exists()

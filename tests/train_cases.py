@@ -367,6 +367,7 @@ def start(config: Config, cache: pathlib.Path, **environment: str) -> subprocess
   """Starts `launch/train.py` on one device; programs are kept in and taken from `cache`."""
   environment = {
     "PYTHONPATH": str(ROOT),
+    "BROKEN": "",
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_ENABLE_COMPILATION_CACHE": "true",
