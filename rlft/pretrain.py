@@ -25,7 +25,7 @@ import tqdm
 from transformers import CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from rlft import ddim, losses, sampler
+from rlft import ddim, losses, sampler, sharding
 from rlft import images as images_lib
 from rlft import prompts as prompts_lib
 from rlft.checkpoint import Checkpointer

@@ -1,6 +1,7 @@
 """Whole runs of the trainer on a tiny model: what they write, and what they learn."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -159,6 +160,17 @@ def test_any_number_of_devices_gives_the_same(run, other, request):
     for name in expected:
       if name.startswith("reward/"):
         assert found[name] == pytest.approx(expected[name], rel=2e-5)
+
+
+def test_a_run_goes_on_on_other_devices(folder, tmp_path, one_device, sharded):
+  runs = []
+  for run in (one_device, sharded):
+    workdir = shutil.copytree(run.workdir, tmp_path / run.workdir.name)
+    runs.append(Run(folder, workdir, iterations=3))
+    assert runs[-1].metrics[:2] == run.metrics
+  expected, found = (run.metrics[2] for run in runs)
+  for name in ("reward/red/mean", "reward/spread/mean", "loss/pretrain", "grad_norm"):
+    assert found[name] == pytest.approx(expected[name], rel=1e-4)
 
 
 def test_parameters_and_optimizer_are_sharded(sharded):

@@ -60,7 +60,7 @@ def run_with_interruptions(config: Config, cache: pathlib.Path) -> list[tuple[in
   return found
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def interrupted(folder, tmp_path_factory):
   """(settings, future of `run_with_interruptions`), which goes on beside the other tests."""
   workdir = tmp_path_factory.mktemp("interrupted")
@@ -69,6 +69,7 @@ def interrupted(folder, tmp_path_factory):
     yield config, pool.submit(run_with_interruptions, config, folder / "cache")
 
 
+@pytest.mark.usefixtures("interrupted")  # Starts it early.
 def test_stopped_between_two_iterations(folder, tmp_path):
   for iterations in (1, 3):
     cases.run(cases.config(folder, tmp_path, iterations=iterations))
@@ -79,10 +80,7 @@ def variants(folder):
   red = cases.task(folder)
   return {
     "prompt": {"task": (red,), "advantage": "prompt", "prompt_history_min": 2},
-    "group": {
-      "task": (cases.task(folder, images_per_prompt=2),),
-      "advantage": "group",
-    },
+    "group": {"task": (cases.task(folder, images_per_prompt=2),), "advantage": "group"},
     "accumulate": {"task": (red,), "accumulate_timesteps": True},
     "lora": {
       "task": (red,),
