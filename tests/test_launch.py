@@ -137,7 +137,8 @@ def test_export_is_the_run_and_diffusers_draws_the_same(folder):
 def test_a_directory_has_no_lora(folder):
   done = launch("export", "--workdir=base", "--lora_output=other.safetensors", cwd=folder)
   assert done.returncode == 2
-  assert done.stderr.startswith("error: base has no LoRA") and done.stderr.count("\n") == 1
+  assert done.stderr.startswith("error: ") and "base has no LoRA" in done.stderr
+  assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
