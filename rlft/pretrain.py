@@ -7,6 +7,7 @@ It is a *base model with faults*, as web-trained models have: see `rlft.emoji.wo
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import json
@@ -221,28 +222,31 @@ def _fit(
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   state = jax.device_put(state, NamedSharding(mesh, P()))
   by_row = NamedSharding(mesh, P("data"))
-  checkpointer = Checkpointer(Path(config.workdir, "checkpoints", name))
-  restored = checkpointer.restore(state)
-  first = 0
-  if restored is not None:
-    first, state, _ = restored
-  bar = tqdm.tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5.0)
-  losses = []
-  for step in bar:
-    rng = np.random.default_rng((config.seed, step))
-    state, loss = update(state, jax.device_put(batch_fn(rng), by_row), step)
-    losses.append(loss)
-    done = step + 1
-    if done % 50 == 0 or done == steps:
-      mean = float(np.mean(jax.device_get(losses)))
-      losses = []
-      bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-      with Path(config.workdir, "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"stage": name, "step": done, "loss": mean}) + "\n")
-    if done % config.checkpoint_every == 0 or done == steps:
-      checkpointer.save(done, state, {})
-      preview(state["ema"], done)
-  checkpointer.close()
+  # An interrupted run still finishes its last save.
+  with contextlib.ExitStack() as stack:
+    checkpointer = stack.enter_context(
+      contextlib.closing(Checkpointer(Path(config.workdir, "checkpoints", name)))
+    )
+    restored = checkpointer.restore(state)
+    first = 0
+    if restored is not None:
+      first, state, _ = restored
+    bar = tqdm.tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5.0)
+    losses = []
+    for step in bar:
+      rng = np.random.default_rng((config.seed, step))
+      state, loss = update(state, jax.device_put(batch_fn(rng), by_row), step)
+      losses.append(loss)
+      done = step + 1
+      if done % 50 == 0 or done == steps:
+        mean = float(np.mean(jax.device_get(losses)))
+        losses = []
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        with Path(config.workdir, "metrics.jsonl").open("a") as file:
+          file.write(json.dumps({"stage": name, "step": done, "loss": mean}) + "\n")
+      if done % config.checkpoint_every == 0 or done == steps:
+        checkpointer.save(done, state, {})
+        preview(state["ema"], done)
   return state["ema"]
 
 
