@@ -64,15 +64,7 @@ def run_with_interruptions(config: Config, cache: pathlib.Path) -> list[tuple[in
 def interrupted(folder, tmp_path_factory):
   """(settings, future of `run_with_interruptions`), which goes on beside the other tests."""
   workdir = tmp_path_factory.mktemp("interrupted")
-  # A task alone, whose programs are compiled sooner.
-  config = cases.config(
-    folder,
-    workdir,
-    task=(cases.task(folder, "green", "host:green"),),
-    pretrain_weight=0.0,
-    iterations=ITERATIONS,
-    checkpoint_every=1,
-  )
+  config = cases.config(folder, workdir, iterations=ITERATIONS, checkpoint_every=1)
   with futures.ThreadPoolExecutor() as pool:
     yield config, pool.submit(run_with_interruptions, config, folder / "cache")
 
