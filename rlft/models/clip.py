@@ -1,6 +1,7 @@
-"""The CLIP text encoder of Stable Diffusion (https://arxiv.org/abs/2103.00020).
+"""CLIP (https://arxiv.org/abs/2103.00020): both towers, and Stable Diffusion's text encoder.
 
-Parameter tree: `FlaxCLIPTextModel` of transformers 4.57. Numbers: PyTorch's `CLIPTextModel`.
+Numbers: `CLIPModel` and `CLIPTextModel` of transformers. Parameter trees: their names split at the
+dots; for the text encoder that is also the tree of `FlaxCLIPTextModel` of transformers 4.57.
 """
 
 from collections.abc import Mapping
@@ -11,21 +12,15 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlft.models import clip_layers, clip_vision
 from rlft.models import config as config_lib
-from rlft.models import layers
 
+CLIPVisionConfig = clip_vision.CLIPVisionConfig
+CLIPVisionTower = clip_vision.CLIPVisionTower
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-  """x sigmoid(1.702 x): the GELU of OpenAI's CLIP models (SD 1.x)."""
-  return x * nn.sigmoid(1.702 * x)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-  """The exact GELU (SD 2.x)."""
-  return nn.gelu(x, approximate=False)
-
-
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+# Configs from before transformers 4.31 say 2 whatever the tokenizer's end token is; the end token
+# is then the highest id, as in OpenAI's code.
+_WRONG_EOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +41,7 @@ class CLIPTextConfig:
   eos_token_id: int | None = 49407
 
   def __post_init__(self):
-    config_lib.require(
-      self.hidden_act in _ACTIVATIONS,
-      f"text encoder config: hidden_act={self.hidden_act!r} must be one of "
-      f"{', '.join(_ACTIVATIONS)}",
-    )
-    config_lib.require(
-      self.hidden_size % self.num_attention_heads == 0,
-      f"text encoder config: hidden_size={self.hidden_size} must be a multiple of "
-      f"num_attention_heads={self.num_attention_heads}",
-    )
+    clip_layers.check(self, "text encoder")
 
   @classmethod
   def from_dict(cls, data: Mapping[str, Any], what: str = "text encoder config"):
@@ -69,6 +55,55 @@ class CLIPTextConfig:
     return config_lib.parse(cls, data, what=what)
 
 
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+  """Both towers; names of transformers' `CLIPConfig`.
+
+  Attributes:
+    text_config, vision_config: the towers.
+    projection_dim: F, the size of the features that are compared.
+    logit_scale_init_value: logarithm of the factor of the cosine, before training.
+  """
+
+  text_config: CLIPTextConfig = CLIPTextConfig()
+  vision_config: CLIPVisionConfig = CLIPVisionConfig()
+  projection_dim: int = 512
+  logit_scale_init_value: float = 2.6592
+
+  @classmethod
+  def from_dict(cls, data: Mapping[str, Any], what: str = "config.json"):
+    """From a parsed `config.json`; raises `UserError` if it is not a CLIP model's."""
+    found = data.get("model_type", "clip")
+    config_lib.require(
+      found == "clip",
+      f"{what}: model_type={found!r} is not supported (only 'clip'); use a CLIP model with a text "
+      "and an image tower",
+    )
+    return config_lib.parse(cls, data | towers(data, what=what), what=what)
+
+
+def towers(
+  data: Mapping[str, Any],
+  *,
+  what: str,
+  text: Mapping[str, Any] | None = None,
+  vision: Mapping[str, Any] | None = None,
+) -> dict[str, CLIPTextConfig | CLIPVisionConfig]:
+  """`{'text_config': ..., 'vision_config': ...}` from a parsed `config.json` of both towers.
+
+  `text` and `vision` are defaults that differ from CLIP's. Options may be in `text_config` or, in
+  old files, in `text_config_dict`, which goes first.
+  """
+  configs = {}
+  for key, cls, defaults in (
+    ("text_config", CLIPTextConfig, text),
+    ("vision_config", clip_vision.CLIPVisionConfig, vision),
+  ):
+    given = {**(defaults or {}), **(data.get(key) or {}), **(data.get(f"{key}_dict") or {})}
+    configs[key] = config_lib.parse(cls, given, what=f"{what}, {key}")
+  return configs
+
+
 class _Embeddings(nn.Module):
   config: CLIPTextConfig
 
@@ -76,6 +111,11 @@ class _Embeddings(nn.Module):
   def __call__(self, ids: jax.Array) -> jax.Array:
     """`[B, L]` int32 -> `[B, L, D]`: the sum of token and position embeddings."""
     c = self.config
+    if ids.shape[1] > c.max_position_embeddings:
+      raise ValueError(
+        f"{ids.shape[1]} tokens, but the text encoder takes at most "
+        f"{c.max_position_embeddings}; truncate the prompts"
+      )
     tokens = nn.Embed(
       c.vocab_size,
       c.hidden_size,
@@ -91,83 +131,20 @@ class _Embeddings(nn.Module):
     return tokens(ids) + positions(jnp.arange(ids.shape[1]))
 
 
-class _MLP(nn.Module):
+class CLIPTextTower(nn.Module):
+  """Attributes: config (see `CLIPTextConfig`); dtype of the computation."""
+
   config: CLIPTextConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """`[B, L, D]` -> `[B, L, D]`."""
-    c = self.config
-    in_init = nn.initializers.normal((2 * c.hidden_size) ** -0.5)
-    x = nn.Dense(c.intermediate_size, dtype=self.dtype, kernel_init=in_init, name="fc1")(x)
-    x = _ACTIVATIONS[c.hidden_act](x)
-    return nn.Dense(c.hidden_size, dtype=self.dtype, kernel_init=_out_init(c), name="fc2")(x)
-
-
-def _out_init(config: CLIPTextConfig) -> nn.initializers.Initializer:
-  """Projections into the residual stream start smaller with depth, as in OpenAI's CLIP."""
-  return nn.initializers.normal((2 * config.num_hidden_layers * config.hidden_size) ** -0.5)
-
-
-class _Layer(nn.Module):
-  config: CLIPTextConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`x` `[B, L, D]`, `mask` `[L, L]` bool -> `[B, L, D]`."""
-    c = self.config
-    y = nn.LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
-    attention = layers.Attention(
-      c.num_attention_heads,
-      c.hidden_size,
-      names=("q_proj", "k_proj", "v_proj", "out_proj"),
-      bias=True,
-      dtype=self.dtype,
-      kernel_init=nn.initializers.normal(c.hidden_size**-0.5),
-      out_init=_out_init(c),
-      name="self_attn",
-    )
-    x = x + attention(y, mask=mask)
-    y = nn.LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(x)
-    return x + _MLP(c, self.dtype, name="mlp")(y)
-
-
-class _Layers(nn.Module):
-  config: CLIPTextConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[B, L, D]` -> `[B, L, D]`."""
-    for i in range(self.config.num_hidden_layers):
-      x = _Layer(self.config, self.dtype, name=str(i))(x, mask)
-    return x
-
-
-class _Encoder(nn.Module):
-  config: CLIPTextConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[B, L, D]` -> `[B, L, D]`; exists for the parameter tree's sake."""
-    return _Layers(self.config, self.dtype, name="layers")(x, mask)
-
-
-class _TextTransformer(nn.Module):
-  config: CLIPTextConfig
-  dtype: jnp.dtype
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
-    """`[B, L]` -> `[B, L, D]`."""
+    """`[B, L]` int32 -> `[B, L, D]` float32, after the last layer norm; see `CLIPTextEncoder`."""
     x = _Embeddings(self.config, name="embeddings")(ids).astype(self.dtype)
     causal = jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool))
-    x = _Encoder(self.config, self.dtype, name="encoder")(x, causal)
-    norm = nn.LayerNorm(self.config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")
-    return norm(x)
+    x = clip_layers.Encoder(self.config, self.dtype, name="encoder")(x, causal)
+    eps = self.config.layer_norm_eps
+    return nn.LayerNorm(eps, dtype=jnp.float32, name="final_layer_norm")(x)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -187,9 +164,95 @@ class CLIPTextEncoder(nn.Module):
     Returns:
       `[B, L, hidden_size]` float32: the last layer's states after the final layer norm.
     """
-    if ids.shape[1] > self.config.max_position_embeddings:
-      raise ValueError(
-        f"{ids.shape[1]} tokens, but the text encoder takes at most "
-        f"{self.config.max_position_embeddings}; truncate the prompts"
-      )
-    return _TextTransformer(self.config, self.dtype, name="text_model")(ids).astype(jnp.float32)
+    return CLIPTextTower(self.config, self.dtype, name="text_model")(ids)
+
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest valid inputs of `__call__`."""
+    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+
+def pool_end(states: jax.Array, ids: jax.Array, eos_token_id: int | None) -> jax.Array:
+  """The states at each text's end token, which has seen the whole text.
+
+  Args:
+    states: `[B, L, D]`.
+    ids: `[B, L]` int32.
+    eos_token_id: the end token, whose first place counts; `None`: the highest id of each text.
+
+  Returns:
+    `[B, D]`. A text without the end token gives its first state, as in transformers.
+  """
+  marks = ids if eos_token_id is None else ids == eos_token_id
+  ends = jnp.argmax(marks, axis=1)
+  return jnp.take_along_axis(states, ends[:, None, None], axis=1)[:, 0]
+
+
+class CLIPModel(nn.Module):
+  """Both towers and what makes their outputs comparable.
+
+  Attributes:
+    config: see `CLIPConfig`.
+    dtype: type that the towers compute in; their last layer norms and the projections are float32.
+    pre_norm: name of the image tower's first layer norm, see `CLIPVisionTower`.
+    end_is_highest: the end of a text is its highest token id, whatever the config says (OWL-ViT).
+  """
+
+  config: CLIPConfig
+  dtype: jnp.dtype = jnp.float32
+  pre_norm: str = "pre_layrnorm"
+  end_is_highest: bool = False
+
+  def setup(self):
+    c = self.config
+    self.vision_model = clip_vision.CLIPVisionTower(c.vision_config, self.dtype, self.pre_norm)
+    self.text_model = CLIPTextTower(c.text_config, self.dtype)
+    self.visual_projection = nn.Dense(c.projection_dim, use_bias=False)
+    self.text_projection = nn.Dense(c.projection_dim, use_bias=False)
+    self.logit_scale = self.param(
+      "logit_scale", nn.initializers.constant(c.logit_scale_init_value), ()
+    )
+
+  def __call__(self, pixels: jax.Array, ids: jax.Array) -> jax.Array:
+    """exp(logit_scale) times the cosines of images and texts; arguments as below.
+
+    Returns:
+      `[images, texts]` float32.
+    """
+    image, text = self.image_features(pixels), self.text_features(ids)
+    image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+    return jnp.exp(self.logit_scale) * image @ text.T
+
+  def image_features(self, pixels: jax.Array) -> jax.Array:
+    """Images to features.
+
+    Args:
+      pixels: `[B, S, S, 3]` float, S the config's `image_size`, normalised with CLIP's mean and
+        deviation.
+
+    Returns:
+      `[B, F]` float32, not normalised.
+    """
+    return self.visual_projection(self.vision_model(pixels))
+
+  def image_tokens(self, pixels: jax.Array) -> jax.Array:
+    """`[B, S, S, 3]` -> `[B, 1 + N, D]` float32: class token and patches before the projection."""
+    return self.vision_model(pixels, all_tokens=True)
+
+  def text_features(self, ids: jax.Array) -> jax.Array:
+    """Texts to features.
+
+    Args:
+      ids: `[B, L]` int32, L at most `max_position_embeddings`; what follows the end token has no
+        influence.
+
+    Returns:
+      `[B, F]` float32, not normalised.
+    """
+    eos = self.config.text_config.eos_token_id
+    highest = self.end_is_highest or eos == _WRONG_EOS
+    states = pool_end(self.text_model(ids), ids, None if highest else eos)
+    return self.text_projection(states)
+
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest valid inputs of `__call__`."""
+    return (self.config.vision_config.pixels, jax.ShapeDtypeStruct((1, 1), jnp.int32))

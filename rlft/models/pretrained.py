@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 import transformers
 
-from rlft.models import clip, torch_layout, unet, vae
+from rlft.models import clip, torch_layout, unet, vae, weights
 from rlft.models.torch_layout import Params
 from rlft.types import UserError
 
@@ -61,14 +61,11 @@ class StableDiffusion:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
+  if not path.exists():
     raise UserError(
       f"{path} does not exist; give a Stable Diffusion model in the diffusers layout, or {EMOJI_SD}"
-    ) from error
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read as JSON ({error}); get it again") from error
+    )
+  return weights.read_json(path)
 
 
 def _check_class(path: pathlib.Path, found: str | None, expected: str) -> None:
@@ -79,51 +76,17 @@ def _check_class(path: pathlib.Path, found: str | None, expected: str) -> None:
     )
 
 
-class _State(Mapping):
-  """The arrays of one or several safetensors files, read when asked for."""
-
-  def __init__(self, files: list[pathlib.Path]):
-    self._files = {}
-    for path in files:
-      try:
-        handle = safetensors.safe_open(path, framework="numpy")
-      except FileNotFoundError as error:
-        raise UserError(
-          f"{path} does not exist, but the index beside it names it; get the model again"
-        ) from error
-      except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); get it again") from error
-      self._files |= dict.fromkeys(handle.keys(), handle)
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    return self._files[name].get_tensor(name)
-
-  def __iter__(self):
-    return iter(self._files)
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-
-def _weight_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
-  """The safetensors of one network: whole, else in shards; full precision, else half."""
-  for variant in ("", ".fp16"):
-    whole = directory / f"{stem}{variant}.safetensors"
-    if whole.exists():
-      return [whole]
-    index = directory / f"{stem}.safetensors.index{variant}.json"
-    if index.exists():
-      return [directory / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-  raise UserError(
-    f"{directory / stem}.safetensors does not exist; a model with .bin files has to be saved "
-    "again by diffusers with safe_serialization=True"
-  )
-
-
 def _load_params(module: Any, directory: pathlib.Path, stem: str) -> Params:
-  files = _weight_files(directory, stem)
+  # Whole, else in shards; full precision, else half.
+  names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
+  files = weights.find_files(directory, names)
+  if not files:
+    raise UserError(
+      f"{directory / names[0]} does not exist; a model with .bin files has to be saved "
+      "again by diffusers with safe_serialization=True"
+    )
   what = str(files[0] if len(files) == 1 else directory)
-  return torch_layout.from_torch(module, _State(files), what=what)
+  return torch_layout.from_torch(module, weights.read_files(files), what=what)
 
 
 def load(
@@ -170,16 +133,7 @@ def load(
     ),
   }
   scheduler = _read_json(root / "scheduler" / "scheduler_config.json")
-  try:
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(
-      str(root / "tokenizer"), local_files_only=True
-    )
-  except (OSError, TypeError, ValueError) as error:
-    first_line = str(error).splitlines()[0]
-    raise UserError(
-      f"{root / 'tokenizer'}: no CLIP tokenizer can be read from it ({first_line}); "
-      "it needs vocab.json and merges.txt"
-    ) from error
+  tokenizer = weights.open_tokenizer(root / "tokenizer")
   params = {
     name: _load_params(module, root / name, _WEIGHTS[name]) for name, module in modules.items()
   }
@@ -206,13 +160,13 @@ def _write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
     else:
       config |= {"_class_name": class_name, "_diffusers_version": _DIFFUSERS_VERSION}
     _write_json(root / name / "config.json", config)
-    weights = root / name / f"{_WEIGHTS[name]}.safetensors"
+    file = root / name / f"{_WEIGHTS[name]}.safetensors"
     # transformers refuses files that do not say which framework's layout they hold.
     safetensors.numpy.save_file(
-      torch_layout.to_torch(model.params[name], dtype), weights, metadata={"format": "pt"}
+      torch_layout.to_torch(model.params[name], dtype), file, metadata={"format": "pt"}
     )
     # safetensors makes files that only their owner can read.
-    shutil.copymode(root / name / "config.json", weights)
+    shutil.copymode(root / name / "config.json", file)
   model.tokenizer.save_pretrained(str(root / "tokenizer"))
   _write_json(
     root / "model_index.json",

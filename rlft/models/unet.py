@@ -280,3 +280,13 @@ class UNet2DCondition(nn.Module):
     x = layers.GroupNorm(c.norm_num_groups, c.norm_eps, self.dtype, name="conv_norm_out")(x)
     x = layers.Conv(c.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
     return x.astype(jnp.float32)
+
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest valid inputs of `__call__`."""
+    c = self.config
+    size = 2 ** (len(c.block_out_channels) - 1)
+    return (
+      jax.ShapeDtypeStruct((1, size, size, c.in_channels), jnp.float32),
+      jax.ShapeDtypeStruct((1,), jnp.int32),
+      jax.ShapeDtypeStruct((1, 1, c.cross_attention_dim), jnp.float32),
+    )

@@ -232,3 +232,8 @@ class AutoencoderKL(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     """Encodes, takes the mean, decodes; `init` goes through here, so it sees every parameter."""
     return self.decode(self.encode(images)[0])
+
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest valid inputs of `__call__`."""
+    size = self.config.downscale
+    return (jax.ShapeDtypeStruct((1, size, size, self.config.in_channels), jnp.float32),)

@@ -1,0 +1,69 @@
+"""Files of a model hub's repositories, at a given revision."""
+
+import dataclasses
+import pathlib
+import re
+
+from rlft.types import UserError
+
+_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+)(/(?P<file>.+))?)?")
+
+
+def parse(source: str) -> "Repository | None":
+  """'org/name', 'org/name@revision' or 'org/name@revision/file'; None if it is none of these."""
+  match = _ID.fullmatch(source)
+  return Repository(match["repo"], match["revision"], match["file"]) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+  """A repository at a revision (a commit hash, tag or branch) and, maybe, a file in it."""
+
+  repo: str
+  revision: str | None
+  file: str | None
+
+  def __str__(self) -> str:
+    return f"{self.repo}@{self.revision}"
+
+  def fetch(self, name: str) -> pathlib.Path | None:
+    """Downloads a file, or takes it from the cache; None if the repository has none so called."""
+    try:
+      import huggingface_hub
+      from huggingface_hub import errors
+    except ImportError as error:
+      raise UserError(
+        f"{self} needs the package huggingface_hub: pip install huggingface_hub, or give a "
+        "directory"
+      ) from error
+    try:
+      return pathlib.Path(huggingface_hub.hf_hub_download(self.repo, name, revision=self.revision))
+    except errors.LocalEntryNotFoundError as error:
+      cached = huggingface_hub.try_to_load_from_cache(self.repo, name, revision=self.revision)
+      if cached is huggingface_hub._CACHED_NO_EXIST:
+        return None  # The hub said so when it was last asked.
+      raise UserError(
+        f"{self}: {name} is not in the cache, and the hub cannot be reached; download it where "
+        "there is a network, and give the directory"
+      ) from error
+    except errors.EntryNotFoundError:
+      return None
+    except errors.GatedRepoError as error:
+      raise UserError(
+        f"{self}: the hub asks for its terms to be accepted; do so on its page, and log in with "
+        "'hf auth login'"
+      ) from error
+    except errors.RevisionNotFoundError as error:
+      raise UserError(
+        f"{self}: the repository has no revision {self.revision!r}; correct it"
+      ) from error
+    except errors.RepositoryNotFoundError as error:
+      raise UserError(
+        f"{self}: the hub has no repository {self.repo!r} (or it is private); correct the name, "
+        "or log in with 'hf auth login'"
+      ) from error
+    except (errors.HfHubHTTPError, ValueError, OSError) as error:
+      cause = " ".join(str(error).split())[:200]
+      raise UserError(
+        f"{self}: {name} cannot be downloaded ({cause}); try again, or give a directory"
+      ) from error
