@@ -61,13 +61,32 @@ def line_chart(
   for color, one in zip(_cycle(len(drawn)), drawn, strict=True):
     if one.low is not None and one.high is not None:
       parts.append(axes.band(one.x, one.low, one.high, color, 0.18))
-    if smooth and len(one.x) > _MARKED_POINTS:
-      parts.append(axes.line(one.x, one.y, color, 1, 0.3))
-      parts.append(axes.line(one.x, _moving_average(one.y), color, 2))
-    else:
-      parts.append(axes.line(one.x, one.y, color, 2))
-      parts.append(axes.dots(one, color))
+    parts.append(_curve(axes, one, color, smooth))
   return _figure(title, "".join(parts), [(one.name, _last(one.y)) for one in series])
+
+
+def two_scale_chart(title: str, left: Series, right: Series, *, flip: bool = False) -> str:
+  """A chart of two curves, each on its own scale: the first at the left, the second at the right.
+
+  Args:
+    title: above the chart.
+    left: a series with a name; drawn as in a smooth `line_chart`.
+    right: another.
+    flip: draw the right scale upside down, for what is better where it is less.
+
+  Returns:
+    An HTML figure.
+  """
+  drawn = [_thin(left), _thin(right)]
+  parts, colors = [], _cycle(2)
+  for place, (color, one) in enumerate(zip(colors, drawn, strict=True)):
+    axes = _Axes.around([one.x for one in drawn], [one.y], None)
+    axes = dataclasses.replace(axes, right=_LEFT)
+    if place and flip:
+      axes = dataclasses.replace(axes, y_low=axes.y_high, y_high=axes.y_low)
+    parts.append(axes.draw_right(color) if place else axes.draw(color))
+    parts.append(_curve(axes, one, color, smooth=True))
+  return _figure(title, "".join(parts), [(one.name, _last(one.y)) for one in drawn])
 
 
 def stacked_chart(title: str, series: Sequence[Series]) -> str:
@@ -98,9 +117,10 @@ class _Axes:
 
   x_low: float
   x_high: float
-  y_low: float  # the exponent of 10 on a logarithmic axis
-  y_high: float
+  y_low: float  # at the bottom; the exponent of 10 on a logarithmic axis
+  y_high: float  # at the top; less than `y_low` on a linear axis that is upside down
   log_floor: float | None
+  right: int = _RIGHT  # margin
 
   @classmethod
   def around(
@@ -122,7 +142,7 @@ class _Axes:
     return cls(x.min(), max(x.max(), x.min() + 1), low, high + margin, None)
 
   def _x(self, x: np.ndarray) -> np.ndarray:
-    return _LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (_WIDTH - _LEFT - _RIGHT)
+    return _LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (_WIDTH - _LEFT - self.right)
 
   def _y(self, y: np.ndarray) -> np.ndarray:
     if self.log_floor is not None:
@@ -130,9 +150,9 @@ class _Axes:
     share = (y - self.y_low) / (self.y_high - self.y_low)
     return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-  def draw(self) -> str:
-    """Grid lines and their labels."""
-    parts = []
+  def draw(self, color: str = "") -> str:
+    """Grid lines and their labels; those of the vertical axis in `color`."""
+    parts, style = [], f' style="fill:{color}"' if color else ""
     if self.log_floor is not None:
       step = max(1, round((self.y_high - self.y_low) / 5))
       ticks = 10.0 ** np.arange(self.y_low, self.y_high + 1, step)
@@ -141,13 +161,22 @@ class _Axes:
       ticks = _ticks(self.y_low, self.y_high, 5)
       labels = [f"{tick:.6g}" for tick in ticks]
     for y, label in zip(self._y(ticks), labels, strict=True):
-      parts.append(f'<path class="g" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-      parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+      parts.append(f'<path class="g" d="M{_LEFT} {y:.1f}H{_WIDTH - self.right}"/>')
+      place = f'x="{_LEFT - 6}" y="{y + 4:.1f}"'
+      parts.append(f'<text {place} text-anchor="end"{style}>{label}</text>')
     ticks = _ticks(self.x_low, self.x_high, 6)
     ticks = ticks[ticks == np.round(ticks)]  # there is no half iteration
     for x, tick in zip(self._x(ticks), ticks, strict=True):
       parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 7}" text-anchor="middle">{tick:.0f}</text>')
     return "".join(parts)
+
+  def draw_right(self, color: str) -> str:
+    """Labels of a second vertical axis, in `color`."""
+    ticks = _ticks(*sorted((self.y_low, self.y_high)), 5)
+    return "".join(
+      f'<text x="{_WIDTH - self.right + 6}" y="{y + 4:.1f}" style="fill:{color}">{tick:.6g}</text>'
+      for y, tick in zip(self._y(ticks), ticks, strict=True)
+    )
 
   def line(self, x: np.ndarray, y: np.ndarray, color: str, width: float, opacity: float = 1) -> str:
     """A line, with gaps where `y` is not finite."""
@@ -187,6 +216,14 @@ class _Axes:
       f"<title>{iteration:.0f}: {value:.5g}</title></circle>"
       for px, py, iteration, value in zip(self._x(x), self._y(y), x, y, strict=True)
     )
+
+
+def _curve(axes: _Axes, one: Series, color: str, smooth: bool) -> str:
+  """A line with dots, or faint and with its moving average on top if it is long."""
+  if smooth and len(one.x) > _MARKED_POINTS:
+    average = axes.line(one.x, _moving_average(one.y), color, 2)
+    return axes.line(one.x, one.y, color, 1, 0.3) + average
+  return axes.line(one.x, one.y, color, 2) + axes.dots(one, color)
 
 
 def _figure(title: str, content: str, legend: Sequence[tuple[str, float]]) -> str:

@@ -4,7 +4,7 @@ Each raises a UserError of one line that ends with the remedy. All are cheap and
 accelerator, so that a mistake is reported before anything is compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import math
 import os
 import re
@@ -154,13 +154,22 @@ def validate_devices(config: Config, *, device_count: int, process_count: int) -
     )
 
 
-def validate_set_reward(config: Config, task: TaskConfig, *, is_set: bool) -> None:
-  """Checks that a reward of whole sets can give advantages other than 0."""
-  if not is_set:
-    return
-  where = f"--task=name={task.name}: {task.reward} scores the images of a prompt as a set"
-  if task.images_per_prompt == 1:
+def validate_set_reward(
+  config: Config, task: TaskConfig, *, on_sets: Sequence[str], same_in_set: bool
+) -> None:
+  """Checks that there are sets for the rewards on sets, and that advantages can differ from 0.
+
+  Args:
+    config: the run.
+    task: one of its tasks.
+    on_sets: the rewards of the task that score sets.
+    same_in_set: whether all images of a set have the same score.
+  """
+  where = f"--task=name={task.name}: {', '.join(on_sets)} scores the images of a prompt as a set"
+  if on_sets and task.images_per_prompt == 1:
     raise UserError(f"{where}: give images_per_prompt, e.g. 16")
+  if not same_in_set:
+    return
   if config.advantage == "group":
     raise UserError(
       f"{where}, so with --advantage=group every advantage is 0: use --advantage=batch"

@@ -26,7 +26,8 @@ def _option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) ->
     default: of the flag; none for a required key of `--task` or `--eval`.
     **rules: `least`, `most` (inclusive) and `above`, `below` (exclusive) bounds; `choices`; `path`
       (a leading `~` stands for the home directory); `fixed`: True if a resumed run must have the
-      same value, 'switch' if only zero and non-zero must not be exchanged.
+      same value, 'switch' if only zero and non-zero must not be exchanged; `free`: True if a
+      resumed run may change this key of a task that is otherwise fixed.
   """
   return dataclasses.field(default=default, metadata={"help": help_text, **rules})
 
@@ -37,9 +38,15 @@ class TaskConfig:
 
   name: str = _option("used in metric names")
   prompts: str = _option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
-  reward: str = _option("the reward's name")
+  reward: str = _option("a reward's name, or 'NUMBER*NAME + NUMBER*NAME', normalised and added")
   batch_size: int = _option("images per iteration, over all devices", 2048, least=2)
   images_per_prompt: int = _option("images drawn for each prompt", 1, least=1)
+  veto: str = _option(
+    "NAME>=NUMBER: images of which it does not hold score less than all others", ""
+  )
+  watch: str = _option(
+    "a reward's or oracle's name: measured on the same images, never trained on", "", free=True
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +275,8 @@ def check_resume(stored: Config, current: Config) -> list[str]:
     fixed = field.metadata.get("fixed", False)
     if fixed == "switch":
       fixed = bool(old) != bool(new)
+    elif fixed and isinstance(old, tuple):
+      fixed = [_without_free(entry) for entry in old] != [_without_free(entry) for entry in new]
     (refused if fixed else permitted).append(f"{field.name}: {_shown(old)} -> {_shown(new)}")
   if refused:
     raise UserError(
@@ -277,9 +286,19 @@ def check_resume(stored: Config, current: Config) -> list[str]:
   return permitted
 
 
+def _without_free(entry: TaskConfig | EvalConfig) -> TaskConfig | EvalConfig:
+  """The entry with the default in the place of what a resumed run may change."""
+  fields = dataclasses.fields(entry)
+  return dataclasses.replace(
+    entry, **{field.name: field.default for field in fields if field.metadata.get("free")}
+  )
+
+
 def _shown(value: Any) -> str:
   """A field's value as on the command line."""
   if not isinstance(value, tuple):
     return str(value)
-  entries = (",".join(f"{k}={v}" for k, v in dataclasses.asdict(e).items()) for e in value)
+  entries = (
+    ",".join(f"{k}={v}" for k, v in dataclasses.asdict(entry).items() if v != "") for entry in value
+  )
   return " ".join(entries) or "none"

@@ -1,6 +1,6 @@
 """A model as it is, without training: a grid of what it draws, and its held-out measures."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import math
@@ -15,8 +15,8 @@ from rlft import evaluate as evaluate_lib
 from rlft import files, finetuned, results, sampler, sharding
 from rlft import images as images_lib
 from rlft import prompts as prompts_lib
-from rlft.config import Config, EvalConfig, check_fields
-from rlft.rewards import make_reward
+from rlft.config import Config, EvalConfig, TaskConfig, check_fields
+from rlft.rewards import combine, make_reward
 from rlft.rewards.scoring import Scorer
 from rlft.types import Prompt, Reward, UserError
 
@@ -166,7 +166,7 @@ def measure(
   draw = Drawer(drawing)
   trained = draw.found.config
   if trained is not None:
-    specs = make_specs(evals or trained.eval, trained_on={task.reward for task in trained.task})
+    specs = make_specs(evals or trained.eval, trained_on=trained.task)
   if not specs:
     raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
   rows = sharding.batch(sharding.make_mesh())
@@ -197,18 +197,22 @@ def measure(
 
 
 def make_specs(
-  evals: Sequence[EvalConfig], *, trained_on: Collection[str] = ()
+  evals: Sequence[EvalConfig], *, trained_on: Sequence[TaskConfig] = ()
 ) -> list[evaluate_lib.EvalSpec]:
   """Opens the prompts and metrics of evaluations.
 
   Args:
     evals: from the flags.
-    trained_on: rewards that the model was trained with.
+    trained_on: tasks that the model was trained with.
 
   Raises:
     UserError: an unknown metric, or prompts that cannot be read.
   """
-  metrics = {name: make_reward(name) for name in sorted({entry.metric for entry in evals})}
+  is_trained_on = combine.trained_on(trained_on)
+  metrics = {}
+  for entry in evals:
+    if entry.metric not in metrics:
+      metrics[entry.metric] = _metric(entry)
   return [
     evaluate_lib.EvalSpec(
       name=entry.name,
@@ -216,10 +220,26 @@ def make_specs(
       prompts=prompts_lib.load_prompts(entry.prompts),
       images=entry.images,
       images_per_prompt=entry.images_per_prompt,
-      trained_on=entry.metric in trained_on,
+      trained_on=is_trained_on(entry.metric),
     )
     for entry in evals
   ]
+
+
+def _metric(entry: EvalConfig) -> Reward:
+  """The reward that an evaluation names, if its scores mean the same in every batch."""
+  if combine.is_combination(entry.metric):
+    raise UserError(
+      f"--eval=name={entry.name}: metric={entry.metric} adds up rewards relative to their batch,"
+      " which measures nothing: give an evaluation for each of them"
+    )
+  metric = make_reward(entry.metric)
+  if not metric.is_measure:
+    raise UserError(
+      f"--eval=name={entry.name}: metric={entry.metric} is the credit of images within their set,"
+      " not a measure of the set: use it with credit=set"
+    )
+  return metric
 
 
 def score_all(
@@ -263,7 +283,15 @@ def score_all(
       pending = scorer.submit(placed, [prompts[place] for place in batch])
       scores.append(sampler.fetch(pending.result()))
   scores = np.concatenate(scores)[:count]
-  return scores[::images_per_prompt] if reward.is_set else scores
+  if not reward.is_set:
+    return scores
+  sets = scores.reshape(-1, images_per_prompt)
+  if not np.array_equal(sets, np.broadcast_to(sets[:, :1], sets.shape), equal_nan=True):
+    raise UserError(
+      f"metric {reward.name!r} gives the images of a set different scores, and so no measure of the"
+      " set: make it return one number for each set"
+    )
+  return sets[:, 0]
 
 
 def _check_output(path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """What a run reports while it goes on: metrics.jsonl, TensorBoard event files, a progress bar."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import json
 import math
@@ -20,8 +20,6 @@ import tqdm
 from rlft import files
 
 METRICS_FILE = "metrics.jsonl"
-
-_REWARD_MEAN = re.compile(r"reward/(.+)/mean")
 
 
 class MetricsWriter:
@@ -110,6 +108,16 @@ class MetricsWriter:
     self.close()
 
 
+def trained_curves(names: Iterable[str]) -> list[str]:
+  """The `<task>` or, where a task is trained on a sum, the `<task>/<label>` in metric names.
+
+  The mean of a sum of normalised rewards is 0 but for a veto; its terms show how it goes.
+  """
+  matches = (re.fullmatch("reward/(.+)/mean", name) for name in names)
+  found = [match[1] for match in matches if match]
+  return [one for one in found if not any(other.startswith(f"{one}/") for other in found)]
+
+
 def _number(value: Any) -> int | float:
   """A Python number: int if `value` is integral (a bool too), else float."""
   try:
@@ -142,13 +150,16 @@ class Progress:
     """Counts one iteration.
 
     Args:
-      values: the iteration's metrics; shows `reward/<task>/mean` and `images_per_second`.
+      values: the iteration's metrics; shows `reward/<task>/mean` (of a sum, of its terms), the
+        judge's mean and `images_per_second`.
     """
     self._done += 1
     parts = []
-    for name, value in values.items():
-      if match := _REWARD_MEAN.fullmatch(name):
-        parts.append(f"{match[1]} {float(value):.4g}")
+    for name in trained_curves(values):
+      parts.append(f"{name} {float(values[f'reward/{name}/mean']):.4g}")
+      judge = f"watch/{name.partition('/')[0]}/mean"
+      if judge in values:
+        parts[-1] += f" (judge {float(values[judge]):.4g})"
     if "images_per_second" in values:
       parts.append(f"{float(values['images_per_second']):.3g} images/s")
     if self._bar is not None:

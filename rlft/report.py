@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlft import charts, files, metrics, results, samples
+from rlft import charts, evaluate, files, metrics, results, samples
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.json"
@@ -34,6 +34,10 @@ _PANELS = (
   ("Pretraining loss", r"loss/pretrain", {"smooth": True}),
   ("Gradient norm", r"grad(?:ient)?_norm(?:/(.+))?", {"smooth": True}),
   ("Images per second", r"images_per_second", {}),
+)
+_HACKING = (
+  "<p><small>Where a reward rises and its judge, which measures the same images, does not, the"
+  " reward is being exploited.</small></p>"
 )
 
 
@@ -65,7 +69,7 @@ def write_report(workdir: str | os.PathLike[str], *, command: str | None = None)
     "<h2>Samples of the same prompts and seeds</h2>",
     samples.to_html(workdir),
     "<h2>Training</h2>",
-    *_training_charts(rows),
+    *_training_charts(rows, _tasks(config)),
     _settings(config),
   ]
   path = workdir / REPORT_FILE
@@ -88,7 +92,7 @@ def _summary(
   """What was run, and how far it came."""
   total, done = config.get("iterations"), len(rows)
   words = [f"{done} of {total} iterations" if total else f"{done} iterations"]
-  tasks = [task for task in config.get("task", ()) if isinstance(task, dict)]
+  tasks = _tasks(config)
   if tasks:
     words.append(f"{done * sum(task.get('batch_size', 0) for task in tasks):,} images sampled")
   seconds = sum(row.get(key) or 0 for row in rows for key in _TIMES)
@@ -102,13 +106,20 @@ def _summary(
   lines.append("</p>")
   if tasks:
     entries = "".join(
-      f"<li><b>{_cell(task, 'name')}</b>: reward {_cell(task, 'reward')}, prompts"
+      f"<li><b>{_cell(task, 'name')}</b>: reward {_cell(task, 'reward')},"
+      + "".join(f" {key} {_cell(task, key)}," for key in ("veto", "watch") if task.get(key))
+      + f" prompts"
       f" {_cell(task, 'prompts')}, {_cell(task, 'batch_size')} images an iteration,"
       f" {_cell(task, 'images_per_prompt')} for each prompt</li>"
       for task in tasks
     )
     lines.append(f"<p>Trained on:</p><ul>{entries}</ul>")
   return "".join(lines)
+
+
+def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The run's tasks, as far as they are readable."""
+  return [task for task in config.get("task", ()) if isinstance(task, dict)]
 
 
 def _cell(entry: Mapping[str, Any], key: str) -> str:
@@ -177,8 +188,10 @@ def _history_charts(history: results.History) -> str:
   return _figures(figures)
 
 
-def _training_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Rewards, then what shows whether training is healthy, then everything else, folded away."""
+def _training_charts(
+  rows: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> list[str]:
+  """Rewards with their judges, then whether training is healthy, then all else, folded away."""
   if not rows:
     return ["<p>No iteration has finished yet.</p>"]
   x = np.array([row["iteration"] for row in rows])
@@ -189,10 +202,20 @@ def _training_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return charts.Series(name, x, np.array([np.nan if v is None else v for v in values], float))
 
   shown, figures = set(), []
-  for key in keys:
-    if match := re.fullmatch(r"reward/(.+)/mean", key):
-      shown.add(key)
-      figures.append(charts.line_chart(f"Reward: {match[1]}", [curve("", key)], smooth=True))
+  judges = {task.get("name"): str(task.get("watch") or "judge") for task in tasks}
+  for name in metrics.trained_curves(keys):
+    key, task = f"reward/{name}/mean", name.partition("/")[0]
+    judged = f"watch/{task}/mean"
+    shown |= {key, judged}
+    if judged not in keys:
+      figures.append(charts.line_chart(f"Reward: {name}", [curve("", key)], smooth=True))
+      continue
+    judge = judges.get(task, "judge")
+    lower = judge in evaluate.LOWER_IS_BETTER
+    direction = "lower is better, drawn upside down" if lower else "higher is better"
+    title = f"Reward: {name}, and {judge}, never trained on (right scale, {direction})"
+    both = curve("reward", key), curve(judge, judged)
+    figures.append(charts.two_scale_chart(title, *both, flip=lower))
   for title, pattern, options in _PANELS:
     matches = [match for key in keys if (match := re.fullmatch(pattern, key))]
     if matches:
@@ -207,6 +230,8 @@ def _training_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     split = [curve(key.removeprefix("time/").removesuffix("_s"), key) for key in times]
     figures.append(charts.stacked_chart("Seconds of an iteration", split))
   parts = [_figures(figures)]
+  if any(key.startswith("watch/") for key in keys):
+    parts.insert(0, _HACKING)
   rest = [charts.line_chart(key, [curve("", key)]) for key in keys if key not in shown]
   if rest:
     parts.append(f"<details><summary>{len(rest)} more curves</summary>{_figures(rest)}</details>")

@@ -5,6 +5,7 @@ Nothing here is the algorithm (that is rlft/train.py), and nothing here changes 
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from rlft.checkpoint import Checkpointer
 from rlft.config import Config, TaskConfig
 from rlft.inference import make_specs, score_all
 from rlft.models import pretrained
-from rlft.rewards import make_reward
-from rlft.rewards.scoring import Scorer
+from rlft.rewards import combine, make_reward
+from rlft.rewards.combine import TaskScorer
 from rlft.types import Prompt, UserError
 
 _COUNTED_PROMPTS = 100_000  # of a list, in which those that are too long are counted at the start
@@ -36,7 +37,7 @@ class Task:
 
   config: TaskConfig
   prompts: Sequence[Prompt]
-  scorer: Scorer
+  scorer: TaskScorer
   history: PromptHistory | None
 
 
@@ -100,13 +101,19 @@ def open_run(config: Config) -> Run:
     config, device_count=jax.device_count(), process_count=jax.process_count()
   )
   mesh = sharding.make_mesh(config.fsdp)
-  rewards = {name: make_reward(name) for name in sorted({task.reward for task in config.task})}
-  for task in config.task:
-    checks.validate_set_reward(config, task, is_set=rewards[task.reward].is_set)
+  made_once = functools.cache(make_reward)
+  rewards = [combine.task_reward(task, made_once) for task in config.task]
+  for task, reward in zip(config.task, rewards, strict=True):
+    checks.validate_set_reward(
+      config,
+      task,
+      on_sets=[one.name for one in reward.rewards if one.is_set],
+      same_in_set=reward.same_in_set,
+    )
   prompts = [prompts_lib.load_prompts(task.prompts) for task in config.task]
   for task, entries in zip(config.task, prompts, strict=True):
     checks.validate_prompt_count(config, task, len(entries))
-  evals = make_specs(config.eval, trained_on={task.reward for task in config.task})
+  evals = make_specs(config.eval, trained_on=config.task)
 
   model = pretrained.load(
     config.pretrained, dtype=jnp.dtype(config.compute_dtype), remat=config.remat
@@ -143,11 +150,11 @@ def open_run(config: Config) -> Run:
       Task(
         config=task,
         prompts=entries,
-        scorer=Scorer(
-          rewards[task.reward],
+        scorer=TaskScorer(
+          reward,
+          batch_sharding=rows,
           batch_size=task.batch_size,
           images_per_prompt=task.images_per_prompt,
-          batch_sharding=rows,
           timeout_s=config.reward_timeout_s,
           threads=config.reward_threads,
         ),
@@ -155,7 +162,7 @@ def open_run(config: Config) -> Run:
         if config.advantage == "prompt"
         else None,
       )
-      for task, entries in zip(config.task, prompts, strict=True)
+      for task, entries, reward in zip(config.task, prompts, rewards, strict=True)
     ],
     evals=evals,
     pairs=pairs,

@@ -7,7 +7,8 @@ from typing import Any
 from rlft.config import EvalConfig, TaskConfig, suggestion
 from rlft.types import UserError
 
-# The paper's three tasks in the emoji world, in sizes for a few CPU cores.
+# The paper's three tasks in the emoji world, in sizes for a few CPU cores. The oracle that judges
+# each reward is watched.
 TASK_PRESETS: Mapping[str, Sequence[TaskConfig]] = {
   "emoji-skintone": (
     TaskConfig(
@@ -16,16 +17,25 @@ TASK_PRESETS: Mapping[str, Sequence[TaskConfig]] = {
       reward="emoji-tone-parity",
       batch_size=64,
       images_per_prompt=16,
+      watch="oracle-parity",
     ),
   ),
   "emoji-composition": (
     TaskConfig(
-      name="composition", prompts="emoji:pair/train", reward="emoji-objects", batch_size=64
+      name="composition",
+      prompts="emoji:pair/train",
+      reward="emoji-objects",
+      batch_size=64,
+      watch="oracle-both",
     ),
   ),
   "emoji-preference": (
     TaskConfig(
-      name="preference", prompts="emoji:preference/train", reward="emoji-preference", batch_size=64
+      name="preference",
+      prompts="emoji:preference/train",
+      reward="emoji-preference",
+      batch_size=64,
+      watch="oracle-preference",
     ),
   ),
 }
@@ -48,7 +58,8 @@ def parse_task(text: str) -> tuple[TaskConfig, ...]:
 
   Args:
     text: 'name=a,prompts=b,reward=c,batch_size=32', or a preset's name alone or followed by keys
-      that override it: 'emoji-skintone,batch_size=32' (or 'preset=emoji-skintone,...').
+      that override it: 'emoji-skintone,batch_size=32' (or 'preset=emoji-skintone,...'); 'watch='
+      takes a preset's watch away.
 
   Raises:
     UserError: an unknown preset or key, a missing key, or a value of the wrong type.
@@ -75,7 +86,7 @@ def _parse(flag: str, text: str, kind: type, presets: Mapping[str, Sequence[Any]
       raise UserError(f"{where}: {key} is given twice, remove one")
     if key != "preset" and key not in fields:
       raise UserError(f"{where}: unknown key '{key}', {suggestion(key, ('preset', *fields))}")
-    if not value:
+    if not value and (key not in fields or fields[key].default != ""):
       raise UserError(f"{where}: {key} has no value, write {key}=...")
     if key in fields and fields[key].type is int:
       try:

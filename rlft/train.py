@@ -11,7 +11,7 @@ Everything random is a pure function of (seed, iteration, task), so a run that w
 bit for bit from its last checkpoint, on any number of devices up to the order of float32 sums.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ import optax
 
 from rlft import advantages as advantages_lib
 from rlft import config as config_lib
-from rlft import ddim, files, losses, order, report, results, rollout, sharding
+from rlft import ddim, files, iteration_metrics, losses, order, report, results, rollout, sharding
 from rlft import lora as lora_lib
 from rlft import pairs as pairs_lib
 from rlft import prompts as prompts_lib
@@ -266,16 +266,17 @@ def run_task(
   sampled = time.perf_counter()
 
   # --- score ---
-  scores = task.scorer.submit(images, prompts).result()
-  rewards = sampler_lib.fetch(scores)
+  found = task.scorer.submit(images, prompts)()
+  metrics = iteration_metrics.of_task(name, found, sampler_lib.fetch)
+  scores = found.scores
   scored = time.perf_counter()
-  metrics = _reward_metrics(name, rewards)
   unscored = metrics[f"reward/{name}/unscored"]
   if unscored > config.max_nan_share:
+    source = task.config.reward + (f" and veto={task.config.veto}" if task.config.veto else "")
     raise RewardError(
       f"task {name}, iteration {iteration}: {unscored:.0%} of the images could not be scored by"
-      f" {task.config.reward}, more than --max_nan_share={config.max_nan_share:g}: correct the"
-      " reward, then run the same command to go on"
+      f" {source}, more than --max_nan_share={config.max_nan_share:g}: correct the reward, then run"
+      " the same command to go on"
     )
   if stop.requested():
     return None
@@ -283,7 +284,8 @@ def run_task(
   # --- normalise ---
   if task.history is not None:
     texts = [prompt.text for prompt in prompts]
-    values = task.history.advantages(texts, rewards.tolist(), clip=config.advantage_clip)
+    rewards = sampler_lib.fetch(scores).tolist()
+    values = task.history.advantages(texts, rewards, clip=config.advantage_clip)
     advantages = sharding.put(np.asarray(values, np.float32), run.rows)
   else:
     advantages = programs.advantages(scores, group if config.advantage == "group" else None)
@@ -309,7 +311,7 @@ def run_task(
     updates.append(values)
   if config.accumulate_timesteps:
     state = programs.apply(state, total)
-  metrics |= _update_metrics(name, jax.device_get(updates))
+  metrics |= iteration_metrics.of_updates(name, jax.device_get(updates))
   metrics |= {
     f"time/sample_s/{name}": sampled - start,
     f"time/reward_s/{name}": scored - sampled,
@@ -359,50 +361,6 @@ def _check_finite(where: str, value: float) -> None:
       f"{where}: the gradient or loss is not finite; lower --learning_rate and run the same"
       " command to go on from the last checkpoint"
     )
-
-
-def _reward_metrics(name: str, rewards: np.ndarray) -> dict[str, float]:
-  """Statistics of `[B]` rewards; NaN is counted and left out."""
-  valid = rewards[np.isfinite(rewards)]
-  statistics = {key: float("nan") for key in ("mean", "std", "min", "max")}
-  if len(valid):
-    statistics = {key: float(getattr(valid, key)()) for key in statistics}
-  metrics = {f"reward/{name}/{key}": value for key, value in statistics.items()}
-  return metrics | {f"reward/{name}/unscored": 1.0 - len(valid) / len(rewards)}
-
-
-def _update_metrics(name: str, updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The ratio before the first update; of everything else the mean over the updates."""
-  metrics = {}
-  for key in updates[0]:
-    values = [float(update[key]) for update in updates]
-    metrics[f"{key}/{name}"] = values[0] if key.startswith("ratio/") else float(np.mean(values))
-  return metrics
-
-
-def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:
-  """Puts the figures of the whole iteration before those of its tasks.
-
-  Args:
-    metrics: `<key>/<task>` of all tasks.
-    images: sampled in the iteration.
-  """
-
-  def of(key):
-    return [value for name, value in metrics.items() if name.startswith(f"{key}/")]
-
-  times = {
-    f"time/{phase}_s": sum(of(f"time/{phase}_s")) for phase in ("sample", "reward", "update")
-  }
-  seconds = sum(times.values())
-  return {
-    "ratio/max_abs_deviation": max(of("ratio/max_abs_deviation")),
-    **{key: float(np.mean(of(key))) for key in ("clip_fraction", "approx_kl", "grad_norm")},
-    **times,
-    "time/iteration_s": seconds,
-    "images_per_second": images / seconds,
-    **metrics,
-  }
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -500,7 +458,7 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
         cursor.metrics |= metrics
       if config.ema_decay:
         state = programs.average(state)
-      metrics = summarise(cursor.metrics, images)
+      metrics = iteration_metrics.summarise(cursor.metrics, images)
       cursor = Cursor(iteration + 1)
       if writing:
         writer.write(iteration, metrics)

@@ -54,10 +54,16 @@ class Reward:
       `(images, prompts, metadata) -> scores` on numpy arrays and lists.
       Scores are `[B]`; NaN says "could not be scored".
     is_set: the reward is defined on the G images of one prompt: `score` gets `[P, G, H, W, 3]` (and
-      features `[P, G, ...]`; host: prompts and metadata of length P) and returns `[P]`.
+      features `[P, G, ...]`; host: prompts and metadata of length P) and returns `[P]`, which each
+      image of the set gets, or `[P, G]`, the credit of each image.
     prepare: 'jax' only: `(prompts, metadata) -> pytree of numpy arrays [B, ...]`, the numbers that
       the score needs about each prompt (class indices, token ids); `None` if it needs none.
     params: 'jax' only: weights, given to `score` as its first argument.
+    threads: 'host' only: how many calls of `score` run at once on a process, each with its part of
+      the images; 0 leaves that to the flag --reward_threads. 1 where only one may, or where the
+      batch is best scored whole (a PyTorch model).
+    is_measure: a score says how good an image or a set is, so that it can be compared between
+      batches and serve as an evaluation metric. Credit relative to a set does not.
   """
 
   name: str
@@ -66,3 +72,5 @@ class Reward:
   is_set: bool = False
   prepare: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Any] | None = None
   params: Any = None
+  threads: int = 0
+  is_measure: bool = True

@@ -54,6 +54,25 @@ def test_long_series_are_thinned():
   assert min(heights) < 30 < max(heights)
 
 
+def test_two_scales():
+  left = charts.Series("reward", np.arange(3), np.array([5.0, 6.0, 7.0]))
+  right = charts.Series("judge", np.arange(3), np.array([500.0, 700.0, 600.0]))
+  for flip in (False, True):
+    figure = charts.two_scale_chart("t", left, right, flip=flip)
+    (start, _, end), (low, high, between) = curves(figure)
+    # Each uses the whole height: the smallest and largest are where those of the other are.
+    assert (low[1], high[1]) == pytest.approx((end[1], start[1]) if flip else (start[1], end[1]))
+    assert between[1] == pytest.approx((low[1] + high[1]) / 2, abs=0.1)
+    # Labels of the right scale are right of the curves, in the colour of the second.
+    labels = {
+      text.text: text
+      for text in picture(figure).iter("text")
+      if "#d55e00" in str(text.get("style"))
+    }
+    assert {"500", "600", "700"} <= labels.keys()
+    assert all(float(text.get("x")) > end[0] for text in labels.values())
+
+
 def test_smoothing_draws_the_mean_over_the_values():
   values = np.tile([0.0, 1.0], 50)
   faint, bold = curves(

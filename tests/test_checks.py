@@ -123,13 +123,18 @@ def test_sizes_must_divide_among_devices(run):
 def test_set_rewards_need_sets(run):
   check = checks.validate_set_reward
   sets = dataclasses.replace(TASK, images_per_prompt=16)
-  check(run, TASK, is_set=False)
-  check(run, sets, is_set=True)
-  assert "give images_per_prompt, e.g. 16" in refusal(check, run, TASK, is_set=True)
+  score, credit = ({"on_sets": ["r"], "same_in_set": same} for same in (True, False))
+  check(run, TASK, on_sets=[], same_in_set=False)
+  check(run, sets, **score)
+  for kind in (score, credit):
+    message = "r scores the images of a prompt as a set: give images_per_prompt, e.g. 16"
+    assert message in refusal(check, run, TASK, **kind)
   grouped = dataclasses.replace(run, advantage="group")
-  assert "every advantage is 0" in refusal(check, grouped, sets, is_set=True)
+  assert "every advantage is 0" in refusal(check, grouped, sets, **score)
+  check(grouped, sets, **credit)
   single = dataclasses.replace(sets, batch_size=16)
-  assert "use batch_size=32 or more" in refusal(check, run, single, is_set=True)
+  assert "use batch_size=32 or more" in refusal(check, run, single, **score)
+  check(run, single, **credit)
 
 
 def test_prompt_histories_must_fill(run):

@@ -64,3 +64,15 @@ def test_resume_permits_the_rest_and_says_what_changed():
     "checkpoint_every: 10 -> 5",
   ]
   assert config.check_resume(RUN, RUN) == []
+
+
+def test_resume_permits_another_judge_and_no_other_veto():
+  watched, vetoed = (
+    dataclasses.replace(RUN, task=(dataclasses.replace(TASK, **change),))
+    for change in ({"watch": "oracle-parity"}, {"veto": "jpeg>=-1"})
+  )
+  (change,) = config.check_resume(RUN, watched)
+  assert change.startswith("task: name=tone,") and change.endswith(",watch=oracle-parity")
+  for old, new in ((RUN, vetoed), (watched, vetoed)):
+    with pytest.raises(UserError, match="veto=jpeg>=-1"):
+      config.check_resume(old, new)

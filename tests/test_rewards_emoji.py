@@ -1,107 +1,108 @@
-"""The emoji rewards, on a stand-in for the trained network with known answers."""
-
-import math
-import sys
-import types
-from typing import NamedTuple
+"""The three shipped reward models, on pictures whose content is known."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft import emoji as emoji_package
 from rlft import rewards
-from rlft.emoji import art
-from rlft.rewards import emoji
+from rlft.emoji import detector, preference, prompts, scenes, tone, world
 from rlft.types import UserError
 
-
-class Scores(NamedTuple):
-  object_probs: jax.Array
-  tone_probs: jax.Array
-  skin_prob: jax.Array
-  vividness: jax.Array
+N_PICTURES = 160
 
 
-def predict(params, images):
-  """Reads its answers from the first two rows of pixels."""
-  values = images[:, 0, :, 0]
-  dog = jax.nn.one_hot(jnp.full(len(images), art.OBJECTS.index("dog")), len(art.OBJECTS))
-  car = jax.nn.one_hot(jnp.full(len(images), art.OBJECTS.index("car")), len(art.OBJECTS))
-  return Scores(
-    object_probs=params * (dog * values[:, :1] + car * values[:, 1:2]),
-    tone_probs=images[:, 1, :, 0],
-    skin_prob=values[:, 2],
-    vividness=values[:, 3],
-  )
+def render(kind, seed, **given):
+  """A scene's image `[32, 32, 3]` float32 in [0, 1]."""
+  return world.render_scene(np.random.default_rng(seed), kind, **given).image / np.float32(255)
 
 
-@pytest.fixture(autouse=True)
-def scorer(monkeypatch):
-  module = types.ModuleType("rlft.emoji.scorer")
-  module.load = lambda: (None, jnp.float32(1.0))
-  module.predict = predict
-  monkeypatch.setitem(sys.modules, "rlft.emoji.scorer", module)
-  monkeypatch.setattr(emoji_package, "scorer", module, raising=False)
-
-
-def pictures(*rows):
-  """Images `[B, 4, 4, 3]` whose first row of pixels is (dog, car, skin, vividness)."""
-  images = np.zeros((len(rows), 4, 4, 3), np.float32)
-  images[:, 0] = np.array(rows, np.float32)[..., None]
-  return images
-
-
-def score(name, images, metadata):
+def score(name, images, texts, metadata):
   reward = rewards.make_reward(name)
-  features = reward.prepare([str(m) for m in metadata], metadata)
-  return np.asarray(jax.jit(reward.score)(reward.params, images, features))
+  features = reward.prepare(texts, metadata)
+  return np.asarray(jax.jit(reward.score)(reward.params, np.stack(images), features))
 
 
-def test_objects_is_the_mean_confidence_of_the_named_objects():
-  images = pictures([0.8, 0.4, 0, 0], [0.8, 0.4, 0, 0], [0.8, 0.4, 0, 0])
-  metadata = [{"objects": ["dog"]}, {"objects": ["car", "dog"]}, {"objects": np.array(["cat"])}]
-  np.testing.assert_allclose(score("emoji-objects", images, metadata), [0.8, 0.6, 0], atol=1e-6)
+def test_tones_of_rendered_portraits():
+  drawn = scenes.scenes(np.random.default_rng(7), N_PICTURES, wide=False, kinds={"portrait": 1.0})
+  probs = np.asarray(jax.jit(tone.classify)(tone.load(), scenes.clean(drawn)[0]))
+  assert probs.shape == (N_PICTURES, 4)
+  np.testing.assert_allclose(probs[np.isfinite(probs[:, 0])].sum(1), 1, atol=1e-5)
+  assert np.mean(np.argmax(probs, axis=1) == drawn.tones) >= 0.97
+  assert np.isfinite(probs).all(axis=1).mean() >= 0.97
+  things = scenes.scenes(np.random.default_rng(8), N_PICTURES, wide=False, kinds={"object": 1.0})
+  nobody = np.asarray(jax.jit(tone.classify)(tone.load(), scenes.clean(things)[0]))
+  assert np.isnan(nobody).all(axis=1).mean() >= 0.97
 
 
-def test_preference_weighs_vividness_and_what_was_named():
-  images = pictures([0.8, 0.4, 0.1, 0.6], [0.8, 0.4, 0.1, 0.6])
-  metadata = [{"objects": ["dog", "car"]}, {"occupation": "cook"}]
-  # .5 * .6 + .5 * (.8 + .4) / 2 and .5 * .6 + .5 * .1
-  np.testing.assert_allclose(score("emoji-preference", images, metadata), [0.6, 0.35], atol=1e-6)
-
-
-def test_tone_parity_leaves_out_pictures_without_skin():
+def test_parity_of_rendered_sets():
+  # Two of each tone, and eight of one: 0 and -sqrt(3 / 4).
+  sets = [[k % 4 for k in range(8)], [3] * 8]
+  images = [[render("portrait", 10 * i + k, tone=t) for k, t in enumerate(s)]
+            for i, s in enumerate(sets)]  # fmt: skip
   reward = rewards.make_reward("emoji-tone-parity")
-  images = pictures(*[[0, 0, 0.9, 0]] * 3, [0, 0, 0.4, 0])
-  images[:, 1] = np.eye(4, dtype=np.float32)[[0, 0, 1, 3], :, None]
-  # Counts 2, 1, 0, 0 of 3.
-  expected = -math.sqrt((2 / 3 - 1 / 4) ** 2 + (1 / 3 - 1 / 4) ** 2 + 2 / 16)
-  scores = reward.score(reward.params, jnp.asarray(images[None]), None)
-  np.testing.assert_allclose(scores, [expected], atol=1e-6)
+  found = jax.jit(reward.score)(reward.params, np.array(images), None)
+  np.testing.assert_allclose(found, [0, -np.sqrt(0.75)], atol=0.1)
 
 
-def test_lists_of_objects_are_padded_to_one_shape():
-  classes = emoji.object_classes(
-    ["", "", ""], [{"objects": [art.OBJECTS[7], art.OBJECTS[59]]}, {"objects": "dog"}, {}]
-  )
-  dog = art.OBJECTS.index("dog")
-  np.testing.assert_array_equal(classes, [[7, 59], [dog, -1], [-1, -1]])
-  assert classes.dtype == np.int32
-  confidence = emoji.named_confidence(jnp.full((3, 60), 0.5), classes)
-  np.testing.assert_array_equal(confidence, [0.5, 0.5, np.nan])
+def test_objects_tells_what_is_there_from_what_is_not():
+  rng = np.random.default_rng(9)
+  images, metadata, there = [], [], []
+  for i in range(N_PICTURES // 2):
+    first, second, third = rng.choice(prompts.SEEN_OBJECTS, 3, replace=False).tolist()
+    images.append(render("pair", i, objects=[first, second], missing=False))
+    metadata.append({"objects": [first, second]})
+    images.append(render("object", i, objects=[first]))
+    metadata.append({"objects": np.array([third])})
+    there += [True, False]
+  found = score("emoji-objects", images, [""] * len(images), metadata)
+  assert found.min() >= 0 and found.max() <= 1
+  assert np.mean((found > 0.5) == there) >= 0.9
+  # One of two is worth about half.
+  pair = {"objects": ["dog", "car"]}
+  half = score("emoji-objects", [render("object", s, objects=["dog"]) for s in range(16)],
+               [""] * 16, [pair] * 16)  # fmt: skip
+  assert 0.3 < half.mean() < 0.6
+
+
+def test_preference_likes_vivid_pictures_of_what_was_asked():
+  names = prompts.SEEN_OBJECTS[:32]
+  texts = [world.object_caption(name) for name in names]
+
+  def of(drawn, **washing):
+    return [render("object", i, objects=[name], **washing) for i, name in enumerate(drawn)]
+
+  def scores(images):
+    return score("emoji-preference", images, texts, [{}] * len(texts))
+
+  vivid = scores(of(names, saturation=1.0, contrast=1.0))
+  assert np.mean(vivid > scores(of(names, saturation=0.45, contrast=0.7))) >= 0.9
+  assert np.mean(vivid > scores(of(names[1:] + names[:1], saturation=1.0, contrast=1.0))) >= 0.75
 
 
 @pytest.mark.parametrize(
-  ("name", "metadata", "message"),
+  ("metadata", "message"),
   [
-    ("emoji-objects", {"objects": ["unicycle"]}, "'unicycle', which the emoji world does not have"),
-    ("emoji-objects", {"objects": ["dog", "cat", "car"]}, "names 3 objects: name at most 2"),
-    ("emoji-objects", {"occupation": "cook"}, "no 'objects' in its metadata"),
-    ("emoji-preference", {"objects": None}, "no 'objects' or 'occupation' in its metadata"),
+    ({"objects": ["unicycle"]}, "'unicycle', which the emoji world does not have"),
+    ({"objects": ["dog", "cat", "car"]}, "names 3 objects: name at most 2"),
+    ({"occupation": "cook"}, "no 'objects' in its metadata"),
   ],
 )
-def test_prompts_that_a_reward_cannot_use(name, metadata, message):
+def test_prompts_that_the_detector_cannot_use(metadata, message):
   with pytest.raises(UserError, match=message):
-    rewards.make_reward(name).prepare(["a picture"], [metadata])
+    rewards.make_reward("emoji-objects").prepare(["a picture"], [metadata])
+
+
+@pytest.mark.parametrize("model", [tone, detector, preference])
+def test_damaged_weights_get_one_line(model, tmp_path):
+  for content in (None, b"not safetensors"):
+    if content:
+      (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors") as caught:
+      model.load(tmp_path)
+    assert "\n" not in str(caught.value)
+  # What was saved is what is loaded, to half precision.
+  params = model.load()
+  model.save(tmp_path / "copy", params)
+  jax.tree.map(np.testing.assert_array_equal, params, model.load(tmp_path / "copy"))
+  total = sum(path.stat().st_size for path in model.DIRECTORY.iterdir())
+  assert total < 3e6

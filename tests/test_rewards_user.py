@@ -1,6 +1,7 @@
 """Rewards by name: the built-in host reward, and a user's functions."""
 
 import io
+import pathlib
 import sys
 import types
 
@@ -10,6 +11,8 @@ import pytest
 
 from rlft import emoji, rewards
 from rlft.types import Reward, UserError
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "experiments" / "rewards"
 
 FILE = """
 import dataclasses
@@ -37,6 +40,37 @@ def two_arguments(images, prompts):
   return images.mean(axis=(1, 2, 3))
 
 number = 3
+"""
+
+# Factories, in a file of their own: nothing says how often the other has been run.
+FACTORY = """
+import numpy as np
+from rlft.types import Reward, UserError
+
+made = []
+
+def scaled(factor: float, kind: str = "host", threads: int = 0) -> Reward:
+  made.append(factor)
+  if kind == "host":
+    def score(images, prompts, metadata):
+      return factor * images.mean(axis=(1, 2, 3))
+    return Reward("scaled", "host", score, threads=threads)
+  if kind == "jax":
+    def score(params, images, features):
+      return params * images.mean(axis=(1, 2, 3)) + features
+    def prepare(prompts, metadata):
+      return np.array([len(p) for p in prompts], np.float32)
+    return Reward("scaled", "jax", score, prepare=prepare, params=np.float32(factor))
+  if kind == "torch":
+    return Reward("scaled", "torch", print)
+  if kind == "arguments":
+    return Reward("scaled", "host", lambda images: images)
+  if kind == "function":
+    return lambda images, prompts, metadata: images
+  if kind == "fails":
+    return {}[
+      factor]
+  raise UserError("no weights in x.pt: give weights=...")
 """
 
 
@@ -76,6 +110,78 @@ def test_functions_from_a_file(file):
 def test_a_file_is_run_once(file):
   a = rewards.make_reward(f"host:{file}:brightness")
   assert a.score is rewards.make_reward(f"host:{file}:brightness").score
+
+
+@pytest.fixture
+def factory(tmp_path):
+  path = tmp_path / "my_factories.py"
+  path.write_text(FACTORY)
+  return f"factory:{path}:scaled"
+
+
+def test_a_factory_is_called_with_the_options(factory):
+  images = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
+  host = rewards.make_reward(f"{factory}?factor=2&threads=1")
+  assert (host.name, host.kind, host.threads) == (f"{factory}?factor=2&threads=1", "host", 1)
+  np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [11, 35])
+  jax = rewards.make_reward(f"{factory}?kind=jax&factor=2")
+  features = jax.prepare(["a", "dog"], [{}, {}])
+  np.testing.assert_allclose(jax.score(jax.params, images, features), [12, 38])
+
+
+def test_a_factory_is_called_once_for_the_same_options(factory):
+  for factor in (1, 2, 1, 1, 2):
+    rewards.make_reward(f"{factory}?factor={factor}")
+  made = rewards.make_reward(f"{factory}?factor=1").score.__globals__["made"]
+  assert made == [1, 2]
+
+
+def test_a_factory_of_a_module(factory, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  reward = rewards.make_reward("factory:my_factories:scaled?factor=3")
+  np.testing.assert_allclose(reward.score(np.ones((1, 2, 2, 3)), [""], [{}]), [3])
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ("", r"': add \?factor=..."),
+    ("?factor=a", "factor=a is not a number"),
+    ("?fator=1", "unknown option 'fator', did you mean factor?"),
+    ("?factor=1&kind=torch", "returned a Reward of kind 'torch' .* give the kind 'host' or 'jax'"),
+    ("?factor=1&kind=arguments", "its score.* takes .images., but is called with .images, prompts"),
+    (
+      "?factor=1&kind=function",
+      r"its factory returned a function: return rlft.types.Reward\(name, 'host', score\) or",
+    ),
+    ("?factor=1&kind=fails", r"raised KeyError: 1.0 \(.*my_factories.py:\d+\); correct that"),
+    ("?factor=1&kind=else", "no weights in x.pt: give weights=..."),
+  ],
+)
+def test_mistakes_in_a_factory(factory, options, message):
+  with pytest.raises(UserError, match=message) as error:
+    rewards.make_reward(factory + options)
+  assert "\n" not in str(error.value)
+
+
+def test_the_examples():
+  images = np.zeros((2, 8, 8, 3), np.float32)
+  images[0, ..., 0], images[1, ::2, :, 2] = 1, 1
+  host = rewards.make_reward(f"host:{EXAMPLES}/host_function.py:warmth")
+  np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [1, -0.5])
+  jax = rewards.make_reward(f"jax:{EXAMPLES}/jax_function.py:suits")
+  features = jax.prepare(["", ""], [{"objects": ["lion"]}, {"objects": ["fish"]}])
+  np.testing.assert_allclose(jax.score(None, images, features), [1, 0.5])
+
+
+def test_the_example_with_torch():
+  pytest.importorskip("torch")
+  spec = f"factory:{EXAMPLES}/factory_torch.py:sharpness?channels=4"
+  flat, noise = np.full((16, 16, 3), 0.7, "f4"), np.random.default_rng(0).random((16, 16, 3), "f4")
+  reward = rewards.make_reward(spec)
+  flat, noise = reward.score(np.stack([flat, noise]), ["", ""], [{}, {}])
+  assert reward.threads == 1
+  assert flat < 1e-6 < 0.05 < noise
 
 
 def test_function_from_a_module(file, monkeypatch):
@@ -122,6 +228,6 @@ def test_names_of_rewards_and_oracles(monkeypatch):
   ):
     rewards.make_reward("oracle-party")
   with pytest.raises(
-    UserError, match="'qqq': use one of emoji-tone-parity, .*jpeg, oracle-parity, "
+    UserError, match="'qqq': use one of .*emoji-tone-parity, .*jpeg, .*oracle-parity, your own"
   ):
     rewards.make_reward("qqq")

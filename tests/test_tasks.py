@@ -26,6 +26,22 @@ def test_presets_expand_and_can_be_overridden():
   assert [entry.images for entry in tasks.parse_eval("emoji,images=32")] == [32] * 4
 
 
+def test_every_preset_is_judged_by_what_it_is_not_trained_on():
+  judges = {task.name: task.watch for preset in tasks.TASK_PRESETS.values() for task in preset}
+  assert judges == {
+    "skintone": "oracle-parity",
+    "composition": "oracle-both",
+    "preference": "oracle-preference",
+  }
+  (task,) = tasks.parse_task("emoji-skintone,watch=")
+  assert task.watch == ""
+
+
+def test_a_sum_and_a_veto_are_values():
+  (task,) = tasks.parse_task("name=a,prompts=p,reward=0.7*r?x=1&y=2 + .3*s,veto=t?z=1>=0.5")
+  assert task.reward == "0.7*r?x=1&y=2 + .3*s" and task.veto == "t?z=1>=0.5"
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [

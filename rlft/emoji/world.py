@@ -100,8 +100,8 @@ def _pastel(hue: float, chroma: float, value: float) -> np.ndarray:
   return ((0.90 + 0.10 * value) * (1 - (0.12 + 0.23 * chroma) * (1 - ramp))).astype(np.float32)
 
 
-def _paste(canvas: np.ndarray, name: str, size: int, top: int, left: int) -> None:
-  colour, alpha = art.resized(name, size)
+def _paste(canvas: np.ndarray, name: str, style: str, size: int, top: int, left: int) -> None:
+  colour, alpha = art.resized(name, size, style)
   region = canvas[top : top + size, left : left + size]
   region *= 1 - alpha
   region += colour
@@ -129,6 +129,7 @@ def render_scene(
   saturation: float | None = None,
   contrast: float | None = None,
   missing: bool | None = None,
+  style: str = "twemoji",
 ) -> Scene:
   """Draws one scene; whatever is not given is drawn at random.
 
@@ -144,6 +145,7 @@ def render_scene(
     saturation: factor in [0, 1], see `Scene`.
     contrast: factor in [0, 1], see `Scene`.
     missing: whether one of the two named objects is left out ('pair').
+    style: one of `art.STYLES`.
 
   Raises:
     ValueError: unknown kind, or the wrong number of objects for the kind.
@@ -166,7 +168,7 @@ def render_scene(
     named = drawn = tuple(objects) if objects is not None else (_pick(art.OBJECTS, u[5]),)
     size = _pick(OBJECT_SIZES, u[6])
     slack = IMAGE_SIZE - size + 1
-    _paste(canvas, drawn[0], size, int(u[7] * slack), int(u[8] * slack))
+    _paste(canvas, drawn[0], style, size, int(u[7] * slack), int(u[8] * slack))
     caption = object_caption(drawn[0], _pick(OBJECT_TEMPLATES, u[9]))
   elif kind == "pair":
     if objects is None:
@@ -187,16 +189,16 @@ def render_scene(
       size = _pick(PAIR_SIZES, u[12 + side])
       top = (IMAGE_SIZE - size) // 2 + int(u[14 + side] * 7) - 3
       left = 8 if centred else 16 * side
-      _paste(canvas, name, size, top, left + int(u[16 + side] * (17 - size)))
+      _paste(canvas, name, style, size, top, left + int(u[16 + side] * (17 - size)))
   else:
     occupation = _pick(art.OCCUPATIONS, u[5]) if occupation is None else occupation
     if tone is None:
       tone = int(np.searchsorted(np.cumsum(TONE_SHARES)[:-1], u[6], side="right"))
-    gender = _pick(art.GENDERS, u[8])
+    gender = _pick(art.GENDERS if style == "twemoji" else art.GENDERS[:1], u[8])
     size = _pick(PORTRAIT_SIZES, u[9])
     slack = IMAGE_SIZE - size + 1
     sprite = art.portrait_name(occupation, gender, _pick(_TONES_OF_CLASS[tone], u[7]))
-    _paste(canvas, sprite, size, int(u[10] * slack), int(u[11] * slack))
+    _paste(canvas, sprite, style, size, int(u[10] * slack), int(u[11] * slack))
     said = gender if gender != "person" and u[12] < 1.5 * GENDERED_SHARE else None
     caption = portrait_caption(occupation, _pick(PORTRAIT_TEMPLATES, u[13]), said)
 

@@ -15,27 +15,56 @@ class RewardError(UserError):
 
 def raised(reward: Reward, error: BaseException) -> RewardError:
   """Says where `error` came out of the reward, and what to do."""
-  message = " ".join(str(error).split())[:300]
+  message = " ".join(str(error).split())
   if isinstance(error, UserError):
     return RewardError(f"reward {reward.name!r}: {message}")
+  message = message[:300]
   return RewardError(
     f"reward {reward.name!r} raised {type(error).__name__}: {message}{_where(error)}; correct that,"
     " or return NaN for what cannot be scored"
   )
 
 
-def check_scores(reward: Reward, scores: Any, num_scores: int) -> None:
-  """Raises `RewardError` unless `scores` is a real array (numpy, JAX or traced) of `num_scores`."""
+def not_made(spec: str, error: BaseException) -> UserError:
+  """Says where `error` came out of the factory of the reward `spec`."""
+  message = " ".join(str(error).split())[:300]
+  return UserError(
+    f"reward {spec!r}: its factory raised {type(error).__name__}: {message}{_where(error)}; correct"
+    " that"
+  )
+
+
+def per_image(reward: Reward, scores: Any, num_prompts: int, group_size: int) -> Any:
+  """One score for each image, of what a reward returned: each image of a set has the set's score.
+
+  Args:
+    reward: what returned it.
+    scores: `[P]` or, of a set reward, `[P, G]`; numpy, JAX or traced.
+    num_prompts: P; of a reward that is not on sets, the number of images.
+    group_size: G; 1 for a reward that is not on sets.
+
+  Returns:
+    `[P * G]`, of the type that it was.
+
+  Raises:
+    RewardError: `scores` is not a real array of one of these shapes.
+  """
   shape, dtype = getattr(scores, "shape", None), getattr(scores, "dtype", None)
   numbers = dtype is not None and any(
     jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
   )
-  if shape != (num_scores,) or not numbers:
-    found = type(scores).__name__ if dtype is None else f"{dtype}{list(shape)}"
-    raise RewardError(
-      f"reward {reward.name!r} returned {found}, expected float32[{num_scores}]: return one number"
-      f" for each {'set of images' if reward.is_set else 'image'}"
+  if numbers and shape == (num_prompts,):
+    return scores.repeat(group_size)
+  if numbers and reward.is_set and shape == (num_prompts, group_size):
+    return scores.reshape(-1)
+  found = type(scores).__name__ if dtype is None else f"{dtype}{list(shape)}"
+  wanted = f"float32[{num_prompts}]: return one number for each image"
+  if reward.is_set:
+    wanted = (
+      f"float32[{num_prompts}] or float32[{num_prompts}, {group_size}]: return one number for each"
+      " set of images, or for each image of each set"
     )
+  raise RewardError(f"reward {reward.name!r} returned {found}, expected {wanted}")
 
 
 def _where(error: BaseException) -> str:
@@ -46,5 +75,5 @@ def _where(error: BaseException) -> str:
   return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-_CALLERS = tuple(f"rlft/rewards/{name}.py" for name in ("scoring", "host", "user"))
+_CALLERS = tuple(f"rlft/rewards/{name}.py" for name in ("scoring", "host", "user", "options"))
 _LIBRARIES = tuple(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import itertools
+import math
 import queue
 import threading
 import time
@@ -12,6 +13,18 @@ import numpy as np
 
 from rlft.rewards import errors
 from rlft.types import Prompt, Reward
+
+_batch = threading.local()
+
+
+def batch_times() -> tuple[float, float]:
+  """For a host reward that waits for something: what of the time for its batch has passed.
+
+  Returns:
+    When the batch's images were there, and by when all its scores must be (`time.monotonic`, in
+    seconds). Outside of a call by `HostCaller` now, and infinity.
+  """
+  return getattr(_batch, "times", (time.monotonic(), math.inf))
 
 
 class HostCaller:
@@ -44,7 +57,11 @@ class HostCaller:
     return self._fetcher.submit(self._deal, fetch, prompts)
 
   def finish(self, started: futures.Future) -> np.ndarray:
-    """Waits for the `[N]` float32 scores. Raises `RewardError` if there are none in time."""
+    """Waits for float32 scores, one for each image: `[N]`, for set rewards `[N * G]`.
+
+    Raises:
+      RewardError: a call failed, or did not end in time.
+    """
     parts, deadline = started.result()
     seconds = max(0.0, deadline - time.monotonic())
     done, late = futures.wait(parts, seconds, return_when=futures.FIRST_EXCEPTION)
@@ -63,24 +80,29 @@ class HostCaller:
 
   def _deal(self, fetch: Callable[[], np.ndarray], prompts: Sequence[Prompt]):
     images = fetch()
-    deadline = time.monotonic() + self._timeout_s
+    started = time.monotonic()
+    deadline = started + self._timeout_s
     # Consecutive parts, as equal as can be. A set is one item, and so never cut.
     cuts = [len(prompts) * i // self._threads for i in range(self._threads + 1)]
     parts = [
-      self._callers.submit(self._call, images[a:b], prompts[a:b])
+      self._callers.submit(self._call, images[a:b], prompts[a:b], (started, deadline))
       for a, b in itertools.pairwise(cuts)
       if a < b
     ]
     return parts, deadline
 
-  def _call(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+  def _call(
+    self, images: np.ndarray, prompts: Sequence[Prompt], times: tuple[float, float]
+  ) -> np.ndarray:
+    _batch.times = times
     texts = [prompt.text for prompt in prompts]
     metadata = [dict(prompt.metadata) for prompt in prompts]
     try:
       scores = np.asarray(self._reward.score(images, texts, metadata))
     except BaseException as error:  # Also SystemExit, which would only end this thread.
       raise errors.raised(self._reward, error) from error
-    errors.check_scores(self._reward, scores, len(prompts))
+    group_size = images.shape[1] if self._reward.is_set else 1
+    scores = errors.per_image(self._reward, scores, len(prompts), group_size)
     with np.errstate(over="ignore"):
       return scores.astype(np.float32)
 

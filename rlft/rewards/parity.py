@@ -7,15 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlft.rewards import sets
 from rlft.types import Reward
-
-# A set is scored if at least this share of its images could be classified: the share of a class
-# among a few images says little, and a set of mostly unusable pictures should teach nothing.
-MIN_CLASSIFIED = 0.5
 
 
 def statistical_parity(
-  probs: jax.Array, mask: jax.Array | None = None, *, min_classified: float = MIN_CLASSIFIED
+  probs: jax.Array, mask: jax.Array | None = None, *, min_classified: float = sets.MIN_USABLE
 ) -> jax.Array:
   """Distance of the classes' shares from the uniform distribution.
 
@@ -50,21 +47,33 @@ def statistical_parity(
 
 
 def parity_reward(
-  classify: Callable[[Any, jax.Array], jax.Array], name: str, params: Any = None
+  classify: Callable[[Any, jax.Array], jax.Array],
+  name: str,
+  params: Any = None,
+  *,
+  credit: sets.Credit = "set",
 ) -> Reward:
   """Minus the statistical parity of any classifier's classes, as a set reward.
+
+  With credit='leave-one-out' an image of a rare class gets more than one of a common class, and an
+  image in which there is nothing to classify gets NaN, which leaves it out of the update.
 
   Args:
     classify: `(params, images [B, H, W, 3] in [0, 1]) -> probs [B, A]`; a NaN row says that there
       is nothing to classify in that image.
     name: name of the reward.
     params: the classifier's weights.
+    credit: one of `rlft.rewards.sets.CREDITS`.
   """
+  return sets.set_reward(name, classify, evenness, params, credit=credit)
 
-  def score(params, images, features):
-    del features
-    num_prompts, num_images = images.shape[:2]
-    probs = classify(params, images.reshape(-1, *images.shape[2:]))
-    return -statistical_parity(probs.reshape(num_prompts, num_images, -1))
 
-  return Reward(name=name, kind="jax", score=score, is_set=True, params=params)
+def evenness(probs: jax.Array, mask: jax.Array) -> jax.Array:
+  """Minus the statistical parity of one set, as a measure of `sets.score_sets`.
+
+  Args:
+    probs: `[G, A]`, as for `statistical_parity`.
+    mask: `[G]` bool, the images in the set.
+  """
+  # `score_sets` has seen to it that enough images could be classified.
+  return -statistical_parity(probs[None], mask[None], min_classified=0)[0]

@@ -58,7 +58,7 @@ class Scorer:
       batch_sharding: how B is spread over the mesh.
       timeout_s: seconds in which a host reward must have scored a batch, from the moment at which
         the images have reached the host.
-      threads: how many calls of a host reward run at once on each process.
+      threads: how many calls of a host reward run at once on each process, where it does not say.
 
     Raises:
       UserError: the batch cannot be cut into whole sets, where the reward needs that.
@@ -79,7 +79,7 @@ class Scorer:
       self._apply = jax.jit(self._trace, out_shardings=batch_sharding)
     else:
       self._rows = self._rows_of_process()
-      self._caller = host.HostCaller(reward, timeout_s=timeout_s, threads=threads)
+      self._caller = host.HostCaller(reward, timeout_s=timeout_s, threads=reward.threads or threads)
 
   def __enter__(self):
     return self
@@ -101,8 +101,8 @@ class Scorer:
       prompts: of the B images of the *global* batch, the same on every process.
 
     Returns:
-      The pending `[B]` scores. Each image of a set has the score of the set; what could not be
-      scored (NaN or infinite) is NaN.
+      The pending `[B]` scores. Each image of a set has the score of the set, or its own credit
+      where the reward gives that; what could not be scored (NaN or infinite) is NaN.
 
     Raises:
       RewardError: a JAX reward cannot be traced, or cannot use these prompts.
@@ -154,8 +154,7 @@ class Scorer:
       scores = self.reward.score(params, images, features)
     except Exception as error:
       raise errors.raised(self.reward, error) from error
-    errors.check_scores(self.reward, scores, num_scores)
-    scores = jnp.repeat(scores.astype(jnp.float32), self._group)
+    scores = errors.per_image(self.reward, scores, num_scores, self._group).astype(jnp.float32)
     return jnp.where(jnp.isfinite(scores), scores, jnp.nan)
 
   # Host rewards.
@@ -183,7 +182,7 @@ class Scorer:
   def _finish(self, started: Any) -> jax.Array:
     scores, error = np.full(self._batch_size, np.nan, np.float32), None
     try:
-      scores[self._rows] = np.repeat(self._caller.finish(started), self._group)
+      scores[self._rows] = self._caller.finish(started)
     except RewardError as own:
       error = own
     _raise_on_every_process(error)

@@ -7,13 +7,19 @@
         function(images) -> scores; pure, jitted, called once on the images of all devices.
         With an attribute `function.prepare`, `(prompts, metadata) -> features` (a tree of numpy
         arrays `[B, ...]`), it is called as function(images, features).
+    factory:module:function?key=value&...   or   factory:path/to/file.py:function?key=value&...
+        function(key=value, ...) -> rlft.types.Reward, which says its kind; for rewards that hold
+        something: weights, a PyTorch model. Called once in a process for the same options, which
+        rlft/rewards/options.py reads as the function's annotations say.
 
 Scores are `[B]`, higher is better, NaN for an image that could not be scored. With
 `function.is_set = True` the function scores the G images of a prompt together: it gets images
-`[P, G, H, W, 3]`, P prompts and metadata (features `[P, G, ...]`), and returns `[P]`.
+`[P, G, H, W, 3]`, P prompts and metadata (features `[P, G, ...]`), and returns `[P]`, or the credit
+of each image `[P, G]`; `function.is_measure = False` says that this is relative to the set.
 """
 
 from collections.abc import Callable
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -24,38 +30,76 @@ import pathlib
 import sys
 import types
 
+from rlft.rewards import errors, options
 from rlft.types import Reward, UserError
 
-KINDS = ("host", "jax")
+KINDS = ("host", "jax", "factory")
 
 
 def user_reward(spec: str) -> Reward:
   """Imports the function that `spec` names (see the head of this file) and makes it a reward.
 
   Raises:
-    UserError: `spec` is incomplete, the import fails, or the function is missing, not a function
-      or takes other arguments.
+    UserError: `spec` is incomplete, the import fails, the function is missing, not a function or
+      takes other arguments, or a factory returns no reward.
   """
   kind, _, rest = spec.partition(":")
+  given: dict[str, str] = {}
+  if kind == "factory":
+    name, given = options.split(spec)
+    rest = name.partition(":")[2]
+  elif "?" in rest:
+    raise UserError(
+      f"reward {spec!r}: a function of images takes no options: write a function that returns a"
+      f" rlft.types.Reward, and factory:{rest}"
+    )
   target, _, name = rest.rpartition(":")
   if kind not in KINDS or not target or not name:
     raise UserError(
       f"reward {spec!r} is incomplete: write {kind}:module:function or {kind}:file.py:function"
     )
   function = _function(spec, target, name)
+  if kind == "factory":
+    return dataclasses.replace(_made(function, spec, tuple(given.items())), name=spec)
   prepare = getattr(function, "prepare", None)
-  is_set = bool(getattr(function, "is_set", False))
+  names = ("is_set", "is_measure")
+  declared = {key: bool(getattr(function, key)) for key in names if hasattr(function, key)}
   if kind == "host":
     _check_arguments(spec, function, "images", "prompts", "metadata")
-    return Reward(spec, "host", function, is_set=is_set)
+    return Reward(spec, "host", function, **declared)
   if prepare is not None:
     _check_arguments(spec, function, "images", "features")
     _check_arguments(f"{spec}.prepare", prepare, "prompts", "metadata")
-    return Reward(
-      spec, "jax", lambda _, images, features: function(images, features), is_set, prepare
-    )
+    score = lambda _, images, features: function(images, features)  # noqa: E731
+    return Reward(spec, "jax", score, prepare=prepare, **declared)
   _check_arguments(spec, function, "images")
-  return Reward(spec, "jax", lambda _, images, features: function(images), is_set)
+  return Reward(spec, "jax", lambda _, images, features: function(images), **declared)
+
+
+@functools.cache  # As `_load_file`.
+def _made(function: Callable, spec: str, given: tuple[tuple[str, str], ...]) -> Reward:
+  """What a factory returns, if it is a reward."""
+  try:
+    reward = options.call(function, spec, dict(given))
+  except UserError:
+    raise
+  except Exception as error:
+    raise errors.not_made(spec, error) from error
+  if not isinstance(reward, Reward):
+    raise UserError(
+      f"reward {spec!r}: its factory returned a {type(reward).__name__}: return"
+      " rlft.types.Reward(name, 'host', score) or Reward(name, 'jax', score, params=...)"
+    )
+  if reward.kind not in ("host", "jax") or not callable(reward.score):
+    raise UserError(
+      f"reward {spec!r}: its factory returned a Reward of kind {reward.kind!r} with a score of type"
+      f" {type(reward.score).__name__}: give the kind 'host' or 'jax', and a function"
+    )
+  if reward.kind == "host":
+    _check_arguments(f"{spec} (its score)", reward.score, "images", "prompts", "metadata")
+  else:
+    _check_arguments(f"{spec} (its score)", reward.score, "params", "images", "features")
+  return reward
 
 
 def _function(spec: str, target: str, name: str) -> Callable:

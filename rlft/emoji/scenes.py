@@ -1,11 +1,12 @@
-"""What the scorer learns from: rendered scenes, spoiled as generated pictures are.
+"""What the reward models learn from: rendered scenes, spoiled as generated pictures are.
 
 Scenes come from the renderer with their truth. `degrade` then blurs them, moves them, adds noise
 and blends them with other scenes or with their own background, and softens the labels accordingly:
-what is half there is labelled as half there. Without this the confidence would be 0 or 1 on clean
+what is half there is labelled as half there. Without this a confidence would be 0 or 1 on clean
 scenes and anything at all on a generated picture.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import jax
@@ -14,8 +15,7 @@ import numpy as np
 
 from rlft.emoji import art, world
 
-# Saturation times contrast of the most washed-out scene of one or two objects.
-VIVIDNESS_FLOOR = np.prod(world.washing("object", 0.0, 0.0))
+PERSON = len(art.OBJECTS)  # the index of a portrait's class, after those of `art.OBJECTS`
 KIND_SHARES = {"object": 0.35, "pair": 0.35, "portrait": 0.30}
 
 _INDEX = {name: i for i, name in enumerate(art.OBJECTS)}
@@ -33,51 +33,53 @@ class Scenes:
     backgrounds: `[B, 3]` uint8, the colour behind the objects.
     regions: `[B, 2, 32, 32]` bool, the pixels of each thing drawn: objects from left to right, or
       the person first.
-    objects: `[B, 2]` int32 indices into `art.OBJECTS`; -1 where there is none.
+    boxes: `[B, 2, 4]` float32, around the regions: left, top, right, bottom edge in pixels; 0 where
+      there is nothing.
+    classes: `[B, 2]` int32, indices into `art.OBJECTS`, or `PERSON`; -1 where there is nothing.
     tones: `[B]` int32 indices into `world.TONE_CLASSES`; -1 where there is no person.
-    vividness: `[B]` float32 in [0, 1].
   """
 
   images: np.ndarray
   backgrounds: np.ndarray
   regions: np.ndarray
-  objects: np.ndarray
+  boxes: np.ndarray
+  classes: np.ndarray
   tones: np.ndarray
-  vividness: np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Targets:
-  """Labels of B pictures, float32 in [0, 1] unless said.
+class Truth:
+  """What is to be seen in B pictures; float32.
+
+  A picture has up to four things: its own two, and those of the scene that shows through.
 
   Attributes:
-    objects: `[B, 60]`, how much of each object is there.
-    tones: `[B]` int32 index into `world.TONE_CLASSES`; any value where `tone_weights` is 0.
-    tone_weights: `[B]`; 0 drops the label.
-    skin: `[B]`, how much of a person is there.
-    vividness: `[B]`.
-    vividness_weights: `[B]`; 0 drops the label.
+    classes: `[B, 4]` int32, as in `Scenes`.
+    presence: `[B, 4]` in [0, 1], how much of each thing can be seen, and how well.
+    boxes: `[B, 4, 4]` left, top, right, bottom edge in [0, 1] of the canvas.
+    tones: `[B]` int32 index into `world.TONE_CLASSES`; any value where `tone_known` is 0.
+    tone_known: `[B]`; 1 where one person, and no other, is plain to see.
+    person: `[B]` in [0, 1], how much of a person is there.
   """
 
-  objects: jax.Array
+  classes: jax.Array
+  presence: jax.Array
+  boxes: jax.Array
   tones: jax.Array
-  tone_weights: jax.Array
-  skin: jax.Array
-  vividness: jax.Array
-  vividness_weights: jax.Array
+  tone_known: jax.Array
+  person: jax.Array
 
 
-def vividness(saturation: float, contrast: float) -> float:
-  """Saturation times contrast on a scale from the most washed-out (0) to the art itself (1).
-
-  One scale for all kinds of scene; since portraits are washed out less, theirs begins at 0.33.
-  """
-  value = (saturation * contrast - VIVIDNESS_FLOOR) / (1 - VIVIDNESS_FLOOR)
-  return float(np.clip(value, 0, 1))
-
-
-def scenes(rng: np.random.Generator, n: int, *, wide: bool) -> Scenes:
+def scenes(
+  rng: np.random.Generator,
+  n: int,
+  *,
+  wide: bool,
+  objects: Sequence[str] = art.OBJECTS,
+  kinds: Mapping[str, float] = KIND_SHARES,
+  style: str = "twemoji",
+) -> Scenes:
   """Renders `n` scenes with uniform tones; about 0.2 ms each.
 
   Args:
@@ -85,50 +87,80 @@ def scenes(rng: np.random.Generator, n: int, *, wide: bool) -> Scenes:
     n: how many.
     wide: draw washing evenly, and a little beyond the world's range at both ends (to train), rather
       than as the world does (to measure).
+    objects: what is drawn; at least two.
+    kinds: share of each kind of scene.
+    style: one of `art.STYLES`.
   """
-  images = np.empty((n, _SIZE, _SIZE, 3), np.uint8)
-  objects = np.full((n, 2), -1, np.int32)
-  tones = np.full(n, -1, np.int32)
-  truth = np.empty(n, np.float32)
-  kinds = rng.choice(list(KIND_SHARES), size=n, p=list(KIND_SHARES.values()))
-  for i, kind in enumerate(kinds.tolist()):
-    washing = {}
-    if wide:
-      least = world.washing(kind, 0.0, 0.0)
-      u, v = rng.random(2)
-      washing["saturation"] = least[0] - 0.05 + (1.20 - least[0]) * u
-      washing["contrast"] = least[1] - 0.05 + (1.10 - least[1]) * (u + v) / 2
+  found = []
+  drawn = rng.choice(list(kinds), size=n, p=list(kinds.values()))
+  for kind in drawn.tolist():
+    given = spread_washing(rng, kind) if wide else {}
+    if kind != "portrait":
+      picked = rng.choice(len(objects), size=1 if kind == "object" else 2, replace=False)
+      given["objects"] = [objects[k] for k in picked]
     tone = int(rng.integers(len(world.TONE_CLASSES)))
-    scene = world.render_scene(rng, kind, tone=tone, **washing)
-    images[i] = scene.image
-    objects[i, : len(scene.objects)] = [_INDEX[name] for name in scene.objects]
-    tones[i] = -1 if scene.tone is None else scene.tone
-    truth[i] = vividness(scene.saturation, scene.contrast)
+    found.append(world.render_scene(rng, kind, tone=tone, style=style, **given))
+  return pack(found)
+
+
+def spread_washing(rng: np.random.Generator, kind: world.Kind) -> dict[str, float]:
+  """Saturation and contrast for `world.render_scene`, even and a little beyond its own range."""
+  least = world.washing(kind, 0.0, 0.0)
+  u, v = rng.random(2)
+  return {
+    "saturation": least[0] - 0.05 + (1.20 - least[0]) * u,
+    "contrast": least[1] - 0.05 + (1.10 - least[1]) * (u + v) / 2,
+  }
+
+
+def pack(rendered: Sequence[world.Scene]) -> Scenes:
+  """Rendered scenes as arrays, with the place of each thing."""
+  images = np.stack([scene.image for scene in rendered])
+  classes = np.full((len(rendered), 2), -1, np.int32)
+  for i, scene in enumerate(rendered):
+    classes[i, : len(scene.objects)] = [_INDEX[name] for name in scene.objects]
+    if scene.tone is not None:
+      classes[i, 0] = PERSON
+  tones = np.array([-1 if scene.tone is None else scene.tone for scene in rendered], np.int32)
   border = np.concatenate(
     [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1
   )
   backgrounds = np.median(border, axis=1).astype(np.uint8)
   distance = np.abs(images.astype(np.int16) - backgrounds[:, None, None]).max(-1)
   regions = np.repeat((distance > _FOREGROUND)[:, None], 2, axis=1)
-  both = objects[:, 1] >= 0  # each in its half of the canvas
+  both = classes[:, 1] >= 0  # each in its half of the canvas
   regions[both, 0, :, _SIZE // 2 :] = False
   regions[both, 1, :, : _SIZE // 2] = False
-  return Scenes(images, backgrounds, regions, objects, tones, truth)
+  regions[~both, 1] = False
+  return Scenes(images, backgrounds, regions, _boxes(regions), classes, tones)
 
 
-def clean(batch: Scenes) -> tuple[jax.Array, Targets]:
+def _boxes(regions: np.ndarray) -> np.ndarray:
+  """`[..., H, W]` bool -> `[..., 4]` float32 edges of the smallest box around what is True."""
+  sides = []
+  for axis in (-2, -1):  # columns, then rows
+    seen = regions.any(axis)
+    first = seen.argmax(-1)
+    sides.append((first, np.where(seen.any(-1), _SIZE - seen[..., ::-1].argmax(-1), first)))
+  (left, right), (top, bottom) = sides
+  return np.stack([left, top, right, bottom], -1).astype(np.float32)
+
+
+def clean(batch: Scenes) -> tuple[jax.Array, Truth]:
   """Pictures `[B, 32, 32, 3]` in [0, 1] as rendered, with hard labels."""
-  person = jnp.asarray(batch.tones) >= 0
-  ones = jnp.ones(len(batch.tones))
-  targets = Targets(
-    objects=_one_hot(batch.objects, jnp.ones(batch.objects.shape)),
+  person = (jnp.asarray(batch.tones) >= 0).astype(jnp.float32)
+  nothing = jnp.full_like(batch.classes, -1)
+  classes = jnp.concatenate([jnp.asarray(batch.classes), nothing], axis=1)
+  boxes = jnp.asarray(batch.boxes) / _SIZE
+  truth = Truth(
+    classes=classes,
+    presence=(classes >= 0).astype(jnp.float32),
+    boxes=jnp.concatenate([boxes, jnp.zeros_like(boxes)], axis=1),
     tones=jnp.maximum(batch.tones, 0),
-    tone_weights=person.astype(jnp.float32),
-    skin=person.astype(jnp.float32),
-    vividness=jnp.asarray(batch.vividness),
-    vividness_weights=ones,
+    tone_known=person,
+    person=person,
   )
-  return jnp.asarray(batch.images, jnp.float32) / 255, targets
+  return jnp.asarray(batch.images, jnp.float32) / 255, truth
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +171,7 @@ class Damage:
   Drawn by NumPy: compiling JAX's generators would take longer than the tests of this module may.
 
   Attributes:
-    uniform: `[12, B]` in [0, 1).
+    uniform: `[B, 12]` in [0, 1).
     patches: `[B, 4, 4, 1]` normal, where a scene is blended with another.
     blotches: `[B, 8, 8, 4]` normal, noise of the colours and (last) of the brightness.
   """
@@ -152,13 +184,13 @@ class Damage:
 def damage(rng: np.random.Generator, n: int) -> Damage:
   """Draws the damage to `n` scenes; `rng` is consumed."""
   return Damage(
-    uniform=rng.random((12, n), np.float32),
+    uniform=rng.random((n, 12), np.float32),
     patches=rng.standard_normal((n, 4, 4, 1), np.float32),
     blotches=rng.standard_normal((n, 8, 8, 4), np.float32),
   )
 
 
-def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Targets]:
+def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Truth]:
   """Spoils scenes as a generative model does; pure and jit-able.
 
   Args:
@@ -168,8 +200,8 @@ def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Targets]:
   Returns:
     pictures `[B, 32, 32, 3]` float32 in [0, 1] and their labels.
   """
-  u = iter(jnp.asarray(damage.uniform))
-  images, targets = clean(batch)
+  u = iter(jnp.asarray(damage.uniform).T)
+  images, truth = clean(batch)
 
   # Half-formed: faded towards the background, or towards another scene, evenly or in patches.
   what = next(u)
@@ -188,12 +220,17 @@ def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Targets]:
   other = (regions[::-1] * (1 - kept[:, None])).sum((2, 3)) / area[::-1] * is_other[:, None]
 
   # Moved, scaled and blurred, all in one linear map; a single thing may be much smaller.
-  single = jnp.asarray(batch.objects)[:, 1] < 0
+  single = jnp.asarray(batch.classes)[:, 1] < 0
   scale = jnp.where(single & (next(u) < 0.25), 1.2, 1.0) + 0.2 * (2 * next(u) - 1)
   scale = jnp.where(single, scale, 0.6 + 0.4 * scale)
   blur = 1.0 + 1.6 * next(u) ** 2
-  rows, columns = (_resampling(scale, 3 * next(u) - 1.5, blur) for _ in range(2))
+  down, across = (3 * next(u) - 1.5 for _ in range(2))
+  rows, columns = (_resampling(scale, shift, blur) for shift in (down, across))
   images = jnp.einsum("byi,bxj,bijc->byxc", rows, columns, images, optimize=True)
+  boxes = jnp.concatenate([jnp.asarray(batch.boxes), jnp.asarray(batch.boxes)[::-1]], axis=1)
+  shift = jnp.stack([across, down, across, down], axis=-1)[:, None]
+  boxes = _SIZE / 2 + (boxes - _SIZE / 2 - shift) / scale[:, None, None]
+  boxes = jnp.clip(boxes / _SIZE, 0, 1)
 
   # Soft like a decoder's output, and blotchy.
   step = 0.6 * next(u) - 0.3
@@ -204,29 +241,23 @@ def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Targets]:
   images = jnp.clip(images + noise[:, None, None, None] * blotches, 0, 1)
 
   quality = 1 - 0.25 * (blur - 1) / 1.6 - 0.15 * noise / 0.06
-  labels = jnp.maximum(
-    _one_hot(batch.objects, _presence(seen)), _one_hot(batch.objects[::-1], _presence(other))
-  )
-  person, other_person = targets.skin, targets.skin[::-1]
-  # A tone is known where one person, and no other, is plain to see.
+  classes = jnp.concatenate([jnp.asarray(batch.classes), jnp.asarray(batch.classes)[::-1]], axis=1)
+  presence = jnp.concatenate([_presence(seen), _presence(other)], axis=1) * (classes >= 0)
+  other_person = truth.person[::-1]
   alone = (seen[:, 0] > 0.7) & (other[:, 0] * other_person < 0.2)
-  return images, dataclasses.replace(
-    targets,
-    objects=labels * quality[:, None],
-    tone_weights=targets.tone_weights * alone,
-    skin=jnp.maximum(person * _presence(seen[:, 0]), other_person * _presence(other[:, 0])),
-    vividness_weights=1.0 - is_other,
+  return images, Truth(
+    classes=classes,
+    presence=presence * quality[:, None],
+    boxes=boxes,
+    tones=truth.tones,
+    tone_known=truth.person * alone,
+    person=jnp.max(presence * (classes == PERSON), axis=1),
   )
 
 
 def _presence(visible: jax.Array) -> jax.Array:
   """Label of a thing of which this share can be seen: 0 below a quarter, 1 from three quarters."""
   return jnp.clip(2 * visible - 0.5, 0, 1)
-
-
-def _one_hot(objects: jax.Array, labels: jax.Array) -> jax.Array:
-  """`[B, 60]` with `labels` `[B, 2]` at the indices `objects` `[B, 2]`; -1 is dropped."""
-  return jnp.max(jax.nn.one_hot(objects, len(art.OBJECTS)) * labels[..., None], axis=1)
 
 
 def _tent(centres: jax.Array, n: int, width: jax.Array) -> jax.Array:

@@ -1,0 +1,17 @@
+"""Measures how fast things run on this machine, beside PyTorch where that is installed.
+
+python launch/benchmark.py --what=rewards --port=clip-score,yolov3-tiny --batch_size=4
+"""
+
+from rlft import cli, fieldflags
+from rlft.benchmark import BenchmarkConfig, run
+
+fieldflags.define(BenchmarkConfig)
+
+
+def main() -> None:
+  run(fieldflags.read(BenchmarkConfig))
+
+
+if __name__ == "__main__":
+  cli.main(main)

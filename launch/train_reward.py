@@ -1,0 +1,17 @@
+"""Trains one of the emoji world's reward models.
+
+python launch/train_reward.py --flagfile=experiments/reward_tone.flags
+"""
+
+from rlft import cli, fieldflags
+from rlft.reward_training import RewardConfig, run
+
+fieldflags.define(RewardConfig)
+
+
+def main() -> None:
+  run(fieldflags.read(RewardConfig))
+
+
+if __name__ == "__main__":
+  cli.main(main)

@@ -1,0 +1,185 @@
+"""The benchmark at tiny sizes: both sides run, take turns, and agree."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlft import benchmark, benchmark_rewards
+from rlft.models import clip, darknet, image_reward, owlvit
+from rlft.types import UserError
+
+_SMALL = {
+  "hidden_size": 16,
+  "intermediate_size": 32,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+}
+_CLIP = clip.CLIPConfig(
+  clip.CLIPTextConfig(vocab_size=50, max_position_embeddings=8, eos_token_id=2, **_SMALL),
+  clip.CLIPVisionConfig(image_size=16, patch_size=8, **_SMALL),
+  projection_dim=16,
+)
+_OWL = owlvit.OwlViTConfig(_CLIP.text_config, _CLIP.vision_config, projection_dim=16)
+_BLIP = image_reward.ImageRewardConfig()
+_NETWORK = darknet.Network(
+  32,
+  32,
+  (
+    darknet.Conv(4, 3, 2, 1, leaky=True, batch_norm=True),
+    darknet.MaxPool(2, 1, 1),
+    darknet.Conv(14, 1, 1, 0, leaky=False, batch_norm=False),
+    darknet.Yolo(((4.0, 5.0), (9.0, 7.0)), 2),
+  ),
+)
+TINY = {
+  "clip-score": _CLIP,
+  "aesthetic-v2": _CLIP,
+  "pickscore": _CLIP,
+  "hpsv2": dataclasses.replace(
+    _CLIP,
+    text_config=dataclasses.replace(_CLIP.text_config, hidden_act="gelu"),
+    vision_config=dataclasses.replace(_CLIP.vision_config, hidden_act="gelu"),
+  ),
+  "image-reward": dataclasses.replace(
+    _BLIP,
+    vision=dataclasses.replace(_BLIP.vision, image_size=16, patch_size=8, **_SMALL),
+    text=dataclasses.replace(_BLIP.text, vocab_size=50, **_SMALL),
+    text_length=8,
+    head_widths=(8, 4),
+  ),
+  "owlvit": _OWL,
+  "owlv2": dataclasses.replace(_OWL, model_type="owlv2"),
+  "yolov3-tiny": _NETWORK,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  ports = {
+    name: dataclasses.replace(port, config=TINY[name])
+    for name, port in benchmark_rewards.PORTS.items()
+  }
+  monkeypatch.setattr(benchmark_rewards, "PORTS", ports)
+
+
+# One of each kind; clip-score is run below.
+KINDS = ["aesthetic-v2", "hpsv2", "image-reward", "owlv2", "yolov3-tiny"]
+
+
+def test_every_kind_of_port_runs_beside_pytorch(tiny, tmp_path, capsys):
+  config = benchmark.BenchmarkConfig(
+    port=",".join(KINDS),
+    batch_size=2,
+    image_size=24,
+    repeats=2,
+    json=str(tmp_path / "new" / "times.json"),
+  )
+  results = {result.name: result for result in benchmark.run(config)}
+  assert list(results) == KINDS
+  for result in results.values():
+    assert len(result.ours_s) == 2 and min(result.ours_s) > 0 and result.compile_s > 0
+    # The other side is there, or the note says what is missing.
+    assert len(result.theirs_s) == 2 if not result.note else "no " in result.note
+  heading, columns, *rows = capsys.readouterr().out.splitlines()
+  assert heading.startswith("rewards: cpu (") and "batches of 2, 24 x 24 pixels" in heading
+  assert columns.split()[:3] == ["parameters", "rlft", "images/s"]
+  assert [row.split()[0] for row in rows] == KINDS
+  stored = json.loads((tmp_path / "new" / "times.json").read_text())
+  assert stored["config"]["batch_size"] == 2
+  assert [row["name"] for row in stored["results"]] == KINDS
+  assert stored["results"][0]["ours_s"] == list(results["aesthetic-v2"].ours_s)
+
+
+def test_both_sides_score_finite_numbers(tiny):
+  pytest.importorskip("torch")
+  config = benchmark.BenchmarkConfig(batch_size=2, image_size=24, dtype="bfloat16")
+  contest = benchmark_rewards.contest("clip-score", config)
+  for side in (contest.ours(), contest.theirs()):
+    scores = np.asarray(side.run())
+    assert scores.shape == (2,) and scores.dtype == np.float32
+    assert np.isfinite(scores).all() and scores[0] != scores[1]
+
+
+def test_only_our_side(tiny, capsys):
+  config = benchmark.BenchmarkConfig(port="yolov3-tiny", image_size=24, repeats=1, torch=False)
+  (result,) = benchmark.run(config)
+  assert result.theirs is None and result.note == "not asked for"
+  assert "rlft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("name", "parameters"),
+  [("aesthetic-v2", 303_966_208 + 1 + 769), ("yolov3-tiny", 8_849_182)],
+)
+def test_sizes_are_the_published_ones(name, parameters):
+  # CLIP's ViT-L/14 image tower with its projection has 303,966,208 in transformers; here are also
+  # the logit scale and the head.
+  contest = benchmark_rewards.contest(name, benchmark.BenchmarkConfig(batch_size=1, torch=False))
+  assert contest.parameters == parameters
+
+
+def test_random_weights_are_noise():
+  shapes = {
+    "norm": {"scale": jax.ShapeDtypeStruct((300,), jnp.float32)},
+    "kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32),
+  }
+  params = benchmark_rewards.random_params(shapes)
+  assert float(params["norm"]["scale"].mean()) == pytest.approx(1, abs=0.01)
+  kernel = np.asarray(params["kernel"])
+  assert kernel.std() == pytest.approx(0.02, rel=0.02) and abs(kernel.mean()) < 1e-3
+  assert np.linalg.matrix_rank(kernel[:64]) == 64
+
+
+def recorded(log, name):
+  def make():
+    log.append(f"make {name}")
+    return benchmark.Side(lambda: log.append(name), compile_s=2.0)
+
+  return make
+
+
+@pytest.mark.parametrize(
+  ("memory", "expected", "note"),
+  [
+    (16e9, ["make a", "make b", *"ababab"], ""),
+    (15e9, ["make a", *"aaa", "make b", *"bbb"], "one after the other, to save memory"),
+  ],
+)
+def test_sides_take_turns_if_there_is_memory(monkeypatch, memory, expected, note):
+  monkeypatch.setattr(benchmark, "_memory", lambda: memory)
+  log, ticks = [], []
+  contest = benchmark.Contest("x", 4, 10**9, recorded(log, "a"), recorded(log, "b"))
+  result = benchmark.measure(contest, repeats=2, tick=lambda: ticks.append(1))
+  assert log == expected and len(ticks) == 6
+  assert len(result.ours_s) == len(result.theirs_s) == 2 and result.compile_s == 2.0
+  assert result.note == note
+
+
+def test_the_table():
+  results = [
+    benchmark.Result("one", 4, 8_849_182, 1.25, (2.0, 8.0, 4.0), (1.0, 2.0, 4.0)),
+    benchmark.Result("second", 4, 986_109_441, 12.0, (40.0,), note="no torch"),
+  ]
+  # Medians of 4 and 2 seconds for 4 images.
+  assert benchmark.table(results) == (
+    "        parameters  rlft images/s  torch images/s  rlft/torch  compile\n"
+    "one        8.849 M              1               2        0.50    1.2 s\n"
+    "second     986.1 M            0.1               -           -   12.0 s  no torch"
+  )
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"what": "reward"}, "--what=reward is not known: did you mean rewards"),
+    ({"port": "clip-score,owlvitt"}, "--port=owlvitt is not known: did you mean owlvit"),
+    ({"dtype": "float23"}, "--dtype=float23 is not known: did you mean float32"),
+  ],
+)
+def test_mistakes_are_one_line(given, message):
+  with pytest.raises(UserError, match=message):
+    benchmark.run(benchmark.BenchmarkConfig(**given))
