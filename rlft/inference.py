@@ -1,6 +1,6 @@
 """A model as it is, without training: a grid of what it draws, and its held-out measures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import math
@@ -197,13 +197,17 @@ def measure(
 
 
 def make_specs(
-  evals: Sequence[EvalConfig], *, trained_on: Sequence[TaskConfig] = ()
+  evals: Sequence[EvalConfig],
+  *,
+  trained_on: Sequence[TaskConfig] = (),
+  make: Callable[[str], Reward] = make_reward,
 ) -> list[evaluate_lib.EvalSpec]:
   """Opens the prompts and metrics of evaluations.
 
   Args:
     evals: from the flags.
     trained_on: tasks that the model was trained with.
+    make: what makes a metric of its name; one that remembers loads large weights once.
 
   Raises:
     UserError: an unknown metric, or prompts that cannot be read.
@@ -212,7 +216,7 @@ def make_specs(
   metrics = {}
   for entry in evals:
     if entry.metric not in metrics:
-      metrics[entry.metric] = _metric(entry)
+      metrics[entry.metric] = _metric(entry, make)
   return [
     evaluate_lib.EvalSpec(
       name=entry.name,
@@ -226,14 +230,14 @@ def make_specs(
   ]
 
 
-def _metric(entry: EvalConfig) -> Reward:
+def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
   """The reward that an evaluation names, if its scores mean the same in every batch."""
   if combine.is_combination(entry.metric):
     raise UserError(
       f"--eval=name={entry.name}: metric={entry.metric} adds up rewards relative to their batch,"
       " which measures nothing: give an evaluation for each of them"
     )
-  metric = make_reward(entry.metric)
+  metric = make(entry.metric)
   if not metric.is_measure:
     raise UserError(
       f"--eval=name={entry.name}: metric={entry.metric} is the credit of images within their set,"

@@ -113,7 +113,7 @@ def open_run(config: Config) -> Run:
   prompts = [prompts_lib.load_prompts(task.prompts) for task in config.task]
   for task, entries in zip(config.task, prompts, strict=True):
     checks.validate_prompt_count(config, task, len(entries))
-  evals = make_specs(config.eval, trained_on=config.task)
+  evals = make_specs(config.eval, trained_on=config.task, make=made_once)
 
   model = pretrained.load(
     config.pretrained, dtype=jnp.dtype(config.compute_dtype), remat=config.remat

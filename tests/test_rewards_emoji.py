@@ -64,6 +64,23 @@ def test_objects_tells_what_is_there_from_what_is_not():
   assert 0.3 < half.mean() < 0.6
 
 
+def test_transformers_loads_the_detector_and_agrees():
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.OwlViTForObjectDetection.from_pretrained(detector.DIRECTORY).float()
+  ids = detector.query_ids(["dog", "car"])
+  pixels = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(
+      pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2),
+      input_ids=torch.tensor(ids).long(),
+      attention_mask=torch.ones(ids.shape).long(),
+    )
+  found = jax.jit(lambda p: detector._MODULE.apply({"params": p}, pixels, ids))(detector.load())
+  np.testing.assert_allclose(found.logits, expected.logits.numpy(), atol=1e-4)
+  np.testing.assert_allclose(found.boxes, expected.pred_boxes.numpy(), atol=1e-5)
+
+
 def test_preference_likes_vivid_pictures_of_what_was_asked():
   names = prompts.SEEN_OBJECTS[:32]
   texts = [world.object_caption(name) for name in names]
