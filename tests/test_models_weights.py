@@ -1,6 +1,5 @@
 """Where weights come from, and what is said about files that are not what they should be."""
 
-import builtins
 import json
 import pathlib
 
@@ -283,18 +282,6 @@ def test_what_the_cache_knows_to_be_missing_is_missing_offline(hub):
   hub.error = failure(errors.LocalEntryNotFoundError)
   hub.cached = huggingface_hub._CACHED_NO_EXIST
   assert weights.find_file(SOURCE, "tokenizer_config.json") is None
-
-
-def test_without_the_package(monkeypatch):
-  real = builtins.__import__
-
-  def fail(name, *args, **keywords):
-    if name.startswith("huggingface_hub"):
-      raise ImportError(name)
-    return real(name, *args, **keywords)
-
-  monkeypatch.setattr(builtins, "__import__", fail)
-  one_line(weights.open_weights, SOURCE, match="needs the package huggingface_hub: pip install")
 
 
 class Linear(nn.Module):

@@ -195,7 +195,7 @@ def measure(params: Params, seed: int, n: int) -> reward_training.Figures:
   found = np.isfinite(probs[:, 0])
   both = found & (oracle >= 0)
   report["generated"] = {
-    "agreement": float(np.mean(np.argmax(probs, axis=1)[both] == oracle[both])),
+    "agreement": float((np.argmax(probs, axis=1)[both] == oracle[both]).sum() / max(both.sum(), 1)),
     "person": float(np.mean(found)),
     "person_by_oracle": float(np.mean(oracle >= 0)),
   }

@@ -4,6 +4,9 @@ import dataclasses
 import pathlib
 import re
 
+import huggingface_hub
+from huggingface_hub import errors
+
 from rlft.types import UserError
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+)(/(?P<file>.+))?)?")
@@ -28,14 +31,6 @@ class Repository:
 
   def fetch(self, name: str) -> pathlib.Path | None:
     """Downloads a file, or takes it from the cache; None if the repository has none so called."""
-    try:
-      import huggingface_hub
-      from huggingface_hub import errors
-    except ImportError as error:
-      raise UserError(
-        f"{self} needs the package huggingface_hub: pip install huggingface_hub, or give a "
-        "directory"
-      ) from error
     try:
       return pathlib.Path(huggingface_hub.hf_hub_download(self.repo, name, revision=self.revision))
     except errors.LocalEntryNotFoundError as error:
