@@ -10,11 +10,13 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from typing import Any
 
 from rlft.types import UserError
 
 EMOJI_SD = "emoji-sd"  # the name of the shipped checkpoint, in the place of a directory
+_ADDRESS = re.compile(r"https?://\S*?(?=/v2/models/)")  # of a model on an inference server
 _SEED_LIMIT = 2**32  # jax.random.key drops higher bits
 
 
@@ -286,12 +288,10 @@ def check_resume(stored: Config, current: Config) -> list[str]:
   return permitted
 
 
-def _without_free(entry: TaskConfig | EvalConfig) -> TaskConfig | EvalConfig:
-  """The entry with the default in the place of what a resumed run may change."""
-  fields = dataclasses.fields(entry)
-  return dataclasses.replace(
-    entry, **{field.name: field.default for field in fields if field.metadata.get("free")}
-  )
+def _without_free(entry: TaskConfig | EvalConfig) -> dict[str, Any]:
+  """The entry without what a resumed run may change: free keys, and the addresses of servers."""
+  fixed = [field.name for field in dataclasses.fields(entry) if not field.metadata.get("free")]
+  return {name: _ADDRESS.sub("", str(getattr(entry, name))) for name in fixed}
 
 
 def _shown(value: Any) -> str:

@@ -76,3 +76,15 @@ def test_resume_permits_another_judge_and_no_other_veto():
   for old, new in ((RUN, vetoed), (watched, vetoed)):
     with pytest.raises(UserError, match="veto=jpeg>=-1"):
       config.check_resume(old, new)
+
+
+def test_resume_permits_another_address_of_the_same_model():
+  def served(reward):
+    return dataclasses.replace(RUN, task=(dataclasses.replace(TASK, reward=reward),))
+
+  old = served("http://a:8000/v2/models/unidet?output=score")
+  (change,) = config.check_resume(old, served("https://b.org/x/v2/models/unidet?output=score"))
+  assert "https://b.org" in change
+  for other in ("http://a:8000/v2/models/owl?output=score", "http://a:8000/v2/models/unidet"):
+    with pytest.raises(UserError, match="was started with other settings"):
+      config.check_resume(old, served(other))
