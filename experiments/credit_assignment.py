@@ -9,7 +9,8 @@ command goes on where it stopped.
 
 Result, in runs/credit_assignment: a table of all measurements (credit_assignment.csv), the number
 of images that each credit needed to reach a parity (credit_assignment.json, and printed), and a
-picture of the curves (credit_assignment.html).
+picture of the curves (credit_assignment.html). Duration: 36 minutes on 2 busy cores. What was found
+is in experiments/README.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ _FLAGFILE = flags.DEFINE_string(
   "base", str(_ROOT / "experiments" / "emoji_skintone.flags"), "flagfile with a task on sets"
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs with each credit", lower_bound=1)
-_ITERATIONS = flags.DEFINE_integer("iterations", 32, "of each run", lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer("iterations", 24, "of each run", lower_bound=1)
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 4, "iterations between evaluations", lower_bound=1)
 _EVAL_IMAGES = flags.DEFINE_integer("eval_images", 256, "images of an evaluation", lower_bound=2)
 _TARGETS = flags.DEFINE_list(
