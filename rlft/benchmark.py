@@ -18,7 +18,7 @@ import jax
 import tqdm
 
 from rlft import files
-from rlft.config import suggestion
+from rlft.config import option, suggestion
 from rlft.types import UserError
 
 # Both sides are held at once, and take turns, if there is so much memory for each parameter:
@@ -28,22 +28,18 @@ _BYTES_PER_PARAMETER = 4 * 4
 DTYPES = ("float32", "bfloat16")
 
 
-def _option(help_text: str, default: Any, **rules: Any) -> Any:
-  return dataclasses.field(default=default, metadata={"help": help_text, **rules})
-
-
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
   """What `launch/benchmark.py` takes; each field is a flag of the same name."""
 
-  what: str = _option("what to measure: rewards", "rewards")
-  port: str = _option("which of them, with commas between; empty for all", "")
-  batch_size: int = _option("images in a call", 2, least=1)
-  image_size: int = _option("height and width of the given images, in pixels", 512, least=8)
-  dtype: str = _option("type that the networks compute in: float32 or bfloat16", "float32")
-  repeats: int = _option("timed calls of each side; the table shows their median", 5, least=1)
-  torch: bool = _option("time PyTorch's implementations, too, where they are installed", True)
-  json: str = _option("file for the table and all times", "")
+  what: str = option("what to measure: rewards", "rewards")
+  port: str = option("which of them, with commas between; empty for all", "")
+  batch_size: int = option("images in a call", 2, least=1)
+  image_size: int = option("height and width of the given images, in pixels", 512, least=8)
+  dtype: str = option("type that the networks compute in: float32 or bfloat16", "float32")
+  repeats: int = option("timed calls of each side; the table shows their median", 5, least=1)
+  torch: bool = option("time PyTorch's implementations, too, where they are installed", True)
+  json: str = option("file for the table and all times", "")
 
 
 @dataclasses.dataclass(frozen=True)

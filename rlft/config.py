@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r"https?://\S*?(?=/v2/models/)")  # of a model on an infer
 _SEED_LIMIT = 2**32  # jax.random.key drops higher bits
 
 
-def _option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
+def option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
   """A field with its flag's help and rules.
 
   Args:
@@ -38,15 +38,15 @@ def _option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) ->
 class TaskConfig:
   """A reward and the prompts on which it is maximised."""
 
-  name: str = _option("used in metric names")
-  prompts: str = _option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
-  reward: str = _option("a reward's name, or 'NUMBER*NAME + NUMBER*NAME', normalised and added")
-  batch_size: int = _option("images per iteration, over all devices", 2048, least=2)
-  images_per_prompt: int = _option("images drawn for each prompt", 1, least=1)
-  veto: str = _option(
+  name: str = option("used in metric names")
+  prompts: str = option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
+  reward: str = option("a reward's name, or 'NUMBER*NAME + NUMBER*NAME', normalised and added")
+  batch_size: int = option("images per iteration, over all devices", 2048, least=2)
+  images_per_prompt: int = option("images drawn for each prompt", 1, least=1)
+  veto: str = option(
     "NAME>=NUMBER: images of which it does not hold score less than all others", ""
   )
-  watch: str = _option(
+  watch: str = option(
     "a reward's or oracle's name: measured on the same images, never trained on", "", free=True
   )
 
@@ -55,34 +55,34 @@ class TaskConfig:
 class EvalConfig:
   """A held-out measurement: the same prompts and seeds every time."""
 
-  name: str = _option("used in metric names")
-  prompts: str = _option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
-  metric: str = _option("a reward's name or an oracle's")
-  images: int = _option("images in all", 256, least=2)
-  images_per_prompt: int = _option("images drawn for each prompt", 1, least=1)
+  name: str = option("used in metric names")
+  prompts: str = option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
+  metric: str = option("a reward's name or an oracle's")
+  images: int = option("images in all", 256, least=2)
+  images_per_prompt: int = option("images drawn for each prompt", 1, least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A training run. Defaults are those of arXiv 2401.12244, where it gives them."""
 
-  pretrained: str = _option(
+  pretrained: str = option(
     f"the model to fine-tune: a directory in the diffusers layout, or {EMOJI_SD}", "", path=True
   )
-  workdir: str = _option("directory for checkpoints, metrics and the report", "", path=True)
-  task: tuple[TaskConfig, ...] = _option("what to maximise", (), fixed=True)
-  eval: tuple[EvalConfig, ...] = _option("what to measure before and after", (), fixed=True)
-  seed: int = _option(
+  workdir: str = option("directory for checkpoints, metrics and the report", "", path=True)
+  task: tuple[TaskConfig, ...] = option("what to maximise", (), fixed=True)
+  eval: tuple[EvalConfig, ...] = option("what to measure before and after", (), fixed=True)
+  seed: int = option(
     "seed of prompts, noise and timesteps", 0, least=0, below=_SEED_LIMIT, fixed=True
   )
-  iterations: int = _option("iterations of sampling, scoring and updating", 1000, least=1)
+  iterations: int = option("iterations of sampling, scoring and updating", 1000, least=1)
 
   # The policy: how images are drawn.
-  sampling_steps: int = _option("DDIM steps per image", 50, least=1, most=1000, fixed=True)
-  guidance_scale: float = _option(
+  sampling_steps: int = option("DDIM steps per image", 50, least=1, most=1000, fixed=True)
+  guidance_scale: float = option(
     "classifier-free guidance, in sampling and in training; 1 is none", 7.0, above=0, fixed=True
   )
-  eta: float = _option(
+  eta: float = option(
     "noise of the DDIM steps, 1 as DDPM; 0 would leave nothing random to learn from",
     1.0,
     above=0,
@@ -91,94 +91,94 @@ class Config:
   )
 
   # Policy gradient.
-  train_timesteps: int = _option("timesteps trained per iteration, drawn at random", 5, least=1)
-  accumulate_timesteps: bool = _option(
+  train_timesteps: int = option("timesteps trained per iteration, drawn at random", 5, least=1)
+  accumulate_timesteps: bool = option(
     "one optimizer update over all trained timesteps (DDPO) instead of one for each", False
   )
-  clip_range: float = _option(
+  clip_range: float = option(
     "clip range of the ratio, for a log-probability averaged over dimensions",
     1e-4,
     above=0,
     below=1,
   )
-  advantage: str = _option(
+  advantage: str = option(
     "rewards are normalised over the task's batch, each prompt's history, or each prompt's images",
     "batch",
     choices=("batch", "prompt", "group"),
     fixed=True,
   )
-  advantage_clip: float = _option("bound on the size of advantages", 10.0, above=0)
-  prompt_history: int = _option(
+  advantage_clip: float = option("bound on the size of advantages", 10.0, above=0)
+  prompt_history: int = option(
     "rewards kept for each prompt (advantage=prompt)", 32, least=2, fixed=True
   )
-  prompt_history_min: int = _option(
+  prompt_history_min: int = option(
     "rewards of a prompt before its own statistics are used (advantage=prompt)", 16, least=2
   )
-  kl_weight: float = _option("weight of the KL divergence to the base model", 0.0, least=0)
-  pretrain_weight: float = _option("weight of the pretraining loss; 0 is off", 1.0, least=0)
-  pretrain_data: str = _option(
+  kl_weight: float = option("weight of the KL divergence to the base model", 0.0, least=0)
+  pretrain_weight: float = option("weight of the pretraining loss; 0 is off", 1.0, least=0)
+  pretrain_data: str = option(
     "emoji, or a folder of images with metadata.jsonl", "", path=True, fixed=True
   )
-  pretrain_batch_size: int = _option(
+  pretrain_batch_size: int = option(
     "images per pretraining step, over all devices", 2048, least=1, fixed=True
   )
 
   # Optimizer (AdamW).
-  learning_rate: float = _option("constant learning rate", 2e-6, above=0)
-  adam_b1: float = _option("decay of the gradient's mean", 0.9, least=0, below=1)
-  adam_b2: float = _option("decay of the gradient's square", 0.999, least=0, below=1)
-  adam_eps: float = _option("added to the root of the gradient's square", 1e-8, above=0)
-  weight_decay: float = _option("decoupled weight decay", 1e-2, least=0)
-  max_grad_norm: float = _option(
+  learning_rate: float = option("constant learning rate", 2e-6, above=0)
+  adam_b1: float = option("decay of the gradient's mean", 0.9, least=0, below=1)
+  adam_b2: float = option("decay of the gradient's square", 0.999, least=0, below=1)
+  adam_eps: float = option("added to the root of the gradient's square", 1e-8, above=0)
+  weight_decay: float = option("decoupled weight decay", 1e-2, least=0)
+  max_grad_norm: float = option(
     "bound on the gradient's global norm; 0 is none", 1.0, least=0, fixed="switch"
   )
-  ema_decay: float = _option(
+  ema_decay: float = option(
     "decay of averaged weights, updated each iteration; 0 is off",
     0.0,
     least=0,
     below=1,
     fixed="switch",
   )
-  lora_rank: int = _option("rank of LoRA; 0 trains the full UNet", 0, least=0, fixed=True)
-  lora_alpha: float = _option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
+  lora_rank: int = option("rank of LoRA; 0 trains the full UNet", 0, least=0, fixed=True)
+  lora_alpha: float = option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
 
   # Numerics and devices.
-  compute_dtype: str = _option(
+  compute_dtype: str = option(
     "of the UNet's products; latents and log-probabilities stay float32",
     "bfloat16",
     choices=("float32", "bfloat16"),
     fixed=True,
   )
-  remat: bool = _option("recompute activations in the backward pass to save memory", True)
-  cpu_devices: int = _option(
+  remat: bool = option("recompute activations in the backward pass to save memory", True)
+  cpu_devices: int = option(
     "on CPUs, split the host into so many devices: XLA leaves cores idle with one; 0 leaves it",
     0,
     least=0,
   )
-  fsdp: int = _option("parameter shards; divides the number of devices", 1, least=1)
+  fsdp: int = option("parameter shards; divides the number of devices", 1, least=1)
 
   # Rewards and safety.
-  reward_timeout_s: float = _option(
+  reward_timeout_s: float = option(
     "deadline in seconds for a batch of host rewards", 300.0, above=0
   )
-  reward_threads: int = _option("threads for host rewards on each process", 8, least=1)
-  max_nan_share: float = _option(
+  reward_threads: int = option("threads for host rewards on each process", 8, least=1)
+  max_nan_share: float = option(
     "stop if more than this share of a batch could not be scored", 0.1, least=0, most=1
   )
-  ratio_tolerance: float = _option(
+  ratio_tolerance: float = option(
     "stop if the ratio before an iteration's first update is further from 1", 1e-5, above=0
   )
 
   # Output.
-  checkpoint_every: int = _option(
+  checkpoint_every: int = option(
     "iterations between checkpoints; 0: only at the end and on SIGTERM", 10, least=0
   )
-  keep_checkpoints: int = _option("newest checkpoints kept", 2, least=1)
-  eval_every: int = _option("iterations between evaluations; 0: before and after", 0, least=0)
-  eval_seed: int = _option(
+  keep_checkpoints: int = option("newest checkpoints kept", 2, least=1)
+  eval_every: int = option("iterations between evaluations; 0: before and after", 0, least=0)
+  eval_seed: int = option(
     "seed of the evaluations' noise", 1000, least=0, below=_SEED_LIMIT, fixed=True
   )
-  report_images: int = _option("prompts of each task in the report's grids", 8, least=0)
+  report_images: int = option("prompts of each task in the report's grids", 8, least=0)
 
 
 def suggestion(word: str, options: Iterable[str], otherwise: str | None = None) -> str:

@@ -15,18 +15,13 @@ from rlft import evaluate as evaluate_lib
 from rlft import files, finetuned, results, sampler, sharding
 from rlft import images as images_lib
 from rlft import prompts as prompts_lib
-from rlft.config import Config, EvalConfig, TaskConfig, check_fields
+from rlft.config import Config, EvalConfig, TaskConfig, check_fields, option
 from rlft.rewards import combine, make_reward
 from rlft.rewards.scoring import Scorer
 from rlft.types import Prompt, Reward, UserError
 
 _SHOWN_SIZE = 128  # pixels; smaller images are enlarged in a grid, to be seen at all
 _SCORED_AT_ONCE = 256  # images; metrics may be large networks
-
-
-def _option(help_text: str, **rules):
-  default = rules.pop("default", dataclasses.MISSING)
-  return dataclasses.field(default=default, metadata={"help": help_text, **rules})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +32,27 @@ class Drawing:
   noise are part of what was trained, and other values give other pictures.
   """
 
-  model: str = _option("a run's directory, a model in the diffusers layout, or emoji-sd")
-  ema: bool = _option("the averaged weights, where the run has them", default=True)
-  seed: int | None = _option(
+  model: str = option("a run's directory, a model in the diffusers layout, or emoji-sd")
+  ema: bool = option("the averaged weights, where the run has them", default=True)
+  seed: int | None = option(
     "of the noise; if not given, that of the run's evaluations",
     default=None,
     least=0,
     most=2**32 - 1,
   )
-  sampling_steps: int | None = _option(
+  sampling_steps: int | None = option(
     "DDIM steps per image; if not given, the run's", default=None, least=1
   )
-  guidance_scale: float | None = _option(
+  guidance_scale: float | None = option(
     "classifier-free guidance, 1 is none; if not given, the run's", default=None, least=0.0
   )
-  eta: float | None = _option(
+  eta: float | None = option(
     "noise of the DDIM steps, 0 is none, 1 as DDPM; if not given, the run's",
     default=None,
     least=0.0,
     most=1.0,
   )
-  batch_size: int = _option(
+  batch_size: int = option(
     "images drawn at once, rounded up to a multiple of the devices", default=16, least=1
   )
 

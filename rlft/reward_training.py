@@ -19,7 +19,7 @@ import tqdm
 
 from rlft import files, sharding
 from rlft.checkpoint import Checkpointer
-from rlft.config import suggestion
+from rlft.config import option, suggestion
 from rlft.types import UserError
 
 Params = Mapping[str, Any]
@@ -34,28 +34,22 @@ RECIPES = {
 LOG_EVERY = 50  # steps
 
 
-def _option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
-  return dataclasses.field(default=default, metadata={"help": help_text, **rules})
-
-
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
   """What `launch/train_reward.py` takes; each field is a flag of the same name."""
 
-  reward: str = _option(f"what to train: {', '.join(RECIPES)}")
-  workdir: str = _option("directory for checkpoints, metrics.jsonl and the model")
-  seed: int = _option("seed of data and weights", 0, least=0)
-  steps: int = _option("training steps", 3_000, least=1)
-  batch_size: int = _option("pictures a step, over all devices", 64, least=4)
-  learning_rate: float = _option(
+  reward: str = option(f"what to train: {', '.join(RECIPES)}")
+  workdir: str = option("directory for checkpoints, metrics.jsonl and the model")
+  seed: int = option("seed of data and weights", 0, least=0)
+  steps: int = option("training steps", 3_000, least=1)
+  batch_size: int = option("pictures a step, over all devices", 64, least=4)
+  learning_rate: float = option(
     "peak rate of AdamW; warmed up, then a cosine to 0", 1e-3, least=0.0
   )
-  weight_decay: float = _option("decoupled weight decay", 1e-2, least=0.0)
-  held_out: int = _option("held-out pictures measured at the end", 2_000, least=16)
-  checkpoint_every: int = _option("steps between checkpoints", 500, least=1)
-  cpu_devices: int = _option(
-    "on CPUs, split the host into so many devices; 0 leaves it", 0, least=0
-  )
+  weight_decay: float = option("decoupled weight decay", 1e-2, least=0.0)
+  held_out: int = option("held-out pictures measured at the end", 2_000, least=16)
+  checkpoint_every: int = option("steps between checkpoints", 500, least=1)
+  cpu_devices: int = option("on CPUs, split the host into so many devices; 0 leaves it", 0, least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,21 +15,21 @@ from rlft.types import Reward, UserError
 
 # 'module:function' by name: a module is imported when one of its rewards is made, and no sooner.
 FACTORIES: Mapping[str, str] = {
-  "pickscore": "rlft.rewards.clip:pickscore",
-  "hpsv2": "rlft.rewards.clip:hpsv2",
-  "clip-score": "rlft.rewards.clip:clip_score",
-  "aesthetic-v2": "rlft.rewards.aesthetic:aesthetic_v2",
   "aesthetic-v1": "rlft.rewards.aesthetic:aesthetic_v1",
+  "aesthetic-v2": "rlft.rewards.aesthetic:aesthetic_v2",
   "clip-diversity": "rlft.rewards.diversity:clip_diversity",
+  "clip-score": "rlft.rewards.clip:clip_score",
   "clip-vendi": "rlft.rewards.diversity:clip_vendi",
-  "emoji-tone-parity": "rlft.rewards.emoji:tone_parity",
   "emoji-objects": "rlft.rewards.emoji:objects",
   "emoji-preference": "rlft.rewards.emoji:preference",
+  "emoji-tone-parity": "rlft.rewards.emoji:tone_parity",
+  "hpsv2": "rlft.rewards.clip:hpsv2",
   "image-reward": "rlft.rewards.image_reward:image_reward",
   "jpeg": "rlft.rewards.jpeg:jpeg",
   "owlv2": "rlft.rewards.owlvit:owlv2",
   "owlvit": "rlft.rewards.owlvit:owlvit",
   "parity": "rlft.rewards.classifiers:parity_of",
+  "pickscore": "rlft.rewards.clip:pickscore",
   "skin-tone-parity": "rlft.rewards.skin_tone:skin_tone_parity",
   "yolov3-tiny": "rlft.rewards.yolo:yolov3_tiny_reward",
 }
