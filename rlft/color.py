@@ -22,3 +22,8 @@ def cielab(rgb: jax.Array) -> jax.Array:
   f = jnp.where(xyz > 216 / 24389, jnp.cbrt(xyz), xyz * (24389 / 27 / 116) + 16 / 116)
   x, y, z = f[..., 0], f[..., 1], f[..., 2]
   return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def typology_angle(lab: jax.Array) -> jax.Array:
+  """ITA in degrees, in (-90, 90), of CIELAB colours `[..., 3]` with b* > 0 -> `[...]`."""
+  return jnp.degrees(jnp.arctan2(lab[..., 0] - 50, jnp.maximum(lab[..., 2], 0.1)))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlft import rewards
+from rlft import color, rewards
 from rlft.emoji import world
 from rlft.rewards import classifiers, skin_tone
 from rlft.types import UserError
@@ -41,7 +41,7 @@ def monk():
 def measured(images):
   """`tone_probs` and, of whole faces, angles and shares."""
   colours, shares = skin_tone.skin(images, is_face=True)
-  return skin_tone.tone_probs(images, ANGLES), skin_tone.typology_angle(colours), shares
+  return skin_tone.tone_probs(images, ANGLES), color.typology_angle(colours), shares
 
 
 def measure(images):

@@ -1,6 +1,6 @@
 """'emoji-detector': OWL-ViT's architecture in small, which finds what a text names.
 
-It stands in for the paper's object detector. `data/emoji-detector` holds a model of 0.7 M
+It stands in for the paper's object detector. `data/emoji-detector` holds a model of 0.65 M
 parameters in the layout of transformers' `OwlViTForObjectDetection`; `launch/train_reward.py`
 trains it from nothing on rendered scenes of the seen objects and of people.
 """

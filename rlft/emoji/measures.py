@@ -133,7 +133,7 @@ def skin(images: jax.Array) -> tuple[jax.Array, jax.Array]:
   is_skin &= jnp.linalg.norm(face - median, axis=-1) < _SKIN_SPREAD
   is_skin &= jnp.linalg.norm(face - background, axis=-1) > _BACKGROUND_DISTANCE
   mean = jnp.mean(face, axis=1, where=is_skin[..., None])
-  ita = jnp.degrees(jnp.arctan2(mean[:, 0] - 50, jnp.maximum(mean[:, 2], 0.1)))
+  ita = color.typology_angle(mean)
   return ita, jnp.mean(is_skin, axis=1)
 
 

@@ -15,10 +15,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlft.rewards import parity, sets, user
+from rlft.rewards import errors, parity, sets, user
 from rlft.types import Reward, UserError
 
 # `(images, prompts, metadata) -> probs`, all of length B, called from several threads at once.
@@ -86,13 +85,9 @@ def _scores(probs: jax.Array, credit: str) -> jax.Array:
 
 
 def _check(name: str, probs: Any, count: int) -> None:
-  shape, dtype = getattr(probs, "shape", None), getattr(probs, "dtype", None)
-  numbers = dtype is not None and any(
-    jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
-  )
-  if not numbers or len(shape) != 2 or shape[0] != count or shape[1] < 2:
-    found = type(probs).__name__ if dtype is None else f"{dtype}{list(shape)}"
+  shape = getattr(probs, "shape", ())
+  if not errors.is_real_array(probs) or len(shape) != 2 or shape[0] != count or shape[1] < 2:
     raise UserError(
-      f"the classifier {name!r} returned {found}, expected float32[{count}, A]: return the"
-      " probabilities of its A classes (2 or more) for each image"
+      f"the classifier {name!r} returned {errors.describe(probs)}, expected float32[{count},"
+      " A]: return the probabilities of its A classes (2 or more) for each image"
     )

@@ -45,7 +45,7 @@ def objects() -> Reward:
 
 
 def preference() -> Reward:
-  """'emoji-preference': what raters would say of the picture and its prompt; about N(0, 1)."""
+  """'emoji-preference': what raters would say of the picture and its prompt; unbounded."""
   from rlft.emoji import preference
 
   return image_reward.load("emoji-preference", str(preference.DIRECTORY))

@@ -34,6 +34,20 @@ def not_made(spec: str, error: BaseException) -> UserError:
   )
 
 
+def is_real_array(value: Any) -> bool:
+  """Whether `value` is an array (numpy, JAX or traced) of real numbers."""
+  dtype = getattr(value, "dtype", None)
+  return dtype is not None and any(
+    jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
+  )
+
+
+def describe(value: Any) -> str:
+  """'float32[2, 3]' of an array, else the type's name."""
+  dtype = getattr(value, "dtype", None)
+  return type(value).__name__ if dtype is None else f"{dtype}{list(value.shape)}"
+
+
 def per_image(reward: Reward, scores: Any, num_prompts: int, group_size: int) -> Any:
   """One score for each image, of what a reward returned: each image of a set has the set's score.
 
@@ -49,15 +63,12 @@ def per_image(reward: Reward, scores: Any, num_prompts: int, group_size: int) ->
   Raises:
     RewardError: `scores` is not a real array of one of these shapes.
   """
-  shape, dtype = getattr(scores, "shape", None), getattr(scores, "dtype", None)
-  numbers = dtype is not None and any(
-    jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
-  )
+  numbers, shape = is_real_array(scores), getattr(scores, "shape", None)
   if numbers and shape == (num_prompts,):
     return scores.repeat(group_size)
   if numbers and reward.is_set and shape == (num_prompts, group_size):
     return scores.reshape(-1)
-  found = type(scores).__name__ if dtype is None else f"{dtype}{list(shape)}"
+  found = describe(scores)
   wanted = f"float32[{num_prompts}]: return one number for each image"
   if reward.is_set:
     wanted = (

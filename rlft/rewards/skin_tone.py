@@ -86,11 +86,6 @@ def skin_tone_parity(
   return parity.parity_reward(classify, "skin-tone-parity", credit=credit)
 
 
-def typology_angle(lab: jax.Array) -> jax.Array:
-  """ITA in degrees, in (-90, 90), of CIELAB colours `[..., 3]` with b* > 0 -> `[...]`."""
-  return jnp.degrees(jnp.arctan2(lab[..., 0] - 50, jnp.maximum(lab[..., 2], 0.1)))
-
-
 def skin(images: jax.Array, *, is_face: bool = False) -> tuple[jax.Array, jax.Array]:
   """Finds skin by its colour.
 
@@ -131,7 +126,7 @@ def tone_probs(images: jax.Array, angles: tuple[float, ...], *, is_face: bool = 
     `[B, A]` float32, 1 for the class and 0 for the others; NaN where there is no skin.
   """
   colour, share = skin(images, is_face=is_face)
-  tone = jnp.sum(typology_angle(colour)[:, None] <= jnp.array(angles), axis=1)
+  tone = jnp.sum(color.typology_angle(colour)[:, None] <= jnp.array(angles), axis=1)
   probs = jax.nn.one_hot(tone, len(angles) + 1, dtype=jnp.float32)
   found = share >= (_MIN_SHARE_OF_FACE if is_face else _MIN_SHARE)
   return jnp.where(found[:, None], probs, jnp.nan)
