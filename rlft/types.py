@@ -5,7 +5,7 @@ Dimension letters used throughout the library:
     P  prompts in a batch                 K  timesteps trained per iteration
     G  images per prompt (B = P * G)      L  text tokens
     H, W, C  latent height, width, channels
-    A  attribute classes (set rewards)
+    A  attribute classes (set rewards)    E  text encoders (SD 1; SDXL 2)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,23 @@ class Prompt:
 
   text: str
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+  """What a UNet is told beside the noisy latents and the timestep; float32.
+
+  Attributes:
+    text: `[..., B, L, D]`, states of the text encoders.
+    pooled: `[..., B, F]`, one embedding for each whole text; None but for SDXL.
+    sizes: `[..., B, 6]`, height and width of the original, top and left of the crop, height and
+      width of the target, in pixels; None but for SDXL.
+  """
+
+  text: jax.Array
+  pooled: jax.Array | None = None
+  sizes: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
