@@ -6,14 +6,20 @@ python launch/export.py --workdir=runs/emoji_joint --output=exported
 from absl import flags
 import numpy as np
 
-from rlft import cli
+from rlft import cli, lora_files
 from rlft.export import export
 from rlft.types import UserError
 
 cli.define_flags("workdir")
 _OUTPUT = flags.DEFINE_string("output", None, "directory for the model, a LoRA merged into it")
 _LORA_OUTPUT = flags.DEFINE_string(
-  "lora_output", None, "safetensors file for the LoRA alone, for diffusers' load_lora_weights"
+  "lora_output", None, "safetensors file for the LoRA alone, to be used with the base model"
+)
+_LORA_FORMAT = flags.DEFINE_enum(
+  "lora_format",
+  "peft",
+  lora_files.FORMATS,
+  "of --lora_output: peft for diffusers; kohya for Kohya's scripts and other interfaces",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "of the stored weights")
 _EMA = flags.DEFINE_boolean("ema", True, "the averaged weights, where the run has them")
@@ -26,7 +32,14 @@ def main() -> None:
   if not (output or lora_output):
     raise UserError("there is nothing to write: give --output, --lora_output or both")
   dtype = np.dtype(_DTYPE.value)
-  export(workdir, output=output, lora_output=lora_output, dtype=dtype, ema=_EMA.value)
+  export(
+    workdir,
+    output=output,
+    lora_output=lora_output,
+    lora_format=_LORA_FORMAT.value,
+    dtype=dtype,
+    ema=_EMA.value,
+  )
   print("\n".join(f"wrote {path}" for path in (output, lora_output) if path))
 
 

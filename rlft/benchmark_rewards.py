@@ -4,7 +4,8 @@ A call scores a batch: from images in [0, 1] of any size, which are resized and 
 and token ids of one text an image (detectors: four objects an image) to scores.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -45,6 +46,9 @@ OWLV2_B_16 = owlvit.OwlViTConfig(
   vision_config=clip.CLIPVisionConfig(image_size=960, patch_size=16), model_type="owlv2"
 )
 OBJECTS = 4  # queries of a detector for each image
+_BATCH_SIZE = 2
+# Of a side: its parameters in float32, and as much again for what is computed.
+_BYTES_PER_PARAMETER = 2 * 4
 _NOISE = 0.02  # standard deviation of weights: outputs stay of size 1
 
 
@@ -168,23 +172,38 @@ PORTS: Mapping[str, Port] = {
 }
 
 
-def contest(name: str, config: benchmark.BenchmarkConfig) -> benchmark.Contest:
+def suite() -> benchmark.Suite:
+  """All of `PORTS`."""
+  return benchmark.Suite(
+    flag="port",
+    names=tuple(PORTS),
+    sides=(benchmark.OURS, "torch"),
+    unit="images",
+    contest=contest,
+  )
+
+
+@contextlib.contextmanager
+def contest(name: str, config: benchmark.BenchmarkConfig) -> Iterator[benchmark.Contest]:
   """The contest of one of `PORTS`."""
   from rlft import benchmark_torch
 
   port, dtype = PORTS[name], jnp.dtype(config.dtype)
-  shape = (config.batch_size, config.image_size, config.image_size, 3)
+  count = config.batch_size or _BATCH_SIZE
+  shape = (count, config.image_size, config.image_size, 3)
   images = np.random.RandomState(0).uniform(size=shape).astype(np.float32)
-  scorer = port.scorer(port.config, dtype, config.batch_size)
-  theirs: Any = "not asked for"
-  if config.torch:
-    theirs = benchmark_torch.side(port.kind, port.config, dtype, images, scorer.features)
-  return benchmark.Contest(
+  scorer = port.scorer(port.config, dtype, count)
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(scorer.shapes))
+  yield benchmark.Contest(
     name=name,
-    images=config.batch_size,
-    parameters=sum(leaf.size for leaf in jax.tree.leaves(scorer.shapes)),
-    ours=lambda: ours(scorer, images),
-    theirs=theirs,
+    about=f"{count} images of {config.image_size} x {config.image_size} pixels, {config.dtype}",
+    count=count,
+    parameters=parameters,
+    side_bytes=parameters * _BYTES_PER_PARAMETER,
+    sides={
+      benchmark.OURS: lambda: ours(scorer, images),
+      "torch": benchmark_torch.side(port.kind, port.config, dtype, images, scorer.features),
+    },
   )
 
 

@@ -21,10 +21,32 @@ from rlft.rewards import preprocess
 _PACKAGES = {"open_clip": ("open_clip", "torchvision")}
 
 
+def start(*packages: str) -> Any:
+  """PyTorch's device here, with PyTorch set to use all of it.
+
+  Args:
+    *packages: that are needed beside torch.
+
+  Raises:
+    benchmark.Unavailable: something is not installed, or PyTorch does not run where JAX does.
+  """
+  for package in ("torch", *packages):
+    if importlib.util.find_spec(package) is None:
+      raise benchmark.Unavailable(f"no {package}")
+  import torch
+
+  platform = jax.default_backend()
+  if platform not in ("cpu", "gpu") or (platform == "gpu" and not torch.cuda.is_available()):
+    raise benchmark.Unavailable(f"PyTorch does not run on this {platform}")
+  torch.set_num_threads(benchmark.cores())
+  torch.set_float32_matmul_precision("high")  # TF32 on GPUs, which is XLA's default.
+  return torch.device("cuda" if platform == "gpu" else "cpu")
+
+
 def side(
   kind: str, config: Any, dtype: Any, images: np.ndarray, features: Any
-) -> Callable[[], benchmark.Side] | str:
-  """What makes PyTorch's side of a contest, or why there is none.
+) -> Callable[[], benchmark.Side]:
+  """What makes PyTorch's side of a contest.
 
   Args:
     kind: a key of `_KINDS`.
@@ -33,19 +55,11 @@ def side(
     images: `[B, H, W, 3]` float32 in [0, 1].
     features: a tree of numpy arrays, see `rlft.benchmark_rewards.Scorer`.
   """
-  for package in ("torch", *_PACKAGES.get(kind, ())):
-    if importlib.util.find_spec(package) is None:
-      return f"no {package}"
-  import torch
-
-  platform = jax.default_backend()
-  if platform not in ("cpu", "gpu") or (platform == "gpu" and not torch.cuda.is_available()):
-    return f"PyTorch does not run on this {platform}"
-  place = torch.device("cuda" if platform == "gpu" else "cpu")
 
   def make() -> benchmark.Side:
-    torch.set_num_threads(benchmark.cores())
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, which is XLA's default.
+    place = start(*_PACKAGES.get(kind, ()))
+    import torch
+
     with torch.device("meta"):  # Nothing is allocated, or initialised at length.
       network = _KINDS[kind](config)
     network = network.to(getattr(torch, np.dtype(dtype).name)).to_empty(device=place).eval()

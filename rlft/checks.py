@@ -12,6 +12,7 @@ import tempfile
 
 from rlft import pairs, prompts
 from rlft.config import EMOJI_SD, Config, TaskConfig, check_fields
+from rlft.models import pretrained
 from rlft.types import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
@@ -30,9 +31,7 @@ def validate(config: Config) -> None:
   ):
     if not getattr(config, name):
       raise UserError(f"--{name} is missing: {remedy}")
-  check_fields(config)
-  for message in _contradictions(config):
-    raise UserError(message)
+  validate_settings(config)
 
   # What is on this machine; the working directory last, so that no mistake above leaves one behind.
   validate_pretrained(config.pretrained)
@@ -41,6 +40,17 @@ def validate(config: Config) -> None:
   if config.pretrain_weight:
     pairs.check_source(config.pretrain_data)
   _make_workdir(config.workdir)
+
+
+def validate_settings(config: Config) -> None:
+  """Checks what can be seen from the settings alone.
+
+  Raises:
+    UserError: a value out of range, or a contradiction.
+  """
+  check_fields(config)
+  for message in _contradictions(config):
+    raise UserError(message)
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -88,6 +98,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     )
   if config.lora_alpha and not config.lora_rank:
     yield f"--lora_alpha={config.lora_alpha} has no effect without LoRA: give --lora_rank too"
+  if config.param_dtype != config.compute_dtype and config.param_dtype == "bfloat16":
+    yield (
+      "--param_dtype=bfloat16 would round what --compute_dtype=float32 computes with: use"
+      " --compute_dtype=bfloat16 too, or --param_dtype=float32"
+    )
   if config.eval_every and not config.eval:
     yield f"--eval_every={config.eval_every} has nothing to evaluate: give --eval too"
 
@@ -98,19 +113,11 @@ def _nearest_multiples(name: str, value: int, step: int) -> str:
 
 
 def validate_pretrained(path: str) -> None:
-  """Checks that `path` is the shipped model or looks like a diffusers directory."""
-  if path == EMOJI_SD:
-    return
-  if not os.path.isdir(path):
-    raise UserError(
-      f"--pretrained={path} is no directory: give a local model in the diffusers layout, "
-      f"or {EMOJI_SD}"
-    )
-  if not os.path.isfile(os.path.join(path, "model_index.json")):
-    raise UserError(
-      f"--pretrained={path} has no model_index.json: give the top directory of a model in the "
-      "diffusers layout"
-    )
+  """Checks that there is a model: the shipped one, a diffusers directory, or a hub's repository."""
+  try:
+    pretrained.find(path)
+  except UserError as error:
+    raise UserError(f"--pretrained={error}") from error
 
 
 def _make_workdir(path: str) -> None:
@@ -146,12 +153,27 @@ def validate_devices(config: Config, *, device_count: int, process_count: int) -
         f"{device_count} devices of {process_count} processes with images_per_prompt="
         f"{task.images_per_prompt}: {_nearest_multiples('batch_size', task.batch_size, step)}"
       )
+    where = f"--task=name={task.name}: batch_size={task.batch_size}"
+    _check_parts(config, where, task.batch_size // device_count)
   size = config.pretrain_batch_size
   if config.pretrain_weight and size % device_count:
     raise UserError(
       f"--pretrain_batch_size={size} is not a multiple of the {device_count} devices: "
       f"{_nearest_multiples('pretrain_batch_size', size, device_count)}"
     )
+  if config.pretrain_weight:
+    _check_parts(config, f"--pretrain_batch_size={size}", size // device_count)
+
+
+def _check_parts(config: Config, where: str, images: int) -> None:
+  """Checks that a device's images can be taken in parts."""
+  for name in ("microbatch", "decode_chunk"):
+    part = getattr(config, name)
+    if part and images % part:
+      raise UserError(
+        f"{where} is {images} images on each device, which is no multiple of --{name}={part}:"
+        f" use a divisor of {images}, or 0"
+      )
 
 
 def validate_set_reward(

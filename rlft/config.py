@@ -149,7 +149,34 @@ class Config:
     choices=("float32", "bfloat16"),
     fixed=True,
   )
+  param_dtype: str = option(
+    "of the trained parameters; bfloat16 keeps float32 ones in the optimizer's state",
+    "float32",
+    choices=("float32", "bfloat16"),
+    fixed=True,
+  )
+  moments_dtype: str = option(
+    "of Adam's moments; bfloat16, rounded at random, halves their memory",
+    "float32",
+    choices=("float32", "bfloat16"),
+    fixed=True,
+  )
   remat: bool = option("recompute activations in the backward pass to save memory", True)
+  microbatch: int = option(
+    "images at once on each device, in sampling and in training; 0 for all", 0, least=0, fixed=True
+  )
+  decode_chunk: int = option("images at once on each device in the VAE; 0 for all", 0, least=0)
+  attention: str = option(
+    "kernel of the UNet's attention; auto takes the fastest that the device has",
+    "auto",
+    choices=("auto", "xla", "cudnn", "splash"),
+  )
+  backend: str = option(
+    "whose UNet: rlft's, or diffusers' own Flax class, for comparison",
+    "rlft",
+    choices=("rlft", "diffusers"),
+    fixed=True,
+  )
   cpu_devices: int = option(
     "on CPUs, split the host into so many devices: XLA leaves cores idle with one; 0 leaves it",
     0,

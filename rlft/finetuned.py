@@ -32,7 +32,7 @@ class Finetuned:
 
 
 def load(path: str, *, ema: bool = True) -> Finetuned:
-  """Loads a run's workdir, a diffusers directory or 'emoji-sd'.
+  """Loads a run's workdir, a model in the diffusers layout, 'org/name@revision' or 'emoji-sd'.
 
   Args:
     path: which.
@@ -53,16 +53,22 @@ def load(path: str, *, ema: bool = True) -> Finetuned:
     )
   state, meta = restored
   config = config_lib.from_json(meta["config"])
-  base = pretrained.load(config.pretrained)
-  if pretrained.fingerprint(base.params) != meta["base_model"]:
+  base = pretrained.load(config.pretrained, identify=True)
+  if base.fingerprint != meta["base_model"]:
     raise UserError(
       f"the run in {path} was trained from another {config.pretrained} than is there now:"
       " restore that directory"
     )
-  params = state["ema"] if ema and state.get("ema") else state["params"]
+  params = state["ema"] if ema and state.get("ema") else _full_precision(state)
   adapter, scale = None, 0.0
   if config.lora_rank:
     adapter, scale = params, lora_lib.scale(config.lora_rank, config.lora_alpha)
     params = lora_lib.merge(base.params["unet"], adapter, scale)
-  model = dataclasses.replace(base, params={**base.params, "unet": params})
+  model = dataclasses.replace(base, params={**base.params, "unet": params}, fingerprint="")
   return Finetuned(model, config, adapter, scale, meta["cursor"]["iteration"])
+
+
+def _full_precision(state: dict[str, Any]) -> Any:
+  """As `optimizer.full_precision`, of a state without its types."""
+  opt = state["opt"]
+  return opt["master"] if isinstance(opt, dict) and "master" in opt else state["params"]

@@ -119,7 +119,7 @@ def save_grid(
   _check_output(output)
   draw = Drawer(drawing)
   # Only for its warning about prompts that are too long.
-  prompts_lib.tokenize(draw.found.model.tokenizer, texts, source="--prompt and --prompts")
+  draw.found.model.tokenize(texts, source="--prompt and --prompts")
   images = draw([text for text in texts for _ in range(images_per_prompt)], progress="sampling")
   columns = images_per_prompt if images_per_prompt > 1 else math.ceil(len(texts) ** 0.5)
   scale = max(1, _SHOWN_SIZE // images.shape[1])

@@ -1,18 +1,32 @@
 """LoRA (Hu et al., arXiv 2106.09685): low-rank updates of the UNet's attention projections.
 
-The adapter is a tree of its own, {module path: {'a': [in, r], 'b': [r, out]}}, and is merged
-functionally, W + scale * a b, so the modules know nothing of it and "adapter off" is the base tree.
+The adapter is a tree of its own, {module path: {'a': [in, r], 'b': [r, out]}}. The modules know
+nothing of it, and "adapter off" is the base tree.
 """
 
+import contextlib
+import dataclasses
 from typing import Any
 
+from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
+from rlft import rollout
+
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out_0")
 
 Adapter = dict[str, dict[str, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Of a UNet: its parameters, and an adapter or None."""
+
+  unet: Any
+  adapter: Adapter | None = None
 
 
 def scale(rank: int, alpha: float) -> float:
@@ -41,6 +55,40 @@ def init(key: jax.Array, params: Any, rank: int) -> Adapter:
     }
     for k, (path, (fan_in, fan_out)) in zip(keys, sorted(shapes.items()), strict=True)
   }
+
+
+def adapted(adapter: Adapter | None, scale: float) -> contextlib.AbstractContextManager[None]:
+  """Inside, the modules that the adapter names return W x + scale * b (a x).
+
+  The sum W + scale * a b would be rounded to the type that the network computes in: in bfloat16, a
+  small adapter would be lost. And neither it nor its gradient, which are as large as W, exist.
+
+  Args:
+    adapter: None changes nothing.
+    scale: alpha / rank.
+  """
+  if adapter is None:
+    return contextlib.nullcontext()
+
+  def add(call, args, kwargs, context):
+    output = call(*args, **kwargs)
+    factors = adapter.get("/".join(context.module.path))
+    if factors is None or context.method_name != "__call__":
+      return output
+    x, a, b = (v.astype(output.dtype) for v in (args[0], factors["a"], factors["b"]))
+    return output + scale * ((x @ a) @ b)
+
+  return nn.intercept_methods(add)
+
+
+def denoiser(unet: nn.Module, weights: Weights, scale: float) -> rollout.Denoiser:
+  """The network with its weights bound; `scale` of the adapter is alpha / rank."""
+
+  def denoise(latents, timesteps, conditioning):
+    with adapted(weights.adapter, scale):
+      return unet.apply({"params": weights.unet}, latents, timesteps, conditioning)
+
+  return denoise
 
 
 def merge(params: Any, adapter: Adapter, scale: float) -> Any:

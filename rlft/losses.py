@@ -1,4 +1,8 @@
-"""Losses: the clipped policy gradient, the KL divergence to the base model, the denoising loss."""
+"""Losses of each image: clipped policy gradient, KL divergence to the base model, denoising.
+
+What is minimised is their `weighted_sum` over the batch of all devices; every part of a batch can
+then be computed by itself.
+"""
 
 import chex
 import jax
@@ -6,50 +10,61 @@ import jax.numpy as jnp
 
 from rlft import ddim
 from rlft.rollout import Denoiser
+from rlft.types import Conditioning
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean of `[B]` values where `[B]` mask is True; 0 if it is nowhere."""
-  return jnp.where(mask, values, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+def mean_weights(mask: jax.Array) -> jax.Array:
+  """`[B]` float32 weights of a mean over the images where `[B]` mask is True, 0 elsewhere."""
+  return mask / jnp.maximum(mask.sum(), 1)
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """Sum of `[B]` values times `[B]` weights; values of weight 0 may be NaN."""
+  chex.assert_rank([values, weights], 1)
+  chex.assert_equal_shape([values, weights])
+  return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
 
 
 def clipped_surrogate(
-  log_probs: jax.Array,
-  old_log_probs: jax.Array,
-  advantages: jax.Array,
-  mask: jax.Array,
-  *,
-  clip_range: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Negated PPO objective: -mean min(w A, clip(w, 1 - e, 1 + e) A), w = exp(log p - log p_old).
+  log_ratio: jax.Array, advantages: jax.Array, *, clip_range: float
+) -> jax.Array:
+  """Negated PPO objective: `[B]` -min(w A, clip(w, 1 - e, 1 + e) A), w = exp(log_ratio).
 
   Schulman et al., arXiv 1707.06347, equation 7; the paper's J.
 
   Args:
-    log_probs: `[B]` under the current parameters.
-    old_log_probs: `[B]` under the parameters that sampled.
+    log_ratio: `[B]` log p - log p_old of a step, under current and sampling parameters.
     advantages: `[B]`.
-    mask: `[B]` bool; False leaves an image out.
+    clip_range: e.
+  """
+  chex.assert_rank([log_ratio, advantages], 1)
+  chex.assert_equal_shape([log_ratio, advantages])
+  ratio = jnp.exp(log_ratio)
+  clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
+  return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def ratio_metrics(
+  log_ratio: jax.Array, weights: jax.Array, *, clip_range: float
+) -> dict[str, jax.Array]:
+  """What became of the ratio w = exp(log_ratio).
+
+  Args:
+    log_ratio: `[B]`.
+    weights: `[B]`, see `mean_weights`; images of weight 0 are left out.
     clip_range: e.
 
   Returns:
-    The loss, and metrics: the ratio's largest deviation from 1, the share of images outside of the
-    clip range, and an estimate of KL(old || new) per latent dimension (mean of w - 1 - log w).
+    The ratio's largest deviation from 1, the share of images outside of the clip range, and an
+    estimate of KL(old || new) per latent dimension (mean of w - 1 - log w).
   """
-  chex.assert_rank([log_probs, old_log_probs, advantages, mask], 1)
-  chex.assert_equal_shape([log_probs, old_log_probs, advantages, mask])
-  log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
-  ratio = jnp.exp(log_ratio)
-  clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
-  objective = jnp.minimum(ratio * advantages, clipped * advantages)
-  deviation = jnp.abs(ratio - 1.0)
-  metrics = {
-    "ratio/max_abs_deviation": jnp.where(mask, deviation, 0.0).max(),
-    "clip_fraction": masked_mean((deviation > clip_range).astype(jnp.float32), mask),
+  deviation = jnp.abs(jnp.exp(log_ratio) - 1.0)
+  return {
+    "ratio/max_abs_deviation": jnp.where(weights > 0, deviation, 0.0).max(),
+    "clip_fraction": weighted_sum((deviation > clip_range).astype(jnp.float32), weights),
     # expm1 keeps the digits that ratio - 1 - log_ratio would cancel.
-    "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+    "approx_kl": weighted_sum(jnp.expm1(log_ratio) - log_ratio, weights),
   }
-  return -masked_mean(objective, mask), jax.lax.stop_gradient(metrics)
 
 
 def gaussian_kl(mean: jax.Array, base_mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -58,27 +73,41 @@ def gaussian_kl(mean: jax.Array, base_mean: jax.Array, std: jax.Array) -> jax.Ar
   return jnp.mean((mean - base_mean) ** 2, axis=tuple(range(1, mean.ndim))) / (2 * std**2)
 
 
-def denoising_loss(
+def denoising_noise(
+  key: jax.Array, shape: tuple[int, ...], steps: int
+) -> tuple[jax.Array, jax.Array]:
+  """What `denoising_error` adds: `[B]` int32 timesteps in [0, steps), standard normal noise.
+
+  Args:
+    key: consumed.
+    shape: `[B, H, W, C]` of the latents.
+    steps: of the noise schedule.
+  """
+  time_key, noise_key = jax.random.split(key)
+  timesteps = jax.random.randint(time_key, shape[:1], 0, steps)
+  return timesteps, jax.random.normal(noise_key, shape)
+
+
+def denoising_error(
   denoise: Denoiser,
   alphas_cumprod: jax.Array,
   prediction_type: str,
   latents: jax.Array,
-  text: jax.Array,
-  key: jax.Array,
+  text: Conditioning,
+  timesteps: jax.Array,
+  noise: jax.Array,
 ) -> jax.Array:
-  """The ordinary pretraining loss: squared error of the prediction at uniform timesteps.
+  """The ordinary pretraining loss: `[B]` mean squared errors of the prediction.
 
   Args:
     denoise: the network with its parameters bound.
     alphas_cumprod: `[num_train_timesteps]` float32.
     prediction_type: 'epsilon' or 'v_prediction'.
     latents: `[B, H, W, C]` float32, scaled.
-    text: `[B, L, D]`.
-    key: consumed.
+    text: of the captions.
+    timesteps, noise: see `denoising_noise`.
   """
-  time_key, noise_key = jax.random.split(key)
-  timesteps = jax.random.randint(time_key, latents.shape[:1], 0, len(alphas_cumprod))
-  noise = jax.random.normal(noise_key, latents.shape)
   alpha = alphas_cumprod[timesteps]
   output = denoise(ddim.add_noise(alpha, latents, noise), timesteps, text)
-  return jnp.mean((output - ddim.denoising_target(prediction_type, alpha, latents, noise)) ** 2)
+  target = ddim.denoising_target(prediction_type, alpha, latents, noise)
+  return jnp.square(output - target).mean((1, 2, 3))

@@ -26,12 +26,12 @@ import tqdm
 from transformers import CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from rlft import ddim, losses, sampler, sharding
+from rlft import ddim, lora, losses, sampler, sharding
 from rlft import images as images_lib
-from rlft import prompts as prompts_lib
 from rlft.checkpoint import Checkpointer
 from rlft.emoji import world
 from rlft.models import pretrained
+from rlft.models import text as text_lib
 from rlft.models.clip import CLIPTextConfig, CLIPTextEncoder
 from rlft.models.unet import UNet2DCondition, UNetConfig
 from rlft.models.vae import AutoencoderKL, VAEConfig
@@ -149,8 +149,8 @@ def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> pretraine
   return pretrained.StableDiffusion(
     unet=UNet2DCondition(unet),
     vae=AutoencoderKL(vae),
-    text_encoder=CLIPTextEncoder(text),
-    tokenizer=tokenizer,
+    text_encoders=(CLIPTextEncoder(text),),
+    tokenizers=(tokenizer,),
     scheduler=SCHEDULER,
     params={},
   )
@@ -271,9 +271,9 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
   images, captions = world.training_pairs(config.seed, config.scenes)
   tokenizer = train_tokenizer(captions)
   model = build(tokenizer)
-  ids, truncated = prompts_lib.tokenize(tokenizer, captions)
+  ids, truncated = model.tokenize(captions)
   assert truncated == 0, "TEXT_LENGTH is too small for the captions"
-  empty = prompts_lib.tokenize(tokenizer, [""])[0][0]
+  empty = model.tokenize([""])[0][0]
   key = jax.random.key(config.seed)
 
   # --- autoencoder ---
@@ -306,21 +306,24 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
   def unet_batch(rng):
     rows = rng.integers(len(latents), size=config.unet_batch_size)
     dropped = rng.random(len(rows)) < config.caption_dropout
-    return latents[rows], np.where(dropped[:, None], empty, ids[rows])
+    return latents[rows], np.where(dropped[:, None, None], empty, ids[rows])
 
   alphas = jnp.asarray(ddim.alphas_cumprod(SCHEDULER), jnp.float32)
 
   def denoising_loss(params, batch, key):
     latents, ids = batch
-    text = model.text_encoder.apply({"params": params["text_encoder"]}, ids)
-    return losses.denoising_loss(
+    errors = losses.denoising_error(
       lambda *args: model.unet.apply({"params": params["unet"]}, *args),
       alphas,
       SCHEDULER["prediction_type"],
       latents,
-      text,
-      key,
+      text_lib.encode(model, params, ids, sampler.image_size(model)),
+      *losses.denoising_noise(key, latents.shape, len(alphas)),
     )
+    return errors.mean()
+
+  def zeros(module):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), module.example_inputs())
 
   rows = [captions.index(c) for c in list(dict.fromkeys(captions))[:64]]
   schedule = ddim.make_schedule(SCHEDULER, 20)
@@ -329,23 +332,26 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
   def preview_sample(params):
     frozen = {"vae": vae_params, "text_encoder": params["text_encoder"]}
     keys = sampler.image_keys(jax.random.key(1), 0, len(rows))
+    weights = lora.Weights(params["unet"])
     return sampler.generate(
-      model, schedule, params["unet"], frozen, ids[rows], empty, keys, guidance_scale=2.0
+      model, schedule, weights, frozen, ids[rows], empty, keys, guidance_scale=2.0
     )[1]
 
   def preview_unet(params, step):
     drawn = np.asarray(preview_sample(params))
     images_lib.save_png(workdir / f"unet_{step:06d}.png", images_lib.grid(drawn, 16, scale=3))
 
-  text_params = jax.jit(model.text_encoder.init)(jax.random.fold_in(key, 1), ids[:1])["params"]
-  text = jnp.zeros((1, TEXT_LENGTH, model.text_encoder.config.hidden_size))
-  unet_params = jax.jit(model.unet.init)(
-    jax.random.fold_in(key, 2), latents[:1], jnp.zeros((1,), jnp.int32), text
-  )["params"]
+  inits = {
+    name: jax.jit(module.init)(jax.random.fold_in(key, stream), *zeros(module))["params"]
+    for stream, name, module in (
+      (1, "text_encoder", model.text_encoders[0]),
+      (2, "unet", model.unet),
+    )
+  }
   params = _fit(
     "unet",
     config,
-    {"unet": unet_params, "text_encoder": text_params},
+    inits,
     denoising_loss,
     unet_batch,
     steps=config.unet_steps,

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from rlft import ddim
-from rlft.types import Trajectory
+from rlft.types import Conditioning, Guidance, Trajectory
 
-# (x_t [N, H, W, C], timesteps [N] int32, text [N, L, D]) -> network output [N, H, W, C] float32.
-Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (x_t [N, H, W, C], timesteps [N] int32, conditioning [N, ...]) -> output [N, H, W, C] float32.
+Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
 
 
 def guided_output(
   denoise: Denoiser,
   sample: jax.Array,
   timestep: jax.Array,
-  text: jax.Array,
+  text: Guidance,
   *,
   guidance_scale: float,
 ) -> jax.Array:
@@ -30,25 +30,19 @@ def guided_output(
     denoise: the network with its parameters bound.
     sample: `[B, H, W, C]` float32, x_t.
     timestep: scalar int32.
-    text: `[2, B, L, D]`: embeddings of the empty prompt and of the prompts.
+    text: of the empty prompt and of the prompts, `[B, ...]`.
     guidance_scale: 1 leaves the unconditional half out.
 
   Returns:
     `[B, H, W, C]` float32.
   """
-  chex.assert_rank([sample, text], [4, 4])
+  chex.assert_rank(sample, 4)
   batch = sample.shape[0]
   if guidance_scale == 1.0:
-    return denoise(sample, jnp.full((batch,), timestep), text[1])
-
-  # Interleaved, not stacked: a batch sharded over devices stays where it is.
-  def double(x):
-    return jnp.repeat(x, 2, axis=0)
-
-  pairs = jnp.swapaxes(text, 0, 1).reshape(2 * batch, *text.shape[2:])
-  output = denoise(double(sample), jnp.full((2 * batch,), timestep), pairs)
-  output = output.reshape(batch, 2, *sample.shape[1:])
-  uncond, cond = output[:, 0], output[:, 1]
+    return denoise(sample, jnp.full((batch,), timestep), text.prompt)
+  both = jax.tree.map(lambda *pair: jnp.concatenate(pair), text.empty, text.prompt)
+  doubled = jnp.concatenate([sample, sample])
+  uncond, cond = jnp.split(denoise(doubled, jnp.full((2 * batch,), timestep), both), 2)
   return uncond + guidance_scale * (cond - uncond)
 
 
@@ -58,7 +52,7 @@ def policy_log_prob(
   index: jax.Array,
   sample: jax.Array,
   next_sample: jax.Array,
-  text: jax.Array,
+  text: Guidance,
   *,
   guidance_scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +77,7 @@ def sample(
   denoise: Denoiser,
   schedule: ddim.Schedule,
   noise: jax.Array,
-  text: jax.Array,
+  text: Guidance,
   keys: jax.Array,
   *,
   guidance_scale: float,
@@ -94,7 +88,7 @@ def sample(
     denoise: the network with its parameters bound.
     schedule: T steps.
     noise: `[B, H, W, C]` float32 standard normal, x_T.
-    text: `[2, B, L, D]`: embeddings of the empty prompt and of the prompts.
+    text: of the empty prompt and of the prompts, `[B, ...]`.
     keys: `[B]`, consumed: step i of an image uses `fold_in(its key, i)`, so that an image depends
       on its own key only, not on the batch around it.
     guidance_scale: see `guided_output`.

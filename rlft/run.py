@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-import numpy as np
 
-from rlft import checks, ddim, results, samples, sharding
+from rlft import checks, ddim, lora, results, samples, sharding
 from rlft import evaluate as evaluate_lib
 from rlft import pairs as pairs_lib
 from rlft import prompts as prompts_lib
@@ -56,9 +55,8 @@ class Run:
     tasks: in the order in which an iteration does them.
     evals: held-out evaluations.
     pairs: pretraining images with captions; None where they have no weight.
-    empty: `[L]` int32 tokens of the empty prompt.
-    frozen: parameters that no update changes, on the devices: 'vae', 'text_encoder', and 'unet' (of
-      the base model) where LoRA or the KL divergence needs it.
+    frozen: parameters that no update changes, on the devices: 'vae', 'text_encoder' (and
+      'text_encoder_2'), and 'unet' (of the base model) where LoRA or the KL divergence needs it.
     sampler: draws the evaluations' images.
     checkpointer: keeps the state.
   """
@@ -73,7 +71,6 @@ class Run:
   tasks: Sequence[Task]
   evals: Sequence[evaluate_lib.EvalSpec]
   pairs: pairs_lib.Pairs | None
-  empty: np.ndarray
   frozen: dict[str, Any]
   sampler: sampler_lib.Sampler
   checkpointer: Checkpointer
@@ -115,8 +112,17 @@ def open_run(config: Config) -> Run:
     checks.validate_prompt_count(config, task, len(entries))
   evals = make_specs(config.eval, trained_on=config.task, make=made_once)
 
+  def place(path, shape):
+    return NamedSharding(mesh, sharding.spec(mesh, shape))
+
   model = pretrained.load(
-    config.pretrained, dtype=jnp.dtype(config.compute_dtype), remat=config.remat
+    config.pretrained,
+    dtype=jnp.dtype(config.compute_dtype),
+    remat=config.remat,
+    attention=config.attention,
+    backend=config.backend,
+    place=place,
+    identify=True,
   )
   schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
   if len(schedule.trainable) < config.train_timesteps:
@@ -126,17 +132,14 @@ def open_run(config: Config) -> Run:
     )
   for task, entries in zip(config.task, prompts, strict=True):
     texts = [entry.text for entry in entries[:_COUNTED_PROMPTS]]
-    prompts_lib.tokenize(model.tokenizer, texts, source=task.prompts)
+    model.tokenize(texts, source=task.prompts)
   pairs = None
   if config.pretrain_weight:
     size = sampler_lib.latent_shape(model)[0] * model.vae.config.downscale
     pairs = pairs_lib.load_pairs(config.pretrain_data, size=size, seed=config.seed)
 
-  everywhere = sharding.replicated(mesh)
-  frozen = {name: sharding.put(model.params[name], everywhere) for name in ("vae", "text_encoder")}
-  if config.lora_rank or config.kl_weight:
-    unet = model.params["unet"]
-    frozen["unet"] = sharding.put(unet, sharding.parameters(mesh, unet))
+  kept = config.lora_rank or config.kl_weight
+  frozen = {name: tree for name, tree in model.params.items() if name != "unet" or kept}
   rows = sharding.batch(mesh)
   return Run(
     config=config,
@@ -144,7 +147,7 @@ def open_run(config: Config) -> Run:
     mesh=mesh,
     rows=rows,
     model=model,
-    fingerprint=pretrained.fingerprint(model.params),
+    fingerprint=model.fingerprint,
     schedule=schedule,
     tasks=[
       Task(
@@ -166,7 +169,6 @@ def open_run(config: Config) -> Run:
     ],
     evals=evals,
     pairs=pairs,
-    empty=prompts_lib.tokenize(model.tokenizer, [""])[0][0],
     frozen=frozen,
     sampler=sampler_lib.Sampler(
       model,
@@ -175,23 +177,34 @@ def open_run(config: Config) -> Run:
       guidance_scale=config.guidance_scale,
       eta=config.eta,
       mesh=mesh,
+      frozen={name: tree for name, tree in frozen.items() if name != "unet"},
+      **sampling_settings(config),
     ),
     checkpointer=Checkpointer(Path(config.workdir, "checkpoints"), keep=config.keep_checkpoints),
   )
 
 
-def measure(run: Run, params: Any, iteration: int) -> None:
+def sampling_settings(config: Config) -> dict[str, Any]:
+  """Settings of `sampler.generate` that a run has and a plain model has not."""
+  return {
+    "lora_scale": lora.scale(config.lora_rank, config.lora_alpha),
+    "microbatch": config.microbatch,
+    "decode_chunk": config.decode_chunk,
+  }
+
+
+def measure(run: Run, weights: lora.Weights, iteration: int) -> None:
   """Measures the held-out evaluations; keeps their results and pictures in the workdir.
 
   Args:
     run: the run.
-    params: whole UNet parameters, on the devices.
+    weights: of the UNet, on the devices.
     iteration: number of iterations done; 0 is the base model.
   """
 
   def sample(prompts, seed):
     texts = [prompt.text for prompt in prompts]
-    return run.sampler(texts, seed, params=params, progress="evaluating" if run.writes else "")
+    return run.sampler(texts, seed, weights=weights, progress="evaluating" if run.writes else "")
 
   def score(reward, images, prompts, images_per_prompt):
     return score_all(

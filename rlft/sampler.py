@@ -1,6 +1,7 @@
 """From prompts to images: tokens, text embeddings, reverse diffusion, decoding, in one program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,20 +11,12 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from rlft import ddim, rollout, sharding
-from rlft import prompts as prompts_lib
+from rlft import ddim, lora, rollout, sharding
+from rlft import microbatch as microbatch_lib
+from rlft.models import text as text_lib
+from rlft.models.precision import cast
 from rlft.models.pretrained import StableDiffusion
-from rlft.types import Trajectory, UserError
-
-
-def embed(model: StableDiffusion, text_params: Any, ids: jax.Array, empty: jax.Array) -> jax.Array:
-  """`[2, B, L, D]`: embeddings of the empty prompt `[L]` and of the prompts `[B, L]`."""
-
-  def encode(x):
-    return model.text_encoder.apply({"params": text_params}, x)
-
-  text = encode(ids)
-  return jnp.stack([jnp.broadcast_to(encode(empty[None]), text.shape), text])
+from rlft.types import Guidance, Trajectory, UserError
 
 
 def decode(model: StableDiffusion, vae_params: Any, latents: jax.Array) -> jax.Array:
@@ -46,44 +39,106 @@ def latent_shape(model: StableDiffusion) -> tuple[int, int, int]:
   return height, width, model.unet.config.in_channels
 
 
+def image_size(model: StableDiffusion) -> tuple[int, int]:
+  """(H, W) of the images, in pixels."""
+  height, width, _ = latent_shape(model)
+  return height * model.vae.config.downscale, width * model.vae.config.downscale
+
+
 def generate(
   model: StableDiffusion,
   schedule: ddim.Schedule,
-  unet_params: Any,
+  weights: lora.Weights,
   frozen: Any,
   ids: jax.Array,
   empty: jax.Array,
   keys: jax.Array,
   *,
   guidance_scale: float,
-  constrain: Any = lambda x, axis: x,
-) -> tuple[Trajectory, jax.Array, jax.Array]:
-  """Samples an image for each prompt; pure, to be jitted.
+  lora_scale: float = 0.0,
+  microbatch: int = 0,
+  decode_chunk: int = 0,
+) -> tuple[Trajectory, jax.Array, Guidance]:
+  """Samples images; pure, to be jitted. The images of a prompt are neighbours.
 
   Args:
     model: the modules.
     schedule: T reverse steps.
-    unet_params: of the UNet.
-    frozen: {'vae', 'text_encoder'} parameters.
-    ids: `[B, L]` int32 tokens.
-    empty: `[L]` int32 tokens of the empty prompt.
-    keys: `[B]`, consumed; each image depends on its own key alone.
-    guidance_scale: classifier-free guidance.
-    constrain: (array, batch axis) -> the array with the batch axis laid out over the devices.
+    weights: of the UNet, whole.
+    frozen: parameters of the VAE and the text encoders, whole.
+    ids: `[P, E, L]` int32 tokens; a text is encoded once for all of its images.
+    empty: `[E, L]` int32 tokens of the empty prompt.
+    keys: `[B]`, B a multiple of P, consumed; each image depends on its own key alone.
+    guidance_scale: classifier-free guidance; 1 is none.
+    lora_scale: alpha / rank, if `weights` have an adapter.
+    microbatch: images at once in the UNet; 0 for all.
+    decode_chunk: images at once in the VAE; 0 for all.
 
   Returns:
-    The trajectory, images `[B, H, W, 3]` in [0, 1], text embeddings `[2, B, L, D]`.
+    The trajectory, images `[B, H, W, 3]` in [0, 1], what the policy was conditioned on.
   """
-  steps = len(schedule.timesteps)
-  text = constrain(embed(model, frozen["text_encoder"], ids, empty), 1)
-  noise = constrain(rollout.normal(keys, steps, latent_shape(model)), 0)
-  denoise = functools.partial(_apply, model.unet, unet_params)
-  path = rollout.sample(denoise, schedule, noise, text, keys, guidance_scale=guidance_scale)
-  return path, constrain(decode(model, frozen["vae"], path.latents[-1]), 0), text
+  count, size = len(keys), image_size(model)
+
+  def repeat(conditioning):
+    return jax.tree.map(lambda x: jnp.repeat(x, count // len(x), axis=0), conditioning)
+
+  text = Guidance(
+    prompt=repeat(text_lib.encode(model, frozen, ids, size)),
+    empty=None
+    if guidance_scale == 1.0
+    else repeat(text_lib.empty(model, frozen, empty[None], size)),
+  )
+  denoise = lora.denoiser(model.unet, weights, lora_scale)
+
+  def walk(rows):
+    text, keys = rows
+    noise = rollout.normal(keys, len(schedule.timesteps), latent_shape(model))
+    path = rollout.sample(denoise, schedule, noise, text, keys, guidance_scale=guidance_scale)
+    return _swap(path)
+
+  path = _swap(microbatch_lib.mapped(walk, (text, keys), microbatch))
+  images = microbatch_lib.mapped(
+    functools.partial(decode, model, frozen["vae"]), path.latents[-1], decode_chunk
+  )
+  return path, images, text
 
 
-def _apply(module: Any, params: Any, *args: jax.Array) -> jax.Array:
-  return module.apply({"params": params}, *args)
+def _swap(path: Trajectory) -> Trajectory:
+  """Exchanges the axes of time and of the batch."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), path)
+
+
+def make_program(
+  model: StableDiffusion, schedule: ddim.Schedule, mesh: Mesh, **settings: Any
+) -> Callable[..., tuple[Trajectory, jax.Array, Guidance]]:
+  """`generate` for the images of all devices, each of which draws its own.
+
+  Args:
+    model, schedule: as in `generate`.
+    mesh: all devices; weights and frozen parameters are laid out as `sharding.parameters` says.
+    **settings: as in `generate`.
+
+  Returns:
+    `(weights, frozen, ids, empty, keys) -> (trajectory, images, text)`, to be jitted; `ids` and
+    `keys` are spread over the devices, and so is all that is returned.
+  """
+
+  def sample(weights, frozen, ids, empty, keys):
+    where = sharding.specs(mesh, (weights, frozen))
+
+    def local(weights, frozen, ids, empty, keys):
+      weights = dataclasses.replace(weights, unet=cast(weights.unet, model.unet.dtype))
+      whole = sharding.gather((weights, frozen), where)
+      return generate(model, schedule, *whole, ids, empty, keys, **settings)
+
+    return sharding.on_each(
+      mesh,
+      local,
+      in_specs=(*where, sharding.ROWS, sharding.EVERYWHERE, sharding.ROWS),
+      out_specs=(sharding.COLUMNS, sharding.ROWS, sharding.ROWS),
+    )(weights, frozen, ids, empty, keys)
+
+  return sample
 
 
 class Sampler:
@@ -98,8 +153,12 @@ class Sampler:
     guidance_scale: float,
     eta: float = 1.0,
     mesh: Mesh | None = None,
+    frozen: Any = None,
+    **settings: Any,
   ):
-    """Places the frozen weights on the mesh (all devices if None).
+    """Places the frozen weights on the mesh (all devices if None), unless they are given.
+
+    `settings` are those of `generate`.
 
     Raises:
       UserError: the batch cannot be spread over the devices.
@@ -113,47 +172,33 @@ class Sampler:
     self._model = model
     self._batch_size = batch_size
     self._schedule = ddim.make_schedule(model.scheduler, sampling_steps, eta=eta)
-    everywhere = sharding.replicated(self._mesh)
-    self._frozen = sharding.put(
-      {name: model.params[name] for name in ("vae", "text_encoder")}, everywhere
+    self._frozen = frozen or sharding.place(
+      self._mesh, {name: tree for name, tree in model.params.items() if name != "unet"}
     )
-    self._params = None
-    self._empty = prompts_lib.tokenize(model.tokenizer, [""])[0][0]
-
-    def constrain(x, axis):
-      return jax.lax.with_sharding_constraint(x, sharding.batch(self._mesh, axis))
-
-    by_row, by_column = sharding.batch(self._mesh), sharding.batch(self._mesh, 1)
+    self._weights = None
+    self._empty = model.tokenize([""])[0][0]
     self._generate = jax.jit(
-      lambda params, frozen, ids, empty, keys: generate(
-        model,
-        self._schedule,
-        sharding.gather(self._mesh, params),
-        frozen,
-        ids,
-        empty,
-        keys,
-        guidance_scale=guidance_scale,
-        constrain=constrain,
-      ),
-      out_shardings=(Trajectory(latents=by_column, log_probs=by_column), by_row, by_column),
+      make_program(model, self._schedule, self._mesh, guidance_scale=guidance_scale, **settings)
     )
 
   def rollout(
-    self, params: Any, ids: np.ndarray, keys: jax.Array
-  ) -> tuple[Trajectory, jax.Array, jax.Array]:
+    self, weights: lora.Weights, ids: np.ndarray, keys: jax.Array
+  ) -> tuple[Trajectory, jax.Array, Guidance]:
     """Samples a batch with all that training needs; returns before it is computed.
 
     Args:
-      params: of the UNet, placed on the mesh.
-      ids: `[B, L]` int32 tokens; B may differ from the batch size, for another compilation.
-      keys: `[B]`, consumed; each image depends on its own key alone.
+      weights: of the UNet, placed on the mesh.
+      ids: `[P, E, L]` int32 tokens, each for as many neighbouring images.
+      keys: `[B]`, consumed; each image depends on its own key alone. B may differ from the batch
+        size, for another compilation.
 
     Returns:
-      The trajectory, images `[B, H, W, 3]` in [0, 1], text embeddings `[2, B, L, D]`.
+      The trajectory, images `[B, H, W, 3]` in [0, 1], what the policy was conditioned on.
     """
+    if len(ids) % self._mesh.size:  # The images of a prompt are on several devices.
+      ids = np.repeat(ids, len(keys) // len(ids), axis=0)
     ids = sharding.put(ids, sharding.batch(self._mesh))
-    return self._generate(params, self._frozen, ids, self._empty, keys)
+    return self._generate(weights, self._frozen, ids, self._empty, keys)
 
   def initial_noise(self, count: int, seed: int) -> np.ndarray:
     """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""
@@ -161,31 +206,35 @@ class Sampler:
     return np.asarray(rollout.normal(_keys(seed, 0, count), steps, latent_shape(self._model)))
 
   def __call__(
-    self, prompts: Sequence[str], seed: int, *, params: Any = None, progress: str = ""
+    self,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    weights: lora.Weights | None = None,
+    progress: str = "",
   ) -> np.ndarray:
     """Draws one image for each prompt.
 
     Args:
       prompts: N texts.
       seed: image i depends on (seed, i, its prompt) alone, whatever the batch size.
-      params: of the UNet, placed on the mesh; the model's own if None.
+      weights: of the UNet, placed on the mesh; the model's own if None.
       progress: label of a progress bar; '' shows none.
 
     Returns:
       `[N, H, W, 3]` float32 in [0, 1], on every process.
     """
-    if params is None:
-      if self._params is None:
-        unet = self._model.params["unet"]
-        self._params = sharding.put(unet, sharding.parameters(self._mesh, unet))
-      params = self._params
-    ids, _ = prompts_lib.tokenize(self._model.tokenizer, list(prompts))
+    if weights is None:
+      if self._weights is None:
+        self._weights = lora.Weights(sharding.place(self._mesh, self._model.params["unet"]))
+      weights = self._weights
+    ids, _ = self._model.tokenize(list(prompts))
     size, count = self._batch_size, len(prompts)
-    ids = np.concatenate([ids, np.broadcast_to(self._empty, (-count % size, ids.shape[1]))])
+    ids = np.concatenate([ids, np.broadcast_to(self._empty, (-count % size, *ids.shape[1:]))])
     images = []
     starts = range(0, count, size)
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
-      batch = self.rollout(params, ids[start : start + size], _keys(seed, start, size))[1]
+      batch = self.rollout(weights, ids[start : start + size], _keys(seed, start, size))[1]
       images.append(fetch(batch))
     return np.concatenate(images)[:count]
 

@@ -5,16 +5,23 @@ parameters are replicated, which is plain data parallelism. Axes are of type Aut
 refuse convolutions.
 """
 
+from collections.abc import Callable
+import math
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlft.types import UserError
 
 _SMALLEST_SHARDED = 4096  # elements; gathering less costs more than keeping it
+
+EVERYWHERE = P()
+ROWS = P(("data", "fsdp"))  # axis 0 spread over all devices
+COLUMNS = P(None, ("data", "fsdp"))  # axis 1
 
 
 def split_host(devices: int) -> None:
@@ -51,44 +58,81 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """Axis `axis` spread over all devices."""
-  return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
+def batch(mesh: Mesh) -> NamedSharding:
+  """Axis 0 spread over all devices."""
+  return NamedSharding(mesh, ROWS)
+
+
+def spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
+  """Of a parameter: the largest axis that 'fsdp' divides is sharded, where it is worth it."""
+  shards = mesh.shape["fsdp"]
+  axes = [i for i, n in enumerate(shape) if n % shards == 0]
+  if shards == 1 or math.prod(shape) < _SMALLEST_SHARDED or not axes:
+    return P()
+  axis = max(axes, key=lambda i: shape[i])
+  return P(*[None] * axis, "fsdp")
+
+
+def specs(mesh: Mesh, tree: Any) -> Any:
+  """`spec` of each leaf."""
+  return jax.tree.map(lambda x: spec(mesh, x.shape), tree)
 
 
 def parameters(mesh: Mesh, tree: Any) -> Any:
-  """A sharding for each leaf: its largest axis that 'fsdp' divides, or replicated."""
-  shards = mesh.shape["fsdp"]
-
-  def leaf(x) -> NamedSharding:
-    axes = [i for i, n in enumerate(x.shape) if n % shards == 0]
-    if shards == 1 or x.size < _SMALLEST_SHARDED or not axes:
-      return NamedSharding(mesh, P())
-    axis = max(axes, key=lambda i: x.shape[i])
-    return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
-
-  return jax.tree.map(leaf, tree)
+  """`specs` as shardings."""
+  return jax.tree.map(lambda x: NamedSharding(mesh, spec(mesh, x.shape)), tree)
 
 
-def gather(mesh: Mesh, tree: Any) -> Any:
-  """Whole parameters for a forward pass; their gradient is scattered back to the shards.
+def on_each(mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Any:
+  """`function` on each device's own part of its arguments.
 
-  An explicit gather keeps XLA from resharding activations instead (which costs all-to-alls).
+  Inside, nothing moves between devices but by `gather` and `scatter`, so no activation is ever
+  gathered, and kernels that XLA cannot partition (attention on TPUs) need not be.
   """
-  if mesh.shape["fsdp"] == 1:
-    return tree
-  shardings = parameters(mesh, tree)
-  constrain = jax.lax.with_sharding_constraint
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-  @jax.custom_vjp
-  def run(tree):
-    return jax.tree.map(lambda x: constrain(x, replicated(mesh)), tree)
 
-  run.defvjp(
-    lambda tree: (run(tree), None),
-    lambda _, gradient: (jax.tree.map(constrain, gradient, shardings),),
-  )
-  return run(tree)
+def gather(shards: Any, where: Any) -> Any:
+  """Whole parameters from the shards of all devices; inside `on_each`.
+
+  Args:
+    shards: this device's part of a parameter tree.
+    where: its specs.
+  """
+
+  def leaf(spec, x):
+    if "fsdp" not in spec:
+      return x
+    return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+  return jax.tree.map(leaf, where, shards, is_leaf=_is_spec)
+
+
+def scatter(gradient: Any, where: Any) -> Any:
+  """The sum of all devices' gradients, each device's own shard of it; inside `on_each`.
+
+  Args:
+    gradient: of whole parameters, by this device's images.
+    where: specs of the parameters.
+  """
+
+  def leaf(spec, x):
+    x = x.astype(jnp.float32)
+    if "fsdp" not in spec:
+      return jax.lax.psum(x, ("data", "fsdp"))
+    shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+    return jax.lax.psum(shard, "data")
+
+  return jax.tree.map(leaf, where, gradient, is_leaf=_is_spec)
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, P)
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+  """Places a parameter tree of host arrays as `parameters` says."""
+  return put(tree, parameters(mesh, tree))
 
 
 def put(x: Any, sharding: Any) -> Any:

@@ -14,6 +14,7 @@ bit for bit from its last checkpoint, on any number of devices up to the order o
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import logging
 import shlex
 import sys
@@ -27,59 +28,51 @@ import optax
 
 from rlft import advantages as advantages_lib
 from rlft import config as config_lib
-from rlft import ddim, files, iteration_metrics, losses, order, report, results, rollout, sharding
+from rlft import (
+  ddim,
+  files,
+  gradients,
+  iteration_metrics,
+  losses,
+  order,
+  report,
+  results,
+  rollout,
+  sharding,
+)
 from rlft import lora as lora_lib
+from rlft import microbatch as microbatch_lib
 from rlft import pairs as pairs_lib
-from rlft import prompts as prompts_lib
 from rlft import sampler as sampler_lib
 from rlft.config import Config
 from rlft.metrics import MetricsWriter, Progress
+from rlft.models import text as text_lib
 from rlft.models.pretrained import StableDiffusion
-from rlft.optimizer import make_optimizer
+from rlft.optimizer import full_precision
 from rlft.preemption import Stop
 from rlft.rewards.scoring import RewardError
 from rlft.run import Run, measure, open_run
+from rlft.state import TrainState, initial_state, optimizer_of, sampling_weights
 from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
 
-_LORA_KEY = 2**31  # keys below are iterations
 _TIMESTEP_STREAM = 2**16  # streams below are the tasks' prompts
 
 
-# ---------------------------------------------------------------------------- state
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-  """What an update changes, sharded over 'fsdp'.
-
-  Attributes:
-    params: the trained tree: the UNet's parameters, or the LoRA adapter.
-    opt: state of the optimizer.
-    ema: averaged `params`, or None.
-  """
-
-  params: Any
-  opt: optax.OptState
-  ema: Any
+# ---------------------------------------------------------------------------- programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
   """The jitted programs of a run; each is compiled once for each batch shape."""
 
-  merged: Callable[[Any, Any], Any]
   advantages: Callable[..., jax.Array]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   accumulate: Callable[..., tuple[Any, dict[str, jax.Array]]]
   apply: Callable[[TrainState, Any], TrainState]
   pretrain: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   average: Callable[[TrainState], TrainState]
-
-
-# ---------------------------------------------------------------------------- programs
 
 
 def make_programs(
@@ -91,70 +84,86 @@ def make_programs(
 ) -> Programs:
   """Builds the pure functions of an iteration and jits them over the mesh.
 
-  `frozen` is {'vae', 'text_encoder'}, and 'unet' (the base model) where LoRA or the KL divergence
-  needs it.
+  `frozen` is {'vae', 'text_encoder', ...}, and 'unet' (the base model) where LoRA or the KL
+  divergence needs it.
   """
-  guidance = config.guidance_scale
   alphas = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
   lora_scale = lora_lib.scale(config.lora_rank, config.lora_alpha)
 
-  def unet_params(params, frozen):
-    """The UNet's tree, whole on each device."""
-    if config.lora_rank:
-      return lora_lib.merge(sharding.gather(mesh, frozen["unet"]), params, lora_scale)
-    return sharding.gather(mesh, params)
+  def denoiser(weights) -> rollout.Denoiser:
+    return lora_lib.denoiser(model.unet, weights, lora_scale)
 
-  def denoiser(params) -> rollout.Denoiser:
-    return lambda x, t, text: model.unet.apply({"params": params}, x, t, text)
+  def step_errors(whole, base, rows, index):
+    """Of each image at one timestep: the policy's log-ratio, and its divergence from the base."""
+    before, after, old_log_prob, text = rows
 
-  def policy_loss(params, frozen, path, text, advantage, mask, index):
-    """J of the paper at one timestep, plus the KL divergence to the base model."""
-    log_prob, mean = rollout.policy_log_prob(
-      denoiser(unet_params(params, frozen)),
-      schedule,
-      index,
-      path.latents[index],
-      path.latents[index + 1],
-      text,
-      guidance_scale=guidance,
-    )
-    loss, metrics = losses.clipped_surrogate(
-      log_prob, path.log_probs[index], advantage, mask, clip_range=config.clip_range
-    )
-    if config.kl_weight:
-      _, base_mean = rollout.policy_log_prob(
-        denoiser(sharding.gather(mesh, frozen["unet"])),
+    def step(weights):
+      return rollout.policy_log_prob(
+        denoiser(weights),
         schedule,
         index,
-        path.latents[index],
-        path.latents[index + 1],
+        before,
+        after,
         text,
-        guidance_scale=guidance,
+        guidance_scale=config.guidance_scale,
       )
+
+    log_prob, mean = step(weights_of(whole, base))
+    found = {"log_ratio": log_prob - old_log_prob}
+    if config.kl_weight:
+      _, base_mean = step(lora_lib.Weights(base))
       std = jnp.asarray(schedule.std)[index]
-      kl = losses.masked_mean(losses.gaussian_kl(mean, base_mean, std), mask)
-      metrics["kl_to_base"] = jax.lax.stop_gradient(kl)
-      loss += config.kl_weight * kl
-    return loss, metrics
+      found["kl"] = losses.gaussian_kl(mean, base_mean, std)
+    return found
+
+  def weights_of(trained, base):
+    return lora_lib.Weights(base, trained) if config.lora_rank else lora_lib.Weights(trained)
+
+  def gradient_of(loss, state, frozen, rows, *constants):
+    return gradients.over_devices(
+      loss,
+      state.params,
+      frozen.get("unet", {}),
+      rows,
+      *constants,
+      mesh=mesh,
+      dtype=model.unet.dtype,
+      microbatch=config.microbatch,
+    )
+
+  def policy_gradient(state, frozen, path, text, advantages, mask, index):
+    """Of J of the paper at one timestep, plus the KL divergence to the base model."""
+    weights = losses.mean_weights(mask)
+
+    def loss(whole, base, part, index):
+      step, advantages, weights = part
+      found = step_errors(whole, base, step, index)
+      values = losses.clipped_surrogate(
+        found["log_ratio"], advantages, clip_range=config.clip_range
+      )
+      if config.kl_weight:
+        values += config.kl_weight * found["kl"]
+      return losses.weighted_sum(values, weights), found
+
+    step = (path.latents[index], path.latents[index + 1], path.log_probs[index], text)
+    gradient, found = gradient_of(loss, state, frozen, (step, advantages, weights), index)
+    metrics = losses.ratio_metrics(found["log_ratio"], weights, clip_range=config.clip_range)
+    if config.kl_weight:
+      metrics["kl_to_base"] = losses.weighted_sum(found["kl"], weights)
+    return gradient, metrics | {"grad_norm": optax.tree.norm(gradient)}
 
   def step(state, gradient):
     updates, opt = optimizer.update(gradient, state.opt, state.params)
     return dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt=opt)
 
-  def gradient(state, frozen, path, text, advantage, mask, index):
-    gradient, metrics = jax.grad(policy_loss, has_aux=True)(
-      state.params, frozen, path, text, advantage, mask, index
-    )
-    return gradient, metrics | {"grad_norm": optax.global_norm(gradient)}
-
   def update(state, *batch):
     """One optimizer step on one timestep."""
-    change, metrics = gradient(state, *batch)
+    change, metrics = policy_gradient(state, *batch)
     return step(state, change), metrics
 
   def accumulate(total, state, *batch):
     """Adds one timestep's gradient. One call for each: XLA's loops are slow on CPUs."""
-    change, metrics = gradient(state, *batch)
+    change, metrics = policy_gradient(state, *batch)
     return jax.tree.map(jnp.add, total, change), metrics
 
   def apply(state, total):
@@ -163,34 +172,50 @@ def make_programs(
 
   def pretrain(state, frozen, images, ids, key):
     """One optimizer step on beta * L_pre."""
-    latents = sampler_lib.encode(model, frozen["vae"], images.astype(jnp.float32) / 255.0)
-    text = model.text_encoder.apply({"params": frozen["text_encoder"]}, ids)
+    count, shape = len(images), sampler_lib.latent_shape(model)
+    timesteps, noise = losses.denoising_noise(key, (count, *shape), len(alphas))
 
-    def loss_fn(params):
-      loss = losses.denoising_loss(
-        denoiser(unet_params(params, frozen)),
-        alphas,
-        schedule.prediction_type,
-        latents,
-        text,
-        key,
+    def loss(whole, base, part):
+      return weigh(
+        losses.denoising_error(
+          denoiser(weights_of(whole, base)), alphas, schedule.prediction_type, *part
+        )
       )
-      return config.pretrain_weight * loss, loss
 
-    gradient, loss = jax.grad(loss_fn, has_aux=True)(state.params)
-    return step(state, gradient), {"loss/pretrain": loss}
+    def weigh(errors):
+      return config.pretrain_weight * errors.sum() / count, errors
+
+    latents, text = encode_pairs(frozen, images, ids)
+    gradient, errors = gradient_of(loss, state, frozen, (latents, text, timesteps, noise))
+    return step(state, gradient), {"loss/pretrain": errors.mean()}
+
+  def encode_pairs(frozen, images, ids):
+    """What the UNet sees of the pairs: latents and captions."""
+    names = [name for name in frozen if name != "unet"]
+    where = sharding.specs(mesh, {name: frozen[name] for name in names})
+
+    def local(frozen, images, ids):
+      frozen = sharding.gather(frozen, where)
+      text = text_lib.encode(model, frozen, ids, sampler_lib.image_size(model))
+      encode = functools.partial(sampler_lib.encode, model, frozen["vae"])
+      images = images.astype(jnp.float32) / 255.0
+      return microbatch_lib.mapped(encode, images, config.decode_chunk), text
+
+    return sharding.on_each(
+      mesh,
+      local,
+      in_specs=(where, sharding.ROWS, sharding.ROWS),
+      out_specs=(sharding.ROWS, sharding.ROWS),
+    )({name: frozen[name] for name in names}, images, ids)
 
   def average(state):
     def mix(e, p):
       return config.ema_decay * e + (1 - config.ema_decay) * p
 
-    return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, state.params))
-
-  def merged(params, frozen):
-    return lora_lib.merge(frozen["unet"], params, lora_scale)
+    params = full_precision(state.params, state.opt)
+    return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, params))
 
   return Programs(
-    merged=jax.jit(merged) if config.lora_rank else lambda params, frozen: params,
     advantages=jax.jit(
       lambda rewards, group: advantages_lib.normalise(
         rewards, clip=config.advantage_clip, group_size=group
@@ -204,25 +229,6 @@ def make_programs(
     pretrain=jax.jit(pretrain, donate_argnums=0),
     average=jax.jit(average, donate_argnums=0),
   )
-
-
-def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first update, each leaf made in its shard."""
-  config, unet = run.config, run.model.params["unet"]
-  if config.lora_rank:
-    key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
-    params = jax.jit(lora_lib.init, static_argnums=2)(key, unet, config.lora_rank)
-    params = jax.tree.map(np.asarray, params)
-  else:
-    params = unet
-
-  def init(params):
-    ema = params if config.ema_decay else None
-    return TrainState(params=params, opt=optimizer.init(params), ema=ema)
-
-  shardings = sharding.parameters(run.mesh, jax.eval_shape(init, params))
-  params = sharding.put(params, sharding.parameters(run.mesh, params))
-  return jax.jit(init, out_shardings=shardings)(params)
 
 
 # ---------------------------------------------------------------------------- an iteration
@@ -255,11 +261,11 @@ def run_task(
   rows = order.batch_indices(
     config.seed, number, iteration, count=size // group, size=len(task.prompts)
   )
-  prompts = [prompt for row in rows.tolist() for prompt in [task.prompts[row]] * group]
-  ids, _ = prompts_lib.tokenize(run.model.tokenizer, [prompt.text for prompt in prompts])
+  drawn = [task.prompts[row] for row in rows.tolist()]
+  prompts = [prompt for prompt in drawn for _ in range(group)]
   path, images, text = run.sampler.rollout(
-    programs.merged(state.params, run.frozen),
-    ids,
+    sampling_weights(config, state.params, run.frozen),
+    run.model.tokenize([prompt.text for prompt in drawn])[0],
     sampler_lib.image_keys(_key(config.seed, iteration, number), 0, size),
   )
   jax.block_until_ready(images)
@@ -338,7 +344,7 @@ def run_pretrain(
     config.seed, iteration, count=config.pretrain_batch_size, size=len(run.pairs)
   )
   captions = [run.pairs.captions[row] for row in rows]
-  ids, _ = prompts_lib.tokenize(run.model.tokenizer, captions)
+  ids, _ = run.model.tokenize(captions)
   state, metrics = programs.pretrain(
     state,
     run.frozen,
@@ -392,14 +398,7 @@ def train(config: Config) -> None:
   """
   sharding.split_host(config.cpu_devices)
   run = open_run(config)
-  optimizer = make_optimizer(
-    learning_rate=config.learning_rate,
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    weight_decay=config.weight_decay,
-    max_grad_norm=config.max_grad_norm,
-  )
+  optimizer = optimizer_of(config)
   programs = make_programs(config, run.model, run.schedule, optimizer, run.mesh)
   state, cursor = _resume(run, initial_state(run, optimizer))
   if run.writes:
@@ -428,7 +427,7 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
       iteration = cursor.iteration
       if _evaluation_due(run, cursor):
         try:
-          measure(run, programs.merged(_averaged(state), run.frozen), iteration)
+          measure(run, sampling_weights(config, state.averaged, run.frozen), iteration)
         except RewardError:
           _save(run, state, cursor)
           raise
@@ -475,10 +474,6 @@ def _evaluation_due(run: Run, cursor: Cursor) -> bool:
   return cursor.iteration in (0, run.config.iterations) or bool(
     every and cursor.iteration % every == 0
   )
-
-
-def _averaged(state: TrainState) -> Any:
-  return state.params if state.ema is None else state.ema
 
 
 def _save(run: Run, state: TrainState, cursor: Cursor) -> None:

@@ -46,6 +46,20 @@ class Conditioning:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Guidance:
+  """What a policy is conditioned on; leaves `[B, ...]`.
+
+  Attributes:
+    prompt: the prompts.
+    empty: the empty prompt, for classifier-free guidance; None without guidance.
+  """
+
+  prompt: Conditioning
+  empty: Conditioning | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Trajectory:
   """Reverse diffusion of B images over T steps; all float32, sharded over B.
 

@@ -17,15 +17,19 @@ import jax
 import numpy as np
 import transformers
 
-from rlft.models import clip, pretrained, torch_layout, unet, vae
+from rlft.models import architectures, clip, pretrained, torch_layout, unet, vae
+from rlft.types import Conditioning
+
+# Compiles in half the time; what is compared is the networks, not the compiler.
+FAST_COMPILER = {"xla_backend_optimization_level": 0}
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 _UNET_SD1 = unet.UNetConfig(
   sample_size=8,
-  down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-  block_out_channels=(32, 32, 64),
+  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+  block_out_channels=(32, 64),
   layers_per_block=2,
   norm_num_groups=8,
   cross_attention_dim=24,
@@ -69,62 +73,62 @@ _CLIP = clip.CLIPTextConfig(
   hidden_act="quick_gelu",
 )
 
+# SDXL: no transformers at the top, several blocks below, pooled text and sizes beside the timestep.
+_UNET_SDXL = unet.UNetConfig(
+  sample_size=8,
+  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+  block_out_channels=(32, 64, 96),
+  layers_per_block=1,
+  norm_num_groups=8,
+  cross_attention_dim=56,
+  attention_head_dim=(2, 4, 8),
+  transformer_layers_per_block=(3, 1, 2),
+  use_linear_projection=True,
+  upcast_attention=None,
+  addition_embed_type="text_time",
+  addition_time_embed_dim=8,
+  projection_class_embeddings_input_dim=12 + 6 * 8,
+)
+_CLIP_2 = dataclasses.replace(
+  _CLIP, hidden_act="gelu", hidden_size=24, num_hidden_layers=3, projection_dim=12
+)
+
 MODULES = {
   "unet_sd1": unet.UNet2DCondition(_UNET_SD1),
   "unet_sd2": unet.UNet2DCondition(_UNET_SD2),
+  "unet_sdxl": unet.UNet2DCondition(_UNET_SDXL),
   "unet_odd": unet.UNet2DCondition(_UNET_ODD),
   "vae": vae.AutoencoderKL(_VAE),
   "clip_quick_gelu": clip.CLIPTextEncoder(_CLIP),
   "clip_gelu": clip.CLIPTextEncoder(dataclasses.replace(_CLIP, hidden_act="gelu")),
+  "clip_projection": clip.CLIPTextEncoderWithProjection(
+    dataclasses.replace(_CLIP_2, eos_token_id=57)
+  ),
+  # The end token that older configs state, whatever the tokenizer's is.
+  "clip_projection_2": clip.CLIPTextEncoderWithProjection(
+    dataclasses.replace(_CLIP_2, eos_token_id=2)
+  ),
 }
 
-# Full size: (module, its parameters as counted by PyTorch).
-FULL_SIZE = {
-  "sd1_unet": (
-    unet.UNet2DCondition(unet.UNetConfig(cross_attention_dim=768, sample_size=64)),
-    859_520_964,
-  ),
-  "sd2_unet": (
-    unet.UNet2DCondition(
-      unet.UNetConfig(
-        cross_attention_dim=1024,
-        attention_head_dim=(5, 10, 20, 20),
-        use_linear_projection=True,
-        sample_size=96,
-      )
-    ),
-    865_910_724,
-  ),
-  "sd_vae": (
-    vae.AutoencoderKL(
-      vae.VAEConfig(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-      )
-    ),
-    83_653_863,
-  ),
-  "sd1_clip": (
-    clip.CLIPTextEncoder(
-      clip.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    ),
-    123_060_480,
-  ),
-  "sd2_clip": (
-    clip.CLIPTextEncoder(
-      clip.CLIPTextConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=23,
-        num_attention_heads=16,
-        hidden_act="gelu",
-      )
-    ),
-    340_387_840,
-  ),
-}
+
+def _full_size() -> dict[str, tuple[Any, int]]:
+  published = architectures.ARCHITECTURES
+  sd1, sd2, sdxl = (published[name] for name in ("sd1.5", "sd2.1", "sdxl-base"))
+  return {
+    "sd1_unet": (unet.UNet2DCondition(sd1.unet), 859_520_964),
+    "sd2_unet": (unet.UNet2DCondition(sd2.unet), 865_910_724),
+    "sdxl_unet": (unet.UNet2DCondition(sdxl.unet), 2_567_463_684),
+    "sd_vae": (vae.AutoencoderKL(sd1.vae), 83_653_863),
+    "sd1_clip": (clip.CLIPTextEncoder(sd1.texts[0]), 123_060_480),
+    "sd2_clip": (clip.CLIPTextEncoder(sd2.texts[0]), 340_387_840),
+    "sdxl_clip": (clip.CLIPTextEncoder(sdxl.texts[0]), 123_060_480),
+    "sdxl_clip_2": (clip.CLIPTextEncoderWithProjection(sdxl.texts[1]), 694_659_840),
+  }
+
+
+# The networks of the published models, each with its number of parameters as PyTorch counts them.
+FULL_SIZE = _full_size()
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -158,52 +162,84 @@ def inputs(name: str) -> dict[str, np.ndarray]:
   module = MODULES[name]
   if isinstance(module, unet.UNet2DCondition):
     c = module.config
-    return {
+    arrays = {
       "latents": rng.standard_normal((2, 8, 8, c.in_channels)).astype(np.float32),
       "timesteps": np.array([981, 21], np.int32),
       "text": rng.standard_normal((2, 7, c.cross_attention_dim)).astype(np.float32),
     }
+    if c.addition_embed_type is not None:
+      arrays["pooled"] = rng.standard_normal((2, c.pooled_features)).astype(np.float32)
+      arrays["sizes"] = np.array([[64, 48, 0, 0, 64, 48], [900, 700, 16, 8, 512, 512]], np.float32)
+    return arrays
   if isinstance(module, vae.AutoencoderKL):
     return {
       "images": rng.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32),
       "latents": rng.standard_normal((2, 8, 8, 4)).astype(np.float32),
     }
-  return {"ids": rng.randint(0, module.config.vocab_size, (2, 16)).astype(np.int32)}
+  ids = rng.randint(0, 56, (2, 16)).astype(np.int32)
+  # The end token of one config, twice, and the highest of all.
+  ids[:, 5], ids[:, 8], ids[:, 11] = 57, 57, 59
+  return {"ids": ids}
+
+
+def unet_inputs(name: str) -> tuple[np.ndarray, np.ndarray, Conditioning]:
+  """`inputs(name)` as `UNet2DCondition` takes them."""
+  given = inputs(name)
+  latents, timesteps = given.pop("latents"), given.pop("timesteps")
+  return latents, timesteps, Conditioning(**given)
 
 
 def flax_outputs(name: str, **replacements: Any) -> dict[str, np.ndarray]:
   """What the Flax module makes of `inputs(name)`; `replacements` are attributes of the module."""
   module, given = MODULES[name].clone(**replacements), inputs(name)
   variables = {"params": random_params(module, seed=1)}
-  apply = jax.jit(module.apply, static_argnames="method")
+  apply = jax.jit(module.apply, static_argnames="method", compiler_options=FAST_COMPILER)
   if isinstance(module, unet.UNet2DCondition):
-    outputs = {
-      "sample": apply(variables, given["latents"], given["timesteps"], given["text"]),
-    }
+    outputs = {"sample": apply(variables, *unet_inputs(name))}
   elif isinstance(module, vae.AutoencoderKL):
     mean, logvar = apply(variables, given["images"], method="encode")
     image = apply(variables, given["latents"], method="decode")
     outputs = {"mean": mean, "logvar": logvar, "image": image}
+  elif isinstance(module, clip.CLIPTextEncoderWithProjection):
+    before_last, pooled = apply(variables, given["ids"])
+    outputs = {"before_last": before_last, "pooled": pooled}
   else:
-    outputs = {"states": apply(variables, given["ids"])}
+    before_last = apply(variables, given["ids"], method="before_last")
+    outputs = {"states": apply(variables, given["ids"]), "before_last": before_last}
   return jax.tree.map(np.asarray, outputs)
 
 
 flax_outputs_once = functools.cache(flax_outputs)
 
 
-def torch_model(module: Any, params: Any) -> Any:
-  """The PyTorch model that is `module` with `params`; strict about names and shapes."""
+def torch_class(module: Any) -> Any:
+  """The PyTorch model that corresponds to `module`, with some weights."""
   import diffusers
-  import torch
 
   config = dataclasses.asdict(module.config)
   if isinstance(module, unet.UNet2DCondition):
-    model = diffusers.UNet2DConditionModel(**config)
-  elif isinstance(module, vae.AutoencoderKL):
-    model = diffusers.AutoencoderKL(**config)
-  else:
-    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    return diffusers.UNet2DConditionModel(**config)
+  if isinstance(module, vae.AutoencoderKL):
+    return diffusers.AutoencoderKL(**config)
+  config = transformers.CLIPTextConfig(**config)
+  if isinstance(module, clip.CLIPTextEncoderWithProjection):
+    return transformers.CLIPTextModelWithProjection(config)
+  return transformers.CLIPTextModel(config)
+
+
+def torch_tree(module: Any) -> dict[str, tuple[int, ...]]:
+  """Name and shape of each of its parameters; it is made without memory for them."""
+  import torch
+
+  with torch.device("meta"):
+    return {name: tuple(v.shape) for name, v in torch_class(module).named_parameters()}
+
+
+def torch_model(module: Any, params: Any) -> Any:
+  """The PyTorch model that is `module` with `params`; strict about names and shapes."""
+  import torch
+
+  model = torch_class(module)
   state = {name: torch.from_numpy(array) for name, array in torch_layout.to_torch(params).items()}
   model.load_state_dict(state, strict=True)
   return model.eval()
@@ -225,13 +261,20 @@ def torch_outputs(name: str) -> dict[str, np.ndarray]:
 
   with torch.no_grad():
     if isinstance(module, unet.UNet2DCondition):
-      y = model(first(given["latents"]), given["timesteps"], given["text"])
+      added = None
+      if "pooled" in given:
+        added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]}
+      y = model(first(given["latents"]), given["timesteps"], given["text"], added_cond_kwargs=added)
       return {"sample": last(y.sample)}
     if isinstance(module, vae.AutoencoderKL):
       moments = model.encode(first(given["images"])).latent_dist
       image = model.decode(first(given["latents"])).sample
       return {"mean": last(moments.mean), "logvar": last(moments.logvar), "image": last(image)}
-    return {"states": model(given["ids"]).last_hidden_state.numpy()}
+    y = model(given["ids"], output_hidden_states=True)
+    before_last = {"before_last": y.hidden_states[-2].numpy()}
+    if isinstance(module, clip.CLIPTextEncoderWithProjection):
+      return before_last | {"pooled": y.text_embeds.numpy()}
+    return before_last | {"states": y.last_hidden_state.numpy()}
 
 
 PROMPTS = ("a photo of a dog", "two cats")
@@ -249,7 +292,7 @@ SCHEDULER = {
 }
 
 
-def tokenizer() -> transformers.CLIPTokenizer:
+def tokenizer(**options: Any) -> transformers.CLIPTokenizer:
   """A real CLIP tokenizer of 16 tokens a prompt that knows the words of `PROMPTS`."""
   letters = [chr(c) for c in range(33, 127)]
   tokens = [*letters, *(letter + "</w>" for letter in letters)]
@@ -266,32 +309,47 @@ def tokenizer() -> transformers.CLIPTokenizer:
     vocab, merge_file = pathlib.Path(directory, "vocab.json"), pathlib.Path(directory, "merges.txt")
     vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     merge_file.write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-    return transformers.CLIPTokenizer(str(vocab), str(merge_file), model_max_length=16)
+    return transformers.CLIPTokenizer(str(vocab), str(merge_file), model_max_length=16, **options)
 
 
-def tiny_pipeline(prediction_type: str = "epsilon") -> pretrained.StableDiffusion:
-  """A whole Stable Diffusion with random weights: 32x32 images, 8x8x4 latents, 16 tokens."""
-  words = tokenizer()
-  encoder = clip.CLIPTextEncoder(
-    dataclasses.replace(
-      _CLIP,
-      vocab_size=len(words),
-      bos_token_id=words.bos_token_id,
-      eos_token_id=words.eos_token_id,
-      pad_token_id=words.pad_token_id,
-    )
+def tiny_pipeline(kind: str = "epsilon") -> pretrained.StableDiffusion:
+  """A whole Stable Diffusion with random weights: 32x32 images, 8x8x4 latents, 16 tokens.
+
+  `kind` is 'epsilon' (in the manner of SD 1.x), 'v_prediction' (SD 2.x) or 'sdxl'.
+  """
+  words = (tokenizer(),)
+  encoder = dataclasses.replace(
+    _CLIP,
+    vocab_size=len(words[0]),
+    bos_token_id=words[0].bos_token_id,
+    eos_token_id=words[0].eos_token_id,
+    pad_token_id=words[0].pad_token_id,
   )
+  denoiser = dataclasses.replace(_UNET_SD2, cross_attention_dim=32)
+  if kind == "epsilon":
+    denoiser = dataclasses.replace(denoiser, attention_head_dim=4, use_linear_projection=False)
+  else:
+    encoder = dataclasses.replace(encoder, hidden_act="gelu")
   modules = {
-    "unet": unet.UNet2DCondition(dataclasses.replace(_UNET_SD2, cross_attention_dim=32)),
+    "unet": unet.UNet2DCondition(_UNET_SDXL if kind == "sdxl" else denoiser),
     "vae": MODULES["vae"],
-    "text_encoder": encoder,
+    "text_encoder": clip.CLIPTextEncoder(encoder),
   }
+  if kind == "sdxl":
+    words = (*words, tokenizer(pad_token="!"))
+    modules["text_encoder_2"] = clip.CLIPTextEncoderWithProjection(
+      dataclasses.replace(_CLIP_2, vocab_size=len(words[1]), eos_token_id=2)
+    )
   params = {name: random_params(module, seed=2) for name, module in modules.items()}
   # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
   params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
+  prediction_type = "v_prediction" if kind == "v_prediction" else "epsilon"
   return pretrained.StableDiffusion(
-    **modules,
-    tokenizer=words,
+    unet=modules["unet"],
+    vae=modules["vae"],
+    text_encoders=tuple(v for k, v in modules.items() if k.startswith("text_encoder")),
+    tokenizers=words,
     scheduler={**SCHEDULER, "prediction_type": prediction_type},
     params=params,
+    zero_empty=kind == "sdxl",
   )

@@ -145,7 +145,7 @@ def test_a_directory_has_no_lora(folder):
   ("script", "arguments", "message"),
   [
     ("train", ["--iteration=3"], "unknown flag --iteration: did you mean --iterations?"),
-    ("sample", ["--model=nowhere", "--prompt=a"], "'nowhere' is not a directory"),
+    ("sample", ["--model=nowhere", "--prompt=a"], "nowhere is not a directory"),
     ("evaluate", ["--model=nowhere", "--eval=emojy"], "unknown preset 'emojy', did you mean emoji"),
     ("export", ["--workdir=run"], "nothing to write: give --output"),
   ],

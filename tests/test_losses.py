@@ -19,9 +19,11 @@ ALL = np.ones(4, bool)
 
 
 def surrogate(log_probs, mask=ALL, clip_range=0.1):
-  return losses.clipped_surrogate(
-    log_probs, jnp.asarray(OLD), jnp.asarray(ADVANTAGES), jnp.asarray(mask), clip_range=clip_range
-  )
+  """The loss of the batch, and its metrics."""
+  log_ratio, weights = log_probs - OLD, losses.mean_weights(jnp.asarray(mask))
+  values = losses.clipped_surrogate(log_ratio, jnp.asarray(ADVANTAGES), clip_range=clip_range)
+  metrics = losses.ratio_metrics(log_ratio, weights, clip_range=clip_range)
+  return losses.weighted_sum(values, weights), metrics
 
 
 def test_clipped_loss():
@@ -78,7 +80,14 @@ def test_denoising_loss_of_a_perfect_network_is_zero(prediction_type):
     return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * clean
 
   latents = jnp.full((8, 2, 2, 1), clean)
-  args = (alphas, prediction_type, latents, jnp.zeros((8, 1, 1)), jax.random.key(0))
-  assert losses.denoising_loss(perfect, *args) < 1e-10
+  timesteps, noise = losses.denoising_noise(jax.random.key(0), latents.shape, len(alphas))
+  args = (alphas, prediction_type, latents, jnp.zeros((8, 1, 1)), timesteps, noise)
+  assert losses.denoising_error(perfect, *args).max() < 1e-10
   # A network that always says 0 misses by the target's mean square, which is of order one.
-  assert losses.denoising_loss(lambda x, *_: jnp.zeros_like(x), *args) > 0.1
+  assert losses.denoising_error(lambda x, *_: jnp.zeros_like(x), *args).mean() > 0.1
+
+
+def test_noise_of_the_pretraining_loss_covers_all_timesteps():
+  timesteps, noise = losses.denoising_noise(jax.random.key(1), (400, 2, 2, 1), 10)
+  assert set(timesteps.tolist()) == set(range(10))
+  np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.1)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from rlft.models import clip, unet, vae
+from rlft.models import architectures, clip, unet, vae
 from rlft.types import UserError
 
 # The configuration of the UNet of Stable Diffusion 1.5, as published.
@@ -30,11 +30,39 @@ SD1_UNET = {
 }
 
 
-def test_the_published_config():
+# The same of SDXL base; options that are as in SD 1.5 left out.
+SDXL_UNET = SD1_UNET | {
+  "_diffusers_version": "0.19.0.dev0",
+  "addition_embed_type": "text_time",
+  "addition_embed_type_num_heads": 64,
+  "addition_time_embed_dim": 256,
+  "attention_head_dim": [5, 10, 20],
+  "block_out_channels": [320, 640, 1280],
+  "class_embed_type": None,
+  "cross_attention_dim": 2048,
+  "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+  "mid_block_only_cross_attention": None,
+  "num_attention_heads": None,
+  "projection_class_embeddings_input_dim": 2816,
+  "sample_size": 128,
+  "transformer_layers_per_block": [1, 2, 10],
+  "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+  "upcast_attention": None,
+  "use_linear_projection": True,
+}
+
+
+def test_the_published_configs():
   config = unet.UNetConfig.from_dict(SD1_UNET)
   assert config == unet.UNetConfig(cross_attention_dim=768, sample_size=64)
-  assert config.heads == (8, 8, 8, 8)
+  assert config.heads == (8, 8, 8, 8) and config.depths == (1, 1, 1, 1)
+  assert config.pooled_features == 0
   hash(config)
+  config = unet.UNetConfig.from_dict(SDXL_UNET)
+  assert config.heads == (5, 10, 20) and config.depths == (1, 2, 10)
+  assert config.pooled_features == 1280  # 2816 - 6 * 256
+  published = architectures.ARCHITECTURES["sdxl-base"].unet
+  assert config == dataclasses.replace(published, upcast_attention=None)
 
 
 @pytest.mark.parametrize("cls", [unet.UNetConfig, vae.VAEConfig, clip.CLIPTextConfig])
@@ -46,12 +74,16 @@ def test_what_is_written_is_read(cls):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time' is not supported"),
+    ({"addition_embed_type": "text_image"}, "addition_embed_type='text_image' is not supported"),
+    ({"addition_embed_type": "text_time"}, "projection_class_embeddings_input_dim=None must be"),
+    ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
+    ({"in_channels": 9}, "in_channels=9, but out_channels=4: a model that changes images"),
     ({"mid_block_scale_factor": 2}, r"mid_block_scale_factor=2 is not supported \(only 1\)"),
     ({"dropout": 0.1}, "dropout=0.1"),
     ({"num_class_embeds": 10}, "num_class_embeds=10"),
     ({"wings": 2}, "unknown option wings=2"),
-    ({"transformer_layers_per_block": [1, 2, 10, 1]}, "transformer_layers_per_block"),
+    ({"transformer_layers_per_block": [1, 2, 10]}, "must be one value or 4"),
+    ({"transformer_layers_per_block": [1, 1, 1, [1, 2]]}, "only an integer for each level"),
     ({"layers_per_block": [1, 2, 2, 2]}, "layers_per_block"),
     ({"block_out_channels": [320, 640]}, "down_block_types"),
     ({"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types"),
@@ -64,6 +96,13 @@ def test_a_unet_that_is_not_implemented_is_refused(change, message):
   with pytest.raises(UserError, match=message) as error:
     unet.UNetConfig.from_dict(SD1_UNET | change, "dir/config.json")
   assert "\n" not in str(error.value)
+
+
+def test_the_refiner_of_sdxl_is_refused():
+  # 2560 = 5 * 256 for an aesthetic score and four sizes, and 1280 of pooled text.
+  refiner = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560}
+  with pytest.raises(UserError, match="the refiner of SDXL.* or SDXL base text-to-image model"):
+    unet.UNetConfig.from_dict(SDXL_UNET | refiner)
 
 
 def test_options_that_switch_something_off_are_accepted():

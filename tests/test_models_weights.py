@@ -16,7 +16,7 @@ import requests
 import safetensors.numpy
 import torch_files
 
-from rlft.models import torch_layout, weights
+from rlft.models import arrays, torch_layout, weights
 from rlft.types import UserError
 
 ARRAYS = {
@@ -113,8 +113,8 @@ def test_a_dict_around_the_arrays(tmp_path):
   path = tmp_path / "a.pt"
   torch_files.save(path, {f"module.{name}": array for name, array in ARRAYS.items()}, "state_dict")
   state = weights.open_weights(path, key="state_dict")
-  assert_same(weights.strip_prefix(state, "module."))
-  assert weights.strip_prefix(ARRAYS, "module.") is ARRAYS
+  assert_same(arrays.strip_prefix(state, "module."))
+  assert arrays.strip_prefix(ARRAYS, "module.") is ARRAYS
   one_line(weights.open_weights, path, match="'epoch' is int, expected a dict of arrays; save")
   one_line(weights.open_weights, path, key="model", match="with the entry 'model'; save")
   torch_files.write_zip(path, torch_files.code([1]))

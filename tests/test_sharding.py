@@ -30,30 +30,33 @@ def test_one_shard_is_data_parallel():
   assert placed["conv"].addressable_shards[0].data.shape == TREE["conv"].shape
 
 
-def test_gather_is_the_identity_and_scatters_the_gradient():
+def test_gather_is_whole_and_scatter_sums_over_devices():
   mesh = sharding.make_mesh(4)
-  shardings = sharding.parameters(mesh, TREE)
-  placed = sharding.put(TREE, shardings)
-  factor = np.random.default_rng(0).normal(size=(3, 3, 64, 32)).astype(np.float32)
+  where = sharding.specs(mesh, TREE)
+  rng = np.random.default_rng(0)
+  factors = {k: rng.normal(size=(8, *v.shape)).astype(np.float32) for k, v in TREE.items()}
 
-  @jax.jit
-  def gradient(tree):
-    def loss(tree):
-      whole = sharding.gather(mesh, tree)
-      return (whole["conv"] * factor).sum() + whole["bias"].sum()
+  def local(tree, factors):
+    whole = sharding.gather(tree, where)
+    assert jax.tree.map(lambda x: x.shape, whole) == jax.tree.map(lambda x: x.shape, TREE)
 
-    return jax.grad(loss)(tree)
+    def loss(whole):
+      return sum((whole[name] * factors[name][0]).sum() for name in whole)
 
-  result = gradient(placed)
-  np.testing.assert_allclose(result["conv"], factor, rtol=1e-6)
-  assert result["conv"].sharding.is_equivalent_to(shardings["conv"], 4)
+    return sharding.scatter(jax.grad(loss)(whole), where)
+
+  run = sharding.on_each(mesh, local, in_specs=(where, sharding.ROWS), out_specs=where)
+  result = jax.jit(run)(sharding.place(mesh, TREE), factors)
+  for name in TREE:
+    np.testing.assert_allclose(result[name], factors[name].sum(0), rtol=1e-5, atol=1e-5)
+  assert result["conv"].addressable_shards[0].data.shape == (3, 3, 16, 32)
 
 
 def test_batch_is_spread_over_both_axes():
   mesh = sharding.make_mesh(2)
   rows = sharding.put(np.arange(16.0), sharding.batch(mesh))
   assert [s.data.shape for s in rows.addressable_shards] == [(2,)] * 8
-  time_major = jax.device_put(jnp.zeros((3, 16)), sharding.batch(mesh, 1))
+  time_major = jax.device_put(jnp.zeros((3, 16)), jax.NamedSharding(mesh, sharding.COLUMNS))
   assert time_major.addressable_shards[0].data.shape == (3, 2)
 
 

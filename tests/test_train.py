@@ -4,10 +4,12 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_cases as cases
 
+from rlft import finetuned
 from rlft.config import EvalConfig
 from rlft.models import pretrained
 
@@ -122,7 +124,7 @@ def test_what_a_run_leaves(eight_devices):
 def test_each_program_is_compiled_once(eight_devices, sharded):
   for run in (eight_devices, sharded):
     assert run.compiled.count("jit(update)") == 1
-    assert run.compiled.count("jit(<lambda>)") == 2  # sampling and advantages
+    assert run.compiled.count("jit(sample)") == run.compiled.count("jit(<lambda>)") == 1
   assert sharded.compiled.count("jit(pretrain)") == 1
 
 
@@ -183,6 +185,33 @@ def test_parameters_and_optimizer_are_sharded(sharded):
       shards = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))
       for shard, shape in zip(shards, shapes, strict=True):
         assert np.prod(shard) * (4 if np.prod(shape) >= 4096 else 1) == np.prod(shape)
+
+
+def test_parts_of_a_batch_give_the_same(folder, tmp_path, one_device):
+  run = Run(folder, tmp_path, devices=4, microbatch=1, decode_chunk=1, remat=True)
+  for line, expected in zip(run.metrics, one_device.metrics, strict=True):
+    assert line["ratio/max_abs_deviation"] <= 1e-5
+    for name in ("reward/red/mean", "reward/spread/mean", "grad_norm", "loss/pretrain"):
+      assert line[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_bfloat16_throughout(folder, tmp_path, one_device):
+  """The network, its parameters and Adam's moments; ratios, latents and the master are float32."""
+  half = {name: "bfloat16" for name in ("compute_dtype", "param_dtype", "moments_dtype")}
+  run = Run(folder, tmp_path, devices=2, fsdp=2, ema_decay=0.5, **half)
+  for line, expected in zip(run.metrics, one_device.metrics, strict=True):
+    assert line["ratio/max_abs_deviation"] <= 1e-5
+    assert line["reward/red/mean"] == pytest.approx(expected["reward/red/mean"], rel=0.05)
+  path = run.calls("update")[-1].args[1]
+  assert path.latents.dtype == path.log_probs.dtype == np.float32
+  state = cases.final_state(tmp_path)
+  master, params = state["opt"]["master"], state["params"]
+  for low, high in zip(jax.tree.leaves(params), jax.tree.leaves(master), strict=True):
+    assert low.dtype == jnp.bfloat16 and high.dtype == np.float32
+    np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+  # What is exported are the averages, else the master.
+  found = finetuned.load(str(tmp_path), ema=False).model.params["unet"]
+  jax.tree.map(np.testing.assert_array_equal, found, master)
 
 
 def test_lora_with_kl_and_average(folder, tmp_path):

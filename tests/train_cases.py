@@ -14,6 +14,7 @@ import subprocess
 import sys
 from typing import Any
 
+from flax import traverse_util
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
@@ -118,7 +119,14 @@ def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
   # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
   params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
   scheduler = {**models_cases.SCHEDULER, "prediction_type": "epsilon"}
-  return pretrained.StableDiffusion(**modules, tokenizer=words, scheduler=scheduler, params=params)
+  return pretrained.StableDiffusion(
+    unet=modules["unet"],
+    vae=modules["vae"],
+    text_encoders=(modules["text_encoder"],),
+    tokenizers=(words,),
+    scheduler=scheduler,
+    params=params,
+  )
 
 
 def make_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -298,8 +306,11 @@ def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) ->
       devices=jax.devices()[:devices],
     )
 
-  def load(path, **settings):
-    return _share("model", Config(), lambda: _load(path, **settings), path, *settings.items())
+  def load(path, *, place, **settings):
+    model = _share("model", Config(), lambda: _load(path, **settings), path, *settings.items())
+    leaves = traverse_util.flatten_dict(model.params)
+    placed = {name: sharding.put(leaf, place(name, leaf.shape)) for name, leaf in leaves.items()}
+    return dataclasses.replace(model, params=traverse_util.unflatten_dict(placed))
 
   def open_run(config):
     run = _open_run(config)

@@ -1,7 +1,8 @@
-"""CLIP (https://arxiv.org/abs/2103.00020): both towers, and Stable Diffusion's text encoder.
+"""CLIP (https://arxiv.org/abs/2103.00020): both towers, and Stable Diffusion's text encoders.
 
-Numbers: `CLIPModel` and `CLIPTextModel` of transformers. Parameter trees: their names split at the
-dots; for the text encoder that is also the tree of `FlaxCLIPTextModel` of transformers 4.57.
+Numbers: `CLIPModel`, `CLIPTextModel` and `CLIPTextModelWithProjection` of transformers. Parameter
+trees: their names split at the dots; for the text encoders that is also the tree of the Flax
+classes of transformers 4.57.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class CLIPTextConfig:
     config_lib.require(
       found == "clip_text_model",
       f"{what}: model_type={found!r} is not supported (only 'clip_text_model'); "
-      "use a Stable Diffusion 1.x or 2.x model",
+      f"{config_lib.USE_SUPPORTED}",
     )
     return config_lib.parse(cls, data, what=what)
 
@@ -138,13 +139,19 @@ class CLIPTextTower(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, ids: jax.Array) -> jax.Array:
-    """`[B, L]` int32 -> `[B, L, D]` float32, after the last layer norm; see `CLIPTextEncoder`."""
+  def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Encodes token ids `[B, L]` int32; see `CLIPTextEncoder`.
+
+    Returns:
+      `[B, L, D]` float32 twice: the states before the last layer, without a norm, and those after
+      it and the final layer norm.
+    """
     x = _Embeddings(self.config, name="embeddings")(ids).astype(self.dtype)
     causal = jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool))
-    x = clip_layers.Encoder(self.config, self.dtype, name="encoder")(x, causal)
+    before, x = clip_layers.Encoder(self.config, self.dtype, name="encoder")(x, causal)
     eps = self.config.layer_norm_eps
-    return nn.LayerNorm(eps, dtype=jnp.float32, name="final_layer_norm")(x)
+    x = nn.LayerNorm(eps, dtype=jnp.float32, name="final_layer_norm")(x)
+    return before.astype(jnp.float32), x
 
 
 class CLIPTextEncoder(nn.Module):
@@ -153,7 +160,9 @@ class CLIPTextEncoder(nn.Module):
   config: CLIPTextConfig
   dtype: jnp.dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    self.text_model = CLIPTextTower(self.config, self.dtype)
+
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Encodes token ids.
 
@@ -164,11 +173,49 @@ class CLIPTextEncoder(nn.Module):
     Returns:
       `[B, L, hidden_size]` float32: the last layer's states after the final layer norm.
     """
-    return CLIPTextTower(self.config, self.dtype, name="text_model")(ids)
+    return self.text_model(ids)[1]
+
+  def before_last(self, ids: jax.Array) -> jax.Array:
+    """As `__call__`, but the states before the last layer, without a norm."""
+    return self.text_model(ids)[0]
 
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The smallest valid inputs of `__call__`."""
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+
+class CLIPTextEncoderWithProjection(nn.Module):
+  """The second text encoder of SDXL.
+
+  Attributes: config (see `CLIPTextConfig`); dtype of the computation; the final layer norm and the
+  projection are float32.
+  """
+
+  config: CLIPTextConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.text_model = CLIPTextTower(self.config, self.dtype)
+    self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False)
+
+  def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Encodes token ids `[B, L]` int32; see `CLIPTextEncoder`.
+
+    Returns:
+      `[B, L, hidden_size]`: the states before the last layer, without a norm;
+      `[B, projection_dim]`: the projection of each text's end. Both float32.
+    """
+    before, states = self.text_model(ids)
+    return before, self.text_projection(pool_end(states, ids, end_token(self.config)))
+
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest valid inputs of `__call__`."""
+    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+
+def end_token(config: CLIPTextConfig) -> int | None:
+  """The id for `pool_end`."""
+  return None if config.eos_token_id == _WRONG_EOS else config.eos_token_id
 
 
 def pool_end(states: jax.Array, ids: jax.Array, eos_token_id: int | None) -> jax.Array:
@@ -248,10 +295,8 @@ class CLIPModel(nn.Module):
     Returns:
       `[B, F]` float32, not normalised.
     """
-    eos = self.config.text_config.eos_token_id
-    highest = self.end_is_highest or eos == _WRONG_EOS
-    states = pool_end(self.text_model(ids), ids, None if highest else eos)
-    return self.text_projection(states)
+    end = None if self.end_is_highest else end_token(self.config.text_config)
+    return self.text_projection(pool_end(self.text_model(ids)[1], ids, end))
 
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The smallest valid inputs of `__call__`."""

@@ -99,11 +99,12 @@ class _Layers(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`[B, L, D]` -> `[B, L, D]`."""
+  def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """`[B, L, D]` -> `[B, L, D]` before and after the last layer."""
+    before = x
     for i in range(self.config.num_hidden_layers):
-      x = _Layer(self.config, self.dtype, name=str(i))(x, mask)
-    return x
+      before, x = x, _Layer(self.config, self.dtype, name=str(i))(x, mask)
+    return before, x
 
 
 class Encoder(nn.Module):
@@ -116,6 +117,10 @@ class Encoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`x` `[B, L, D]`, `mask` `[L, L]` bool (False forbids) or None -> `[B, L, D]`."""
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """`x` `[B, L, D]`, `mask` `[L, L]` bool (False forbids) or None.
+
+    Returns:
+      `[B, L, D]` twice: before and after the last layer.
+    """
     return _Layers(self.config, self.dtype, name="layers")(x, mask)

@@ -122,7 +122,7 @@ class CLIPVisionTower(nn.Module):
       )
     x = _Embeddings(c, self.dtype, name="embeddings")(pixels)
     x = nn.LayerNorm(c.layer_norm_eps, dtype=self.dtype, name=self.pre_norm)(x)
-    x = clip_layers.Encoder(c, self.dtype, name="encoder")(x)
+    _, x = clip_layers.Encoder(c, self.dtype, name="encoder")(x)
     if not all_tokens:
       x = x[:, 0]
     return nn.LayerNorm(c.layer_norm_eps, dtype=jnp.float32, name="post_layernorm")(x)

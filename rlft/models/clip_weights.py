@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.models import clip, torch_layout, weights
+from rlft.models import arrays, clip, torch_layout, weights
 from rlft.models.torch_layout import Params
 from rlft.types import UserError
 
@@ -210,7 +210,7 @@ def load(
     UserError: something is missing or does not fit.
   """
   state = weights.open_weights(source, names=names, key="state_dict")
-  state = weights.strip_prefix(state, "module.")
+  state = arrays.strip_prefix(state, "module.")
   module = clip.CLIPModel(_config(source, is_open_clip(state), default), dtype)
   params = torch_layout.from_torch(module, from_open_clip(state), what=str(source))
   return module, params

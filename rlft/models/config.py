@@ -8,6 +8,9 @@ from rlft.types import UserError
 
 T = TypeVar("T")
 
+# What to do about a model that is not implemented; the end of a message.
+USE_SUPPORTED = "use a Stable Diffusion 1.x, 2.x or SDXL base text-to-image model"
+
 
 def freeze(value: Any) -> Any:
   """Lists become tuples, so that a config (and the module that holds it) can be hashed."""
@@ -43,13 +46,10 @@ def parse(
     elif fixed is not None and key in fixed:
       if value != fixed[key] and not (value in (None, False) and fixed[key] in (None, False)):
         raise UserError(
-          f"{what}: {key}={value!r} is not supported (only {fixed[key]!r}); "
-          "use a Stable Diffusion 1.x or 2.x model"
+          f"{what}: {key}={value!r} is not supported (only {fixed[key]!r}); {USE_SUPPORTED}"
         )
     elif ignored is not None and not key.startswith("_") and key not in ignored:
-      raise UserError(
-        f"{what}: unknown option {key}={value!r}; use a Stable Diffusion 1.x or 2.x model"
-      )
+      raise UserError(f"{what}: unknown option {key}={value!r}; {USE_SUPPORTED}")
   return cls(**kept)
 
 

@@ -12,6 +12,10 @@ from rlft.types import UserError
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+)(/(?P<file>.+))?)?")
 
 
+class UnreachableError(UserError):
+  """A file is not in the cache, and the hub cannot be asked for it."""
+
+
 def parse(source: str) -> "Repository | None":
   """'org/name', 'org/name@revision' or 'org/name@revision/file'; None if it is none of these."""
   match = _ID.fullmatch(source)
@@ -30,14 +34,19 @@ class Repository:
     return f"{self.repo}@{self.revision}"
 
   def fetch(self, name: str) -> pathlib.Path | None:
-    """Downloads a file, or takes it from the cache; None if the repository has none so called."""
+    """Downloads a file, or takes it from the cache; None if the repository has none so called.
+
+    Raises:
+      UnreachableError: it is not in the cache, and the hub cannot be reached.
+      UserError: the hub refuses.
+    """
     try:
       return pathlib.Path(huggingface_hub.hf_hub_download(self.repo, name, revision=self.revision))
     except errors.LocalEntryNotFoundError as error:
       cached = huggingface_hub.try_to_load_from_cache(self.repo, name, revision=self.revision)
       if cached is huggingface_hub._CACHED_NO_EXIST:
         return None  # The hub said so when it was last asked.
-      raise UserError(
+      raise UnreachableError(
         f"{self}: {name} is not in the cache, and the hub cannot be reached; download it where "
         "there is a network, and give the directory"
       ) from error

@@ -7,13 +7,13 @@
     tokenizer/     vocab.json  merges.txt  tokenizer_config.json  special_tokens_map.json
     scheduler/     scheduler_config.json
 
-The weights are in PyTorch's names and layouts; see `torch_layout`.
+and, for SDXL, `text_encoder_2/` and `tokenizer_2/`. Weights may be in shards with an index, and in
+half precision (`...fp16.safetensors`); other files are not looked at. They are in PyTorch's names
+and layouts; see `torch_layout`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -27,18 +27,38 @@ import safetensors
 import safetensors.numpy
 import transformers
 
-from rlft.models import clip, torch_layout, unet, vae, weights
+from rlft import prompts
+from rlft.models import (
+  arrays,
+  clip,
+  diffusers_layout,
+  diffusers_unet,
+  hub,
+  streaming,
+  unet,
+  vae,
+  weights,
+)
+from rlft.models import config as config_lib
+from rlft.models.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
 from rlft.models.torch_layout import Params
 from rlft.types import UserError
 
 EMOJI_SD = "emoji-sd"
 EMOJI_SD_PATH = pathlib.Path(__file__).parents[1] / "emoji" / "data" / EMOJI_SD
 
-_PIPELINE = "StableDiffusionPipeline"
-_DIFFUSERS_VERSION = "0.39.0"
-_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
-_WEIGHTS = {"unet": _DIFFUSERS_WEIGHTS, "vae": _DIFFUSERS_WEIGHTS, "text_encoder": "model"}
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_CONFIGS = {
+  "unet": unet.UNetConfig,
+  "vae": vae.VAEConfig,
+  "text_encoder": clip.CLIPTextConfig,
+  "text_encoder_2": clip.CLIPTextConfig,
+}
+_MODULES = {
+  "unet": unet.UNet2DCondition,
+  "vae": vae.AutoencoderKL,
+  "text_encoder": clip.CLIPTextEncoder,
+  "text_encoder_2": clip.CLIPTextEncoderWithProjection,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,148 +66,174 @@ class StableDiffusion:
   """A text-to-image model: three networks, their parameters, and what belongs to them.
 
   Attributes:
-    unet, vae, text_encoder: the Flax modules (with their configs).
-    tokenizer: text to token ids.
+    unet, vae: the Flax modules (with their configs).
+    text_encoders: E modules, two for SDXL.
+    tokenizers: E tokenizers, of as many tokens each.
     scheduler: the parsed `scheduler_config.json`.
-    params: `{'unet': ..., 'vae': ..., 'text_encoder': ...}`, float32 trees (numpy after `load`).
+    params: `{'unet': ..., 'vae': ..., 'text_encoder': ...}`, for SDXL 'text_encoder_2' too; float32
+      trees (numpy after `load`).
+    zero_empty: the embeddings of the empty prompt are zeros (SDXL).
+    fingerprint: of the parameters that `load` has read, where it was asked to; else ''.
   """
 
   unet: unet.UNet2DCondition
   vae: vae.AutoencoderKL
-  text_encoder: clip.CLIPTextEncoder
-  tokenizer: transformers.CLIPTokenizer
+  text_encoders: tuple[clip.CLIPTextEncoder | clip.CLIPTextEncoderWithProjection, ...]
+  tokenizers: tuple[transformers.CLIPTokenizer, ...]
   scheduler: Mapping[str, Any]
   params: Params
+  zero_empty: bool = False
+  fingerprint: str = ""
+
+  def tokenize(self, texts: Sequence[str], *, source: str = "") -> tuple[np.ndarray, int]:
+    """Token ids of every text encoder; see `prompts.tokenize`.
+
+    Args:
+      texts: B prompts.
+      source: where they come from; if given, texts that are cut off are logged in one warning.
+
+    Returns:
+      ids `[B, E, L]` int32, each padded as its tokenizer does, and how many texts were cut off.
+    """
+    ids, cut = prompts.tokenize(self.tokenizers[0], texts, source=source)
+    others = [prompts.tokenize(tokenizer, texts)[0] for tokenizer in self.tokenizers[1:]]
+    return np.stack([ids, *others], axis=1), cut
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.exists():
+def find(path: str | os.PathLike[str]) -> str | pathlib.Path:
+  """Where the model is that a user names: a directory, or a hub's repository as `weights` takes it.
+
+  Args:
+    path: a directory in the diffusers layout, 'org/name@revision', or 'emoji-sd'.
+
+  Raises:
+    UserError: there is no such model; the message begins with `path`.
+  """
+  if str(path) == EMOJI_SD:
+    return EMOJI_SD_PATH
+  source = pathlib.Path(path) if pathlib.Path(path).is_dir() else str(path)
+  if isinstance(source, str):
+    repository = hub.parse(source)
+    if repository is None or repository.file is not None:
+      raise UserError(
+        f"{path} is not a directory: give a Stable Diffusion model in the diffusers layout, a hub's"
+        f" org/name@revision, or {EMOJI_SD}"
+      )
+    if repository.revision is None:
+      raise UserError(
+        f"{path} is not a directory here, and as a hub's repository it needs a revision, since its"
+        f" files may change: write {path}@<commit hash>"
+      )
+  if weights.find_file(source, INDEX) is None:
     raise UserError(
-      f"{path} does not exist; give a Stable Diffusion model in the diffusers layout, or {EMOJI_SD}"
+      f"{path} has no {INDEX}: give the top directory of a model in the diffusers layout, or"
+      f" {EMOJI_SD}"
     )
-  return weights.read_json(path)
+  return source
 
 
-def _check_class(path: pathlib.Path, found: str | None, expected: str) -> None:
-  if found != expected:
+def _read_json(source: str | pathlib.Path, name: str) -> dict[str, Any]:
+  if (file := weights.find_file(source, name)) is None:
+    raise UserError(f"{source}/{name} does not exist; get the whole model again")
+  return weights.read_json(file)
+
+
+def _check_class(where: str, found: str | None, expected: Collection[str]) -> None:
+  if found not in expected:
     raise UserError(
-      f"{path}: _class_name is {found!r}, expected {expected!r}; "
-      "use a Stable Diffusion 1.x or 2.x model"
+      f"{where}: _class_name is {found!r}, expected {' or '.join(map(repr, expected))}; "
+      f"{config_lib.USE_SUPPORTED}"
     )
 
 
-def _load_params(module: Any, directory: pathlib.Path, stem: str) -> Params:
+def _open_weights(source: str | pathlib.Path, name: str) -> tuple[Mapping[str, np.ndarray], str]:
+  """The arrays of a component, and what to call their file."""
   # Whole, else in shards; full precision, else half.
+  stem = f"{name}/{STEMS[name]}"
   names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
-  files = weights.find_files(directory, names)
+  files = weights.find_files(source, names)
   if not files:
     raise UserError(
-      f"{directory / names[0]} does not exist; a model with .bin files has to be saved "
-      "again by diffusers with safe_serialization=True"
+      f"{source}/{names[0]} does not exist; a model with .bin files has to be saved again by "
+      "diffusers with safe_serialization=True"
     )
-  what = str(files[0] if len(files) == 1 else directory)
-  return torch_layout.from_torch(module, weights.read_files(files), what=what)
+  return arrays.read_files(files), str(files[0] if len(files) == 1 else f"{source}/{name}")
 
 
 def load(
-  path: str | os.PathLike[str], *, dtype: Any = jnp.float32, remat: bool = False
+  path: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.float32,
+  remat: bool = False,
+  attention: str = "auto",
+  backend: str = "rlft",
+  place: streaming.Place | None = None,
+  identify: bool = False,
 ) -> StableDiffusion:
-  """Reads a model from a directory in the diffusers layout.
+  """Reads a model in the diffusers layout.
 
   Args:
-    path: the directory, or 'emoji-sd' for the model that comes with the library.
-    dtype: type that the UNet computes in; VAE and text encoder compute in float32.
-    remat: see `UNet2DCondition`.
+    path: a directory, 'org/name@revision' of a hub, or 'emoji-sd' for the model that comes with
+      the library.
+    dtype: type that the UNet computes in; VAE and text encoders compute in float32.
+    remat, attention: see `UNet2DCondition`.
+    backend: whose UNet, 'rlft' or 'diffusers' (see `diffusers_unet`).
+    place: where each parameter belongs, see `streaming.read`; None leaves them on the host.
+    identify: whether to set the model's `fingerprint`; all processes have to do the same.
 
   Returns:
-    the model; parameters are numpy float32 arrays, also where the files hold half precision.
+    the model; parameters are float32, also where the files hold half precision: numpy arrays
+    without `place`, else JAX's.
 
   Raises:
-    UserError: something is missing, is not Stable Diffusion 1.x or 2.x, or does not fit.
+    UserError: something is missing, is not a Stable Diffusion that is supported, or does not fit.
   """
-  root = EMOJI_SD_PATH if str(path) == EMOJI_SD else pathlib.Path(path)
-  if not root.is_dir():
-    raise UserError(
-      f"model {str(root)!r} is not a directory; give a Stable Diffusion model in the diffusers "
-      f"layout, or {EMOJI_SD}"
-    )
-  index = root / "model_index.json"
-  _check_class(index, _read_json(index).get("_class_name"), _PIPELINE)
+  source = find(path)
+  index = _read_json(source, INDEX)
+  _check_class(f"{source}/{INDEX}", index.get("_class_name"), PIPELINES)
+  texts = PIPELINES[index["_class_name"]]
   configs = {}
-  for name, class_name in _CLASSES.items():
-    file = root / name / "config.json"
-    configs[name] = _read_json(file)
-    if name != "text_encoder":
-      _check_class(file, configs[name].get("_class_name"), class_name)
+  for name in ("unet", "vae", *texts):
+    file = f"{name}/config.json"
+    found = _read_json(source, file)
+    if name not in texts:
+      _check_class(f"{source}/{file}", found.get("_class_name"), (CLASSES[name],))
+    configs[name] = _CONFIGS[name].from_dict(found, f"{source}/{file}")
+  scheduler = _read_json(source, "scheduler/scheduler_config.json")
+  tokenizers = tuple(
+    weights.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
+  )
 
-  def what(name: str) -> str:
-    return str(root / name / "config.json")
-
-  modules = {
-    "unet": unet.UNet2DCondition(
-      unet.UNetConfig.from_dict(configs["unet"], what("unet")), dtype=dtype, remat=remat
-    ),
-    "vae": vae.AutoencoderKL(vae.VAEConfig.from_dict(configs["vae"], what("vae"))),
-    "text_encoder": clip.CLIPTextEncoder(
-      clip.CLIPTextConfig.from_dict(configs["text_encoder"], what("text_encoder"))
-    ),
-  }
-  scheduler = _read_json(root / "scheduler" / "scheduler_config.json")
-  tokenizer = weights.open_tokenizer(root / "tokenizer")
-  params = {
-    name: _load_params(module, root / name, _WEIGHTS[name]) for name, module in modules.items()
-  }
-  return StableDiffusion(**modules, tokenizer=tokenizer, scheduler=scheduler, params=params)
-
-
-def _write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
-  """Writes every file of `model` below the existing directory `root`."""
-  scheduler = {"_class_name": "DDIMScheduler", **model.scheduler}
-  scheduler["_diffusers_version"] = _DIFFUSERS_VERSION
-  _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
-  for name, class_name in _CLASSES.items():
-    config = dataclasses.asdict(getattr(model, name).config)
-    if name == "text_encoder":
-      # The type to compute in, whatever `dtype` the file has: newer transformers would take the
-      # file's, and a half precision text encoder does not fit the other networks.
-      config |= {"model_type": "clip_text_model", "architectures": [class_name]}
-      config |= {"torch_dtype": "float32"}
-    else:
-      config |= {"_class_name": class_name, "_diffusers_version": _DIFFUSERS_VERSION}
-    _write_json(root / name / "config.json", config)
-    file = root / name / f"{_WEIGHTS[name]}.safetensors"
-    # transformers refuses files that do not say which framework's layout they hold.
-    safetensors.numpy.save_file(
-      torch_layout.to_torch(model.params[name], dtype), file, metadata={"format": "pt"}
-    )
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(root / name / "config.json", file)
-  model.tokenizer.save_pretrained(str(root / "tokenizer"))
-  _write_json(
-    root / "model_index.json",
-    {
-      "_class_name": _PIPELINE,
-      "_diffusers_version": _DIFFUSERS_VERSION,
-      "feature_extractor": [None, None],
-      "image_encoder": [None, None],
-      "requires_safety_checker": False,
-      "safety_checker": [None, None],
-      "scheduler": ["diffusers", scheduler["_class_name"]],
-      "text_encoder": ["transformers", _CLASSES["text_encoder"]],
-      "tokenizer": ["transformers", "CLIPTokenizer"],
-      "unet": ["diffusers", _CLASSES["unet"]],
-      "vae": ["diffusers", _CLASSES["vae"]],
-    },
+  modules = {name: _MODULES[name](config) for name, config in configs.items()}
+  modules["unet"] = modules["unet"].clone(dtype=dtype, remat=remat, attention=attention)
+  opened = {name: _open_weights(source, name) for name in modules}
+  params, fingerprint = streaming.read(
+    modules,
+    {name: state for name, (state, _) in opened.items()},
+    what={name: file for name, (_, file) in opened.items()},
+    place=place,
+    identify=identify,
+  )
+  network = modules["unet"]
+  if backend == "diffusers":
+    network = diffusers_unet.make(network)
+  return StableDiffusion(
+    unet=network,
+    vae=modules["vae"],
+    text_encoders=tuple(modules[name] for name in texts),
+    tokenizers=tokenizers,
+    scheduler=scheduler,
+    params=params,
+    # As in diffusers, where SDXL's index does not say.
+    zero_empty=len(texts) > 1 and index.get("force_zeros_for_empty_prompt", True),
+    fingerprint=fingerprint,
   )
 
 
 def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = np.float32) -> None:
-  """Writes a model so that `load` and diffusers' `StableDiffusionPipeline` read it.
+  """Writes a model so that `load` and diffusers' `DiffusionPipeline` read it.
+
+  The scheduler becomes DDIM, which is what the model was trained with, with the same noise.
 
   Everything is written to a new directory beside `path`, which then takes its place: whoever looks
   at `path` sees the former model or the whole new one.
@@ -201,7 +247,7 @@ def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = n
     UserError: `path` holds something else, or cannot be written.
   """
   root = pathlib.Path(path).absolute()
-  if root.exists() and not (root / "model_index.json").exists():
+  if root.exists() and not (root / INDEX).exists():
     if not root.is_dir() or any(root.iterdir()):
       raise UserError(
         f"{root} exists and is not a model; give another directory, or remove it first"
@@ -214,7 +260,7 @@ def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = n
   new, old = workspace / "new", workspace / "old"
   try:
     new.mkdir()
-    _write(new, model, dtype)
+    diffusers_layout.write(new, model, dtype)
     if root.exists():
       root.rename(old)
     try:
@@ -232,10 +278,8 @@ def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = n
 
 
 def fingerprint(params: Params) -> str:
-  """SHA-256 (hexadecimal) of names, shapes, types and bits of a parameter tree."""
-  digest = hashlib.sha256()
+  """Identifies a parameter tree: SHA-256 (hexadecimal) of names, shapes, types and bits."""
+  found = streaming.Fingerprint()
   for path, array in sorted(traverse_util.flatten_dict(params).items()):
-    array = np.ascontiguousarray(array)
-    digest.update(f"{'/'.join(path)} {array.dtype} {array.shape};".encode())
-    digest.update(array.tobytes())
-  return digest.hexdigest()
+    found.add(path, np.asarray(array))
+  return found.bytes().hex()

@@ -9,7 +9,8 @@ looked up under its PyTorch name, and whatever is missing, left over or of anoth
 error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import functools
 import re
 from typing import Any, Protocol
 
@@ -47,6 +48,12 @@ _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 def param_shapes(module: Module) -> Params:
   """The parameter tree of a module, as `jax.ShapeDtypeStruct`s; computes nothing."""
+  return jax.tree.map(lambda leaf: leaf, _param_shapes(module))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _param_shapes(module: Module) -> Params:
+  # Tracing the UNet of SDXL takes seconds.
   return jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
 
 
@@ -58,18 +65,104 @@ def torch_names(path: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(f"{p}.{leaf}" if p else leaf for p in dict.fromkeys((today, parent)))
 
 
-def to_torch_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-  """Kernels `[h, w, I, O]` -> `[O, I, h, w]` and `[I, O]` -> `[O, I]`; others stay."""
+def torch_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
+  """The order of the axes in PyTorch of the parameter at `path`, which has `ndim`.
+
+  Kernels `[h, w, I, O]` -> `[O, I, h, w]` and `[I, O]` -> `[O, I]`; others stay.
+  """
   if path[-1] != "kernel":
-    return array
-  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return tuple(range(ndim))
+  return (3, 2, 0, 1) if ndim == 4 else (1, 0)
+
+
+def to_torch_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+  """The parameter at `path` as a view with PyTorch's order of axes."""
+  return array.transpose(torch_axes(path, array.ndim))
 
 
 def from_torch_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
   """The inverse of `to_torch_layout`."""
-  if path[-1] != "kernel":
-    return array
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+  return array.transpose(np.argsort(torch_axes(path, array.ndim)))
+
+
+def match(
+  shapes: Mapping[tuple[str, ...], Any],
+  names: Iterable[str],
+  *,
+  what: str = "weights",
+  ignore: str | None = None,
+) -> dict[tuple[str, ...], str]:
+  """Which of PyTorch's arrays each parameter is.
+
+  Args:
+    shapes: `{path: what has the parameter's shape}`, of the whole tree.
+    names: of the arrays in the state dict.
+    what: the file, for messages.
+    ignore: regular expression, searched for in each name (`re.search`); what matches is dropped.
+      Buffers called `position_ids` always are.
+
+  Raises:
+    UserError: a parameter is missing, or an array left over.
+  """
+  dropped = [_NOT_PARAMETERS, *([re.compile(ignore)] if ignore else [])]
+  remaining = {name for name in names if not any(regex.search(name) for regex in dropped)}
+  found = {}
+  for path, expected in shapes.items():
+    candidates = torch_names(path)
+    found[path] = next((name for name in candidates if name in remaining), None)
+    if found[path] is None:
+      raise UserError(
+        f"{what}: no {candidates[0]} (expected shape {_torch_shape(path, expected.shape)}); the "
+        "file is of another model than config.json, or incomplete: download or export it again"
+      )
+    remaining.remove(found[path])
+  if remaining:
+    raise UserError(
+      f"{what}: {len(remaining)} left-over arrays, the first is {min(remaining)}; the file is of "
+      "another model than config.json: use the weights and the config of the same model"
+    )
+  return found
+
+
+def check_shape(
+  path: tuple[str, ...],
+  found: tuple[int, ...],
+  expected: tuple[int, ...],
+  *,
+  name: str,
+  what: str = "weights",
+) -> None:
+  """Raises `UserError` unless PyTorch's array has the shape of the parameter at `path`.
+
+  Args:
+    path: of the parameter.
+    found: shape of the array, with PyTorch's order of axes.
+    expected: shape of the parameter.
+    name: of the array, for messages.
+    what: the file, for messages.
+  """
+  if found != _torch_shape(path, expected):
+    raise UserError(
+      f"{what}: {name} has shape {found}, expected {_torch_shape(path, expected)}; the file is of "
+      "another model than config.json: use the weights and the config of the same model"
+    )
+
+
+def convert(
+  path: tuple[str, ...], array: np.ndarray, *, name: str, what: str = "weights"
+) -> np.ndarray:
+  """One of PyTorch's arrays (or a part of it) as the parameter at `path`, contiguous, in float32.
+
+  Raises:
+    UserError: it has no floating-point type; `name` and `what` are for the message.
+  """
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise UserError(
+      f"{what}: {name} has type {array.dtype}, expected float32, float16 or bfloat16; quantised "
+      "weights are not supported: use the full or half precision file of the same model"
+    )
+  # Not `ascontiguousarray`, which makes scalars 1-D.
+  return np.asarray(from_torch_layout(path, array), np.float32, order="C")
 
 
 def from_torch(
@@ -85,44 +178,22 @@ def from_torch(
     module: the network.
     state: PyTorch's names and layouts; read once for each name.
     what: the file, for messages.
-    ignore: regular expression, searched for in each name of `state` (`re.search`); what matches
-      is dropped. Buffers called `position_ids` always are.
+    ignore: see `match`.
 
   Raises:
     UserError: a parameter is missing, left over, or has another shape or no floating-point type.
   """
-  dropped = [_NOT_PARAMETERS, *([re.compile(ignore)] if ignore else [])]
-  remaining = {name for name in state if not any(regex.search(name) for regex in dropped)}
+  shapes = traverse_util.flatten_dict(param_shapes(module))
   params = {}
-  for path, expected in traverse_util.flatten_dict(param_shapes(module)).items():
-    names = torch_names(path)
-    shape = to_torch_layout(path, np.broadcast_to(np.float32(0), expected.shape)).shape
-    name = next((n for n in names if n in remaining), None)
-    if name is None:
-      raise UserError(
-        f"{what}: no {names[0]} (expected shape {shape}); the file is of another model than "
-        "config.json, or incomplete: download or export it again"
-      )
+  for path, name in match(shapes, state, what=what, ignore=ignore).items():
     array = np.asarray(state[name])
-    if array.shape != shape:
-      raise UserError(
-        f"{what}: {name} has shape {array.shape}, expected {shape}; the file is of another "
-        "model than config.json: use the weights and the config of the same model"
-      )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise UserError(
-        f"{what}: {name} has type {array.dtype}, expected float32, float16 or bfloat16; quantised "
-        "weights are not supported: use the full or half precision file of the same model"
-      )
-    remaining.remove(name)
-    # Not `ascontiguousarray`, which makes scalars 1-D.
-    params[path] = np.asarray(from_torch_layout(path, array.astype(np.float32)), order="C")
-  if remaining:
-    raise UserError(
-      f"{what}: {len(remaining)} left-over arrays, the first is {min(remaining)}; the file is of "
-      "another model than config.json: use the weights and the config of the same model"
-    )
+    check_shape(path, array.shape, shapes[path].shape, name=name, what=what)
+    params[path] = convert(path, array, name=name, what=what)
   return traverse_util.unflatten_dict(params)
+
+
+def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+  return tuple(shape[axis] for axis in torch_axes(path, len(shape)))
 
 
 def to_torch(params: Params, dtype: Any = np.float32) -> dict[str, np.ndarray]:

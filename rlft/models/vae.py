@@ -167,8 +167,10 @@ class _Encoder(nn.Module):
       )
       x = stage(x)
     x = _Middle(c.norm_num_groups, self.dtype, name="mid_block")(x)
-    x = layers.GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, name="conv_norm_out")(x)
-    return layers.Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
+    x = layers.GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, silu=True, name="conv_norm_out")(
+      x
+    )
+    return layers.Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
 class _Decoder(nn.Module):
@@ -194,8 +196,10 @@ class _Decoder(nn.Module):
         name=f"up_blocks_{i}",
       )
       x = stage(x)
-    x = layers.GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, name="conv_norm_out")(x)
-    return layers.Conv(c.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
+    x = layers.GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, silu=True, name="conv_norm_out")(
+      x
+    )
+    return layers.Conv(c.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):

@@ -12,17 +12,15 @@ commit hash is for ever, a branch or a tag is not. Nothing in a file is executed
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
-import safetensors
 import transformers
 
-from rlft.models import hub, torch_pickle
+from rlft.models import arrays, hub
 from rlft.types import UserError
 
 # Files of weights in a directory, best first.
@@ -36,9 +34,6 @@ CONFIG = "config.json"
 _TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # Before the suffix of files in half precision.
 _HALF = ".fp16"
-
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_FORMATS = "give a .safetensors, .pt, .pth or .bin file"
 
 
 def open_weights(
@@ -58,7 +53,7 @@ def open_weights(
   Raises:
     UserError: nothing is there, or it is damaged, or not what its name says.
   """
-  return read_files(_find(source, names), key=key)
+  return arrays.read_files(_find(source, names), key=key)
 
 
 def read_config(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -92,22 +87,29 @@ def find_file(source: str | os.PathLike[str], name: str) -> pathlib.Path | None:
   return repository.fetch(f"{folder}/{name}" if folder else name)
 
 
-def open_tokenizer(source: str | os.PathLike[str]) -> transformers.CLIPTokenizer:
+def open_tokenizer(source: str | os.PathLike[str], folder: str = "") -> transformers.CLIPTokenizer:
   """The CLIP tokenizer of a source: vocab.json and merges.txt, in it or beside the file.
+
+  Args:
+    source: a directory, a repository, or a file beside which they are.
+    folder: where in the source they are.
 
   Raises:
     UserError: there is none.
   """
   try:
     # The others are optional; on a hub all have to be in the cache before they are read.
-    vocabulary, merges, *_ = [find_file(source, name) for name in _TOKENIZER]
+    vocabulary, merges, *_ = [
+      find_file(source, str(pathlib.PurePath(folder, name))) for name in _TOKENIZER
+    ]
     if vocabulary is None or merges is None:
       raise OSError("there is none")
     return transformers.CLIPTokenizer.from_pretrained(str(vocabulary.parent), local_files_only=True)
   except (OSError, TypeError, ValueError, UserError) as error:
     first_line = str(error).splitlines()[0]
+    where = f"{source}{f': {folder}' if folder else ''}"
     raise UserError(
-      f"{source}: no CLIP tokenizer can be read from it ({first_line}); "
+      f"{where}: no CLIP tokenizer can be read from it ({first_line}); "
       "it needs vocab.json and merges.txt"
     ) from error
 
@@ -122,152 +124,41 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise UserError(f"{path} cannot be read as JSON ({error}); get it again") from error
 
 
-def find_files(directory: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
-  """The first of `names` in the directory: the file, else the shards that its index names.
+def find_files(source: str | os.PathLike[str], names: Sequence[str]) -> list[pathlib.Path]:
+  """The first of `names` in a source: the file, else the shards that its index names.
+
+  Args:
+    source: a directory or a repository. Of a repository that cannot be reached, what is in the
+      cache counts.
+    names: may begin with a folder.
 
   Returns:
-    paths, which need not exist if an index names them; empty if there is neither.
+    paths; empty if there is neither. Shards need not exist: reading them says so.
   """
+  unreachable = None
   for name in names:
-    if (directory / name).exists():
-      return [directory / name]
-    if (directory / _index(name)).exists():
-      return [directory / shard for shard in _shards(directory / _index(name))]
+    try:
+      if (found := find_file(source, name)) is not None:
+        return [found]
+    except hub.UnreachableError as error:
+      unreachable = unreachable or error
+    for index_name in _indices(name):
+      try:
+        if (index := find_file(source, index_name)) is not None:
+          return _find_shards(source, str(pathlib.PurePath(name).parent), _shards(index))
+      except hub.UnreachableError as error:
+        unreachable = unreachable or error
+  if unreachable:
+    raise unreachable
   return []
 
 
-def read_files(
-  files: Sequence[pathlib.Path], *, key: str | None = None
-) -> Mapping[str, np.ndarray]:
-  """The arrays of all files together; `key` as in `open_weights`."""
-  states = [_read(path, key) for path in files]
-  return states[0] if len(states) == 1 else _Shards(states)
-
-
-def strip_prefix(state: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:
-  """The arrays under names without `prefix`, if every name has it ('module.' of DataParallel)."""
-  if not all(name.startswith(prefix) for name in state):
-    return state
-  return Renamed(state, {name.removeprefix(prefix): name for name in state})
-
-
-@dataclasses.dataclass(frozen=True)
-class Renamed(Mapping):
-  """Some arrays of `state` under other names: `names` is `{new name: name in state}`."""
-
-  state: Mapping[str, np.ndarray]
-  names: Mapping[str, str]
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    return self.state[self.names[name]]
-
-  def __iter__(self):
-    return iter(self.names)
-
-  def __len__(self) -> int:
-    return len(self.names)
-
-
-class _Shards(Mapping):
-  """Several mappings as one."""
-
-  def __init__(self, states: Sequence[Mapping[str, np.ndarray]]):
-    self._states = {name: state for state in states for name in state}
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    return self._states[name][name]
-
-  def __iter__(self):
-    return iter(self._states)
-
-  def __len__(self) -> int:
-    return len(self._states)
-
-
-class _Safetensors(Mapping):
-  """The arrays of a safetensors file, read when asked for."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    try:
-      self._handle = safetensors.safe_open(path, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-      raise UserError(f"{path} cannot be read ({error}); get it again") from error
-    self._names = list(self._handle.keys())
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    try:
-      return self._handle.get_tensor(name)
-    except safetensors.SafetensorError as error:
-      raise KeyError(name) from error
-    except (AttributeError, TypeError) as error:
-      # numpy has no such type: 8-bit floats and the like.
-      kind = self._handle.get_slice(name).get_dtype()
-      raise UserError(
-        f"{self._path}: {name} has type {kind}; quantised weights are not supported: use the full "
-        "or half precision file of the same model"
-      ) from error
-
-  def __iter__(self):
-    return iter(self._names)
-
-  def __len__(self) -> int:
-    return len(self._names)
-
-
-def _read(path: pathlib.Path, key: str | None) -> Mapping[str, np.ndarray]:
-  try:
-    with path.open("rb") as file:
-      head = file.read(1024)
-  except FileNotFoundError as error:
-    raise UserError(
-      f"{path} does not exist, but the index beside it names it; get the model again"
-    ) from error
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error}); {_FORMATS}") from error
-  # After the length of its header, in eight bytes of any value, a safetensors file has JSON.
-  safe = head[8:9] == b"{"
-  text = head.lstrip()[:64].lower()
-  if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-    raise UserError(
-      f"{path} is a web page, not weights; download the file itself (a hub's 'resolve' or 'raw' "
-      "address, not the page that shows it)"
-    )
-  if text.startswith(b"version https://git-lfs"):
-    raise UserError(f"{path} is a pointer of Git LFS, not weights; run 'git lfs pull' beside it")
-  if path.suffix == ".safetensors":
-    if not safe and torch_pickle.looks_pickled(head):
-      raise UserError(f"{path} is a file of torch.save, not safetensors; rename it to .pt")
-    return _Safetensors(path)
-  if path.suffix not in _PICKLED:
-    raise UserError(f"{path}: unknown kind of file {path.suffix!r}; {_FORMATS}")
-  if safe:
-    raise UserError(f"{path} is a safetensors file; rename it to .safetensors")
-  return _arrays(torch_pickle.load(path), path, key)
-
-
-def _arrays(loaded: Any, path: pathlib.Path, key: str | None) -> Mapping[str, np.ndarray]:
-  """The state dict in what a pickled file holds; raises `UserError` if there is none."""
-  if isinstance(loaded, Mapping) and key in loaded:
-    loaded = loaded[key]
-  if not isinstance(loaded, Mapping):
-    raise UserError(
-      f"{path} holds {type(loaded).__name__}, expected a dict of arrays; save model.state_dict()"
-    )
-  for name, value in loaded.items():
-    if not isinstance(name, str) or not isinstance(value, np.ndarray):
-      inside = "a dict" if isinstance(value, Mapping) else type(value).__name__
-      raise UserError(
-        f"{path}: {name!r} is {inside}, expected a dict of arrays"
-        f"{f' or a dict with the entry {key!r}' if key else ''}; save model.state_dict() alone"
-      )
-  return loaded
-
-
-def _index(name: str) -> str:
-  """'x.safetensors' -> 'x.safetensors.index.json'; 'x.fp16...' -> 'x....index.fp16.json'."""
+def _indices(name: str) -> tuple[str, ...]:
+  """What the index of `name` in shards may be called; in half precision also as it once was."""
+  if _HALF not in name:
+    return (f"{name}.index.json",)
   whole = name.replace(_HALF, "")
-  return f"{whole}.index{_HALF if _HALF in name else ''}.json"
+  return f"{whole}.index{_HALF}.json", f"{whole}{_HALF}.index.json"
 
 
 def _shards(index: pathlib.Path) -> list[str]:
@@ -283,20 +174,33 @@ def _shards(index: pathlib.Path) -> list[str]:
   return shards
 
 
+def _find_shards(
+  source: str | os.PathLike[str], folder: str, shards: Sequence[str]
+) -> list[pathlib.Path]:
+  if pathlib.Path(source).exists():
+    return [pathlib.Path(source, folder, shard) for shard in shards]
+  repository = _hub(str(source))
+  return [_fetch(repository, str(pathlib.PurePath(folder, shard))) for shard in shards]
+
+
 def _find(source: str | os.PathLike[str], names: Sequence[str]) -> list[pathlib.Path]:
   path = pathlib.Path(source)
   if path.is_file():
     return [path]
-  if path.is_dir():
-    if files := find_files(path, names):
-      return files
-    raise UserError(f"{path} has none of {', '.join(names)}; name the file itself")
-  return _hub_files(_hub(str(source)), names)
+  repository = None if path.exists() else _hub(str(source))
+  if repository is not None and repository.file is not None:
+    return [_fetch(repository, repository.file)]
+  if files := find_files(source, names):
+    return files
+  raise UserError(
+    f"{source} has none of {', '.join(names)}; name the file"
+    + (" itself" if repository is None else f": {repository}/<file>")
+  )
 
 
 def _hub(source: str) -> hub.Repository:
   found = hub.parse(source)
-  is_file = pathlib.Path(source).suffix in (".safetensors", *_PICKLED)
+  is_file = pathlib.Path(source).suffix in (".safetensors", *arrays.PICKLED)
   if found is None or (is_file and found.revision is None):
     raise UserError(
       f"{source} does not exist; give a file, a directory or a hub's org/name@revision"
@@ -307,20 +211,6 @@ def _hub(source: str) -> hub.Repository:
       f"files may change: write {source}@<commit hash>"
     )
   return found
-
-
-def _hub_files(repository: hub.Repository, names: Sequence[str]) -> list[pathlib.Path]:
-  """As `find_files`, but downloads; the one file if the source names it."""
-  if repository.file is not None:
-    return [_fetch(repository, repository.file)]
-  for name in names:
-    if (found := repository.fetch(name)) is not None:
-      return [found]
-    if (index := repository.fetch(_index(name))) is not None:
-      return [_fetch(repository, shard) for shard in _shards(index)]
-  raise UserError(
-    f"{repository} has none of {', '.join(names)}; name the file: {repository}/<file>"
-  )
 
 
 def _fetch(repository: hub.Repository, name: str) -> pathlib.Path:

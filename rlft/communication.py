@@ -1,0 +1,67 @@
+"""What devices ought to tell each other in a program, and what is more than that.
+
+Theory: parameters that are spread over 'fsdp' are gathered once; their gradients are summed and
+scattered once, and the shards summed over 'data'; gradients of whole parameters are summed. Nothing
+else is of that size, and no activation moves.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+_SLACK = 0.01  # of the parameters' bytes: metrics, norms, advantages
+_SMALLEST = 2**10  # bytes that nobody has to explain
+
+
+def expected(mesh: Mesh, *, gathers: Any, scatters: Any) -> dict[str, int]:
+  """{kind: bytes} as in `hlo.total`, of one call.
+
+  Args:
+    mesh: ('data', 'fsdp').
+    gathers: the parameters that are gathered, of the type in which they are; arrays or shapes with
+      a sharding.
+    scatters: the parameters whose gradient is summed.
+  """
+  found = {"all-gather": 0, "reduce-scatter": 0, "all-reduce": 0}
+  # XLA's collectives on CPUs are at least 32 bits wide.
+  least = 4 if mesh.devices.flat[0].platform == "cpu" else 1
+  for leaf in jax.tree.leaves(gathers):
+    if _is_spread(leaf):
+      found["all-gather"] += leaf.size * max(leaf.dtype.itemsize, least)
+  for leaf in jax.tree.leaves(scatters):
+    size = leaf.size * jnp.dtype(jnp.float32).itemsize
+    if _is_spread(leaf):
+      found["reduce-scatter"] += size
+      if mesh.shape["data"] > 1:
+        found["all-reduce"] += size // mesh.shape["fsdp"]
+    elif mesh.size > 1:
+      found["all-reduce"] += size
+  return found
+
+
+def surprises(
+  found: Mapping[str, tuple[int, int]], theory: Mapping[str, int], parameter_bytes: int
+) -> tuple[str, ...]:
+  """A line for each kind of communication that is not what theory says.
+
+  Args:
+    found: see `hlo.total`.
+    theory: see `expected`.
+    parameter_bytes: of all parameters; a hundredth of them is let pass.
+  """
+  slack = max(_SLACK * parameter_bytes, _SMALLEST)
+  lines = []
+  for kind in sorted({*found, *theory}):
+    count, size = found.get(kind, (0, 0))
+    if abs(size - theory.get(kind, 0)) > slack:
+      lines.append(
+        f"{kind}: {size / 2**20:.1f} MiB in {count}, expected {theory.get(kind, 0) / 2**20:.1f} MiB"
+      )
+  return tuple(lines)
+
+
+def _is_spread(leaf: Any) -> bool:
+  return "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec))

@@ -1,0 +1,186 @@
+"""What a compiled program costs: collectives from XLA's text, FLOPs from the jaxpr.
+
+XLA's own cost analysis counts the body of a loop once, and says nothing about communication.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPERATION = re.compile(r"\s*([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]\d*[a-z]?\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(calls|to_apply|body|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_BITS = re.compile(r"(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """Communication that a program does at one place.
+
+  Attributes:
+    kind: one of `KINDS`.
+    count: how often in one run of the program; 1 for each time in a loop of unknown length.
+    bytes: of the whole array each time, on one device: what an all-gather returns, what the others
+      are given.
+  """
+
+  kind: str
+  count: int
+  bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  name: str
+  type: str
+  operation: str
+  operands: tuple[str, ...]
+  rest: str
+
+
+def collectives(text: str) -> list[Collective]:
+  """The collectives of an optimised program, `compiled.as_text()`, those in loops multiplied."""
+  computations, entry = _parse(text)
+  types = {i.name: i.type for body in computations.values() for i in body}
+  found = []
+
+  def visit(computation: str, times: int) -> None:
+    for one in computations.get(computation, ()):
+      kind = one.operation.removesuffix("-start")
+      if kind in KINDS:
+        given = sum(_size(types.get(name, "")) for name in one.operands)
+        size = given
+        if kind == "all-gather":  # The start of an asynchronous one returns its operands, too.
+          size = _size(one.type) - (given if one.operation.endswith("-start") else 0)
+        found.append(Collective(kind, times, size))
+      if one.operation in ("async-update", "async-done"):
+        continue  # They name what the start has called.
+      for role, names in _CALLED.findall(one.rest):
+        trips = _trips(one, computations) if role == "body" else 1
+        for name in names.split(", "):
+          visit(name.strip("%"), times * trips)
+
+  visit(entry, 1)
+  return found
+
+
+def total(found: list[Collective]) -> dict[str, tuple[int, int]]:
+  """{kind: (count, bytes of all of them)} of the kinds that are there."""
+  return {
+    kind: (
+      sum(one.count for one in found if one.kind == kind),
+      sum(one.count * one.bytes for one in found if one.kind == kind),
+    )
+    for kind in KINDS
+    if any(one.kind == kind for one in found)
+  }
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+  computations: dict[str, list[_Instruction]] = {}
+  entry, current = "", None
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = computations.setdefault(match[2], [])
+      entry = match[2] if match[1] else entry
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      kind, after = _split_type(match[2])
+      operation = _OPERATION.match(after)
+      if operation:
+        inside = after[operation.end() : _closing(after, operation.end() - 1)]
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+        rest = after[operation.end() :]
+        current.append(_Instruction(match[1], kind, operation[1], operands, rest))
+  return computations, entry
+
+
+def _split_type(text: str) -> tuple[str, str]:
+  """The type at the start of `text`, which may be a tuple, and what follows it."""
+  end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+  return text[:end], text[end:]
+
+
+def _closing(text: str, start: int) -> int:
+  """Where the parenthesis at `start` is closed."""
+  depth = 0
+  for i in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[i], 0)
+    if depth == 0:
+      return i
+  return len(text)
+
+
+def _size(kind: str) -> int:
+  """Bytes of a type, of all parts of a tuple; without the padding of a layout."""
+  size = 0
+  for name, shape in _ARRAY.findall(kind):
+    bits = _BITS.search(name)
+    elements = math.prod(int(n) for n in shape.split(",") if n)
+    size += elements * (max(int(bits[1]) // 8, 1) if bits else 1)
+  return size
+
+
+def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+  """How often a loop's body runs: known to XLA, or the one constant of its condition, or 1."""
+  if known := _TRIPS.search(loop.rest):
+    return int(known[1])
+  condition = _CONDITION.search(loop.rest)
+  bounds = [
+    int(one.rest.split(")")[0])
+    for one in computations.get(condition[1] if condition else "", ())
+    if one.operation == "constant" and one.type.startswith("s32[]")
+  ]
+  return bounds[0] if len(bounds) == 1 else 1
+
+
+# ---------------------------------------------------------------------------- FLOPs
+
+
+def flops(jaxpr: Any) -> float:
+  """Multiplications and additions in products and convolutions, over all devices.
+
+  Loops of `scan` are multiplied out; of a choice (an implementation for each platform) the largest
+  counts; kernels written by hand count nothing, so the choice is XLA's form of the same products.
+
+  Args:
+    jaxpr: of a traced program, `traced.jaxpr`.
+  """
+  return sum(_equation_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _equation_flops(equation: Any) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+  if name == "conv_general_dilated":
+    kernel = equation.invars[1].aval
+    outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+  if name == "pallas_call":
+    return 0.0
+  if name == "cond":
+    return max(flops(branch) for branch in params["branches"])
+  times = params["length"] if name == "scan" else 1
+  if name == "shard_map":
+    times = params["mesh"].size
+  return times * sum(flops(inner) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+  """The jaxprs that an equation runs."""
+  for value in params.values():
+    for one in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(one, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+        yield one

@@ -1,0 +1,62 @@
+"""A device's images in parts, one after the other, so that only one part's activations exist.
+
+A part has the same size wherever the same images are computed again: sampling and training agree to
+the last bit only where the shapes of all products do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Rows = Any  # a tree of arrays [b, ...], a row for each image
+
+
+def mapped(function: Callable[[Rows], Rows], rows: Rows, size: int) -> Rows:
+  """`function(rows)`, computed for `size` rows at a time; 0 takes all at once.
+
+  Args:
+    function: rows to as many rows.
+    rows: b of them, a multiple of `size`.
+    size: of a part.
+  """
+  if _is_whole(rows, size):
+    return function(rows)
+  return _joined(jax.lax.map(function, _parts(rows, size)))
+
+
+def summed(
+  function: Callable[[Rows], tuple[Any, Rows]], rows: Rows, size: int, *, unroll: bool = False
+) -> tuple[Any, Rows]:
+  """As `mapped` for `function(rows) -> (a tree that is summed over parts in float32, rows)`.
+
+  `unroll` writes the parts one after the other instead of as a loop, and takes longer to compile.
+  """
+  if _is_whole(rows, size):
+    return function(rows)
+  parts = _parts(rows, size)
+
+  def step(total, part):
+    values, outputs = function(part)
+    return jax.tree.map(lambda t, v: t + v.astype(jnp.float32), total, values), outputs
+
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))[0]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+  total, outputs = jax.lax.scan(step, zeros, parts, unroll=unroll)
+  return total, _joined(outputs)
+
+
+def _is_whole(rows: Rows, size: int) -> bool:
+  count = len(jax.tree.leaves(rows)[0])
+  if size and count % size:
+    raise ValueError(f"{count} rows cannot be divided into parts of {size}")
+  return size in (0, count)
+
+
+def _parts(rows: Rows, size: int) -> Rows:
+  return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+
+
+def _joined(parts: Rows) -> Rows:
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)

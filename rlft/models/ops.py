@@ -1,0 +1,256 @@
+"""Operations that have a form of their own on CPUs, where XLA's is slow; in float32 only.
+
+Which form runs is decided when a program is lowered: what is lowered for a TPU or a GPU, on
+whatever machine, holds the plain operations. `experiments/cpu_kernels.md` has the measurements.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+Padding = Sequence[tuple[int, int]]
+
+
+def on_cpu(
+  cpu: Callable[..., jax.Array], plain: Callable[..., jax.Array], *args: jax.Array
+) -> jax.Array:
+  """`cpu(*args)` on CPUs if all `args` are float32, otherwise `plain(*args)`."""
+  if any(x.dtype != jnp.float32 for x in args):
+    return plain(*args)
+  return jax.lax.platform_dependent(*args, cpu=cpu, default=plain)
+
+
+def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
+  """Convolves `x` `[B, H, W, I]` with `kernel` `[h, w, I, O]`; every convolution is made here."""
+  if kernel.shape[:2] == (1, 1) and stride == 1:
+    return x @ kernel[0, 0]
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Doubles height and width (nearest neighbour), then convolves, keeping the size.
+
+  Args:
+    x: `[B, H, W, I]`.
+    kernel: `[3, 3, I, O]`.
+
+  Returns:
+    `[B, 2H, 2W, O]`.
+  """
+  return on_cpu(_upsample_conv_cpu, _upsample_conv, x, kernel)
+
+
+def _upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  b, h, w, c = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+  return conv2d(x, kernel, stride=1, padding=((1, 1), (1, 1)))
+
+
+@jax.custom_vjp
+def _upsample_conv_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Multiplies the small map by each of the nine matrices, a quarter of the work, then adds up."""
+  taps = [[x @ kernel[i, j] for j in range(3)] for i in range(3)]
+  return _double(*(_double(*row, axis=2) for row in taps), axis=1)
+
+
+def _double(first: jax.Array, middle: jax.Array, last: jax.Array, *, axis: int) -> jax.Array:
+  """A 3-tap convolution of what `axis` repeated twice would hold, given what each tap makes."""
+  n = first.shape[axis]
+  shift = functools.partial(jnp.pad, pad_width=[(int(a == axis), 0) for a in range(first.ndim)])
+  before = jax.lax.slice_in_dim(shift(first), 0, n, axis=axis)
+  shift = functools.partial(jnp.pad, pad_width=[(0, int(a == axis)) for a in range(first.ndim)])
+  after = jax.lax.slice_in_dim(shift(last), 1, n + 1, axis=axis)
+  # Pixel 2m sees m - 1, m, m; pixel 2m + 1 sees m, m, m + 1.
+  pairs = jnp.stack([before + middle + last, first + middle + after], axis + 1)
+  return pairs.reshape(*first.shape[:axis], 2 * n, *first.shape[axis + 1 :])
+
+
+def _upsample_conv_forward(x, kernel):
+  return _upsample_conv_cpu(x, kernel), (x, kernel)
+
+
+def _upsample_conv_backward(residuals, d):
+  x, kernel = residuals
+  b, h, w, _ = x.shape
+  padded = jnp.pad(d, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+  def halve(y: jax.Array, tap: int, axis: int) -> jax.Array:
+    """Sums over the two pixels of `y` that see pixel m through this tap."""
+    n = y.shape[axis] // 2 - 1
+    even = jax.lax.slice_in_dim(y, 2 - tap, 2 - tap + 2 * n, 2, axis)
+    return even + jax.lax.slice_in_dim(y, 3 - tap, 3 - tap + 2 * n, 2, axis)
+
+  rows = [halve(padded, i, 1) for i in range(3)]
+  taps = [halve(rows[i], j, 2).reshape(b * h * w, -1) for i in range(3) for j in range(3)]
+  matrices = kernel.reshape(9, *kernel.shape[2:])
+  d_x = sum(taps[t] @ matrices[t].T for t in range(9)).reshape(x.shape)
+  columns = x.reshape(b * h * w, -1).T
+  return d_x, jnp.stack([columns @ t for t in taps]).reshape(kernel.shape)
+
+
+_upsample_conv_cpu.defvjp(_upsample_conv_forward, _upsample_conv_backward)
+
+
+def group_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, epsilon: float, silu: bool
+) -> jax.Array:
+  """Group normalisation (https://arxiv.org/abs/1803.08494), then x sigmoid(x) if `silu`.
+
+  Args:
+    x: `[B, H, W, C]` float32.
+    scale, bias: `[C]` float32.
+    groups: must divide C.
+    epsilon: is added to the variance.
+    silu: whether the activation follows.
+
+  Returns:
+    As `x`.
+  """
+  plain = functools.partial(_group_norm, groups, epsilon, silu)
+  return on_cpu(functools.partial(_group_norm_cpu, groups, epsilon, silu), plain, x, scale, bias)
+
+
+def _group_norm(
+  groups: int, epsilon: float, silu: bool, x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+  batch, channels = x.shape[0], x.shape[-1]
+  grouped = (batch, groups, channels // groups)
+  # The spatial axes are reduced first, to [B, C], and what is left is one multiply-add a value.
+  mean = x.mean((1, 2)).reshape(grouped).mean(-1, keepdims=True)
+  # Distances from the mean, not E[x^2] - E[x]^2, which cancels where |mean| >> deviation.
+  offset = jnp.broadcast_to(mean, grouped).reshape(batch, 1, 1, channels)
+  variance = jnp.square(x - offset).mean((1, 2)).reshape(grouped).mean(-1, keepdims=True)
+  factor = jnp.broadcast_to(jax.lax.rsqrt(variance + epsilon), grouped)
+  factor = factor.reshape(batch, 1, 1, channels) * scale
+  y = (x - offset) * factor + bias
+  return jax.nn.silu(y) if silu else y
+
+
+def _spread(x: jax.Array, channels: int) -> jax.Array:
+  """`[B, G]` of groups to `[B, 1, C]` of channels.
+
+  By a product: XLA fuses a broadcast into the loop over the map, which then divides an index for
+  every value and is three times slower where C / G is no power of two.
+  """
+  groups = x.shape[1]
+  return (x @ jnp.repeat(jnp.eye(groups, dtype=x.dtype), channels // groups, axis=1))[:, None]
+
+
+def _group_sum(x: jax.Array, groups: int) -> jax.Array:
+  return x.reshape(x.shape[0], groups, -1).sum(-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _group_norm_cpu(groups, epsilon, silu, x, scale, bias):
+  return _group_norm_forward(groups, epsilon, silu, x, scale, bias)[0]
+
+
+def _group_norm_forward(groups, epsilon, silu, x, scale, bias):
+  shape, channels = x.shape, x.shape[-1]
+  x = x.reshape(shape[0], -1, channels)
+  count = x.shape[1] * channels // groups
+  offset = _spread(_group_sum(x.sum(1), groups) / count, channels)
+  variance = _group_sum(jnp.square(x - offset).sum(1), groups) / count
+  factor = _spread(jax.lax.rsqrt(variance + epsilon), channels)
+  y = (x - offset) * (factor * scale) + bias
+  y = y * jax.lax.logistic(y) if silu else y
+  return y.reshape(shape), (x, scale, bias, offset, factor)
+
+
+def _group_norm_backward(groups, epsilon, silu, residuals, d):
+  del epsilon
+  x, scale, bias, offset, factor = residuals
+  shape, channels = d.shape, d.shape[-1]
+  count = x.shape[1] * channels // groups
+  d = d.reshape(x.shape)
+  normal = (x - offset) * factor
+  if silu:
+    y = normal * scale + bias
+    gate = jax.lax.logistic(y)
+    d = d * gate * (1 + y * (1 - gate))
+  d_bias, d_scale = d.sum(1), (d * normal).sum(1)  # [B, C]
+  along_mean = _spread(_group_sum(d_bias * scale, groups) / count, channels)
+  along_normal = _spread(_group_sum(d_scale * scale, groups) / count, channels)
+  d_x = factor * (d * scale - along_mean - normal * along_normal)
+  return d_x.reshape(shape), d_scale.sum(0), d_bias.sum(0)
+
+
+_group_norm_cpu.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def gated_gelu(x: jax.Array) -> jax.Array:
+  """First half of the channels times GELU of the second: `[..., 2 F]` -> `[..., F]`.
+
+  GELU(g) = g (1 + erf(g / sqrt 2)) / 2, as PyTorch computes it.
+  """
+  return on_cpu(_gated_gelu_cpu, _gated_gelu, x)
+
+
+def _gated_gelu(x: jax.Array) -> jax.Array:
+  x, gate = jnp.split(x, 2, axis=-1)
+  return x * jax.nn.gelu(gate, approximate=False)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+  # jax.nn.gelu has erfc, which takes XLA several times as long.
+  return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+
+
+@jax.custom_vjp
+def _gated_gelu_cpu(x: jax.Array) -> jax.Array:
+  x, gate = jnp.split(x, 2, axis=-1)
+  return x * gate * _normal_cdf(gate)
+
+
+def _gated_gelu_backward(x, d):
+  x, gate = jnp.split(x, 2, axis=-1)
+  cdf = _normal_cdf(gate)
+  density = jnp.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
+  return (jnp.concatenate([d * gate * cdf, d * x * (cdf + gate * density)], axis=-1),)
+
+
+_gated_gelu_cpu.defvjp(lambda x: (_gated_gelu_cpu(x), x), _gated_gelu_backward)
+
+
+@jax.custom_vjp
+def attention_cpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Attention over `[B, N, heads, D]`, `[B, M, heads, D]` twice, with few passes over the logits.
+
+  The weights are never divided by their sums, the small output and cotangent are; and the large
+  operand of a product is never transposed, which leaves XLA without its fast kernels.
+  """
+  return _attention_forward(query, key, value)[0]
+
+
+def _attention_forward(query, key, value):
+  query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+  logits = jnp.einsum("bhnd,bhmd->bhnm", query * query.shape[-1] ** -0.5, key)
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  total = weights.sum(-1, keepdims=True)
+  y = jnp.einsum("bhnm,bhmd->bhnd", weights, value) / total
+  return y.transpose(0, 2, 1, 3), (query, key, value, weights, total, y)
+
+
+def _attention_backward(residuals, d):
+  query, key, value, weights, total, y = residuals
+  factor = query.shape[-1] ** -0.5
+  d_rows = d.transpose(0, 2, 1, 3) / total  # [B, heads, N, D]
+  d_columns = d.transpose(0, 2, 3, 1) / total.swapaxes(2, 3)  # [B, heads, D, N]
+  d_logits = jnp.einsum("bhnd,bhmd->bhnm", d_rows, value)
+  d_logits = weights * (d_logits - (d_rows * y).sum(-1, keepdims=True))
+  d_query = jnp.einsum("bhnm,bhmd->bhnd", d_logits, key * factor)
+  d_key = jnp.einsum("bhdn,bhnm->bhdm", query.swapaxes(2, 3) * factor, d_logits)
+  d_value = jnp.einsum("bhdn,bhnm->bhdm", d_columns, weights)
+  return (
+    d_query.transpose(0, 2, 1, 3),
+    d_key.transpose(0, 3, 1, 2),
+    d_value.transpose(0, 3, 1, 2),
+  )
+
+
+attention_cpu.defvjp(_attention_forward, _attention_backward)
