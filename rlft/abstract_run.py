@@ -173,11 +173,14 @@ def open_model(config: Config, architecture: str = "") -> pretrained.StableDiffu
   dtype = jnp.dtype(config.compute_dtype)
   if architecture:
     model = architectures.abstract(architecture, dtype=dtype, remat=config.remat)
-  else:
-    model = pretrained.load(
-      config.pretrained, dtype=dtype, remat=config.remat, backend=config.backend
-    )
-  return dataclasses.replace(model, unet=model.unet.clone(attention=config.attention))
+    return dataclasses.replace(model, unet=model.unet.clone(attention=config.attention))
+  return pretrained.load(
+    config.pretrained,
+    dtype=dtype,
+    remat=config.remat,
+    attention=config.attention,
+    backend=config.backend,
+  )
 
 
 def device_bytes(tree: Any) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlft import rollout
+from rlft.types import Conditioning
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -89,6 +90,16 @@ def denoiser(unet: nn.Module, weights: Weights, scale: float) -> rollout.Denoise
       return unet.apply({"params": weights.unet}, latents, timesteps, conditioning)
 
   return denoise
+
+
+def prepare(
+  unet: nn.Module, weights: Weights, scale: float, conditioning: Conditioning
+) -> Conditioning:
+  """What the network makes of the conditioning before the first step, see `UNet2DCondition`."""
+  if not hasattr(unet, "prepare"):
+    return conditioning
+  with adapted(weights.adapter, scale):
+    return unet.apply({"params": weights.unet}, conditioning, method="prepare")
 
 
 def merge(params: Any, adapter: Adapter, scale: float) -> Any:

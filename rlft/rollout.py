@@ -13,11 +13,21 @@ from rlft.types import Conditioning, Guidance, Trajectory
 Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
 
 
+def both(text: Guidance, guidance_scale: float) -> Conditioning:
+  """What the network is given at once: `[2 B, ...]`, first without the prompts, then with them.
+
+  `[B, ...]`, only the prompts, if a guidance scale of 1 leaves the unconditional half out.
+  """
+  if guidance_scale == 1.0:
+    return text.prompt
+  return jax.tree.map(lambda *pair: jnp.concatenate(pair), text.empty, text.prompt)
+
+
 def guided_output(
   denoise: Denoiser,
   sample: jax.Array,
   timestep: jax.Array,
-  text: Guidance,
+  conditioning: Conditioning,
   *,
   guidance_scale: float,
 ) -> jax.Array:
@@ -30,7 +40,7 @@ def guided_output(
     denoise: the network with its parameters bound.
     sample: `[B, H, W, C]` float32, x_t.
     timestep: scalar int32.
-    text: of the empty prompt and of the prompts, `[B, ...]`.
+    conditioning: see `both`.
     guidance_scale: 1 leaves the unconditional half out.
 
   Returns:
@@ -39,10 +49,9 @@ def guided_output(
   chex.assert_rank(sample, 4)
   batch = sample.shape[0]
   if guidance_scale == 1.0:
-    return denoise(sample, jnp.full((batch,), timestep), text.prompt)
-  both = jax.tree.map(lambda *pair: jnp.concatenate(pair), text.empty, text.prompt)
+    return denoise(sample, jnp.full((batch,), timestep), conditioning)
   doubled = jnp.concatenate([sample, sample])
-  uncond, cond = jnp.split(denoise(doubled, jnp.full((2 * batch,), timestep), both), 2)
+  uncond, cond = jnp.split(denoise(doubled, jnp.full((2 * batch,), timestep), conditioning), 2)
   return uncond + guidance_scale * (cond - uncond)
 
 
@@ -62,7 +71,11 @@ def policy_log_prob(
     (`[B]` mean log-probability of `next_sample`, `[B, H, W, C]` mean of the step), float32.
   """
   output = guided_output(
-    denoise, sample, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
+    denoise,
+    sample,
+    jnp.asarray(schedule.timesteps)[index],
+    both(text, guidance_scale),
+    guidance_scale=guidance_scale,
   )
   mean = ddim.step_mean(schedule, index, sample, output)
   return ddim.log_prob(next_sample, mean, jnp.asarray(schedule.std)[index]), mean
@@ -81,6 +94,7 @@ def sample(
   keys: jax.Array,
   *,
   guidance_scale: float,
+  prepare: Callable[[Conditioning], Conditioning] = lambda conditioning: conditioning,
 ) -> Trajectory:
   """Samples B trajectories of T steps.
 
@@ -92,15 +106,21 @@ def sample(
     keys: `[B]`, consumed: step i of an image uses `fold_in(its key, i)`, so that an image depends
       on its own key only, not on the batch around it.
     guidance_scale: see `guided_output`.
+    prepare: does what does not depend on the step, for `denoise`.
 
   Returns:
     Latents `[T+1, B, H, W, C]` and log-probabilities `[T, B]` (0 for deterministic steps).
   """
   chex.assert_type(noise, jnp.float32)
+  conditioning = prepare(both(text, guidance_scale))
 
   def step(latent, index):
     output = guided_output(
-      denoise, latent, jnp.asarray(schedule.timesteps)[index], text, guidance_scale=guidance_scale
+      denoise,
+      latent,
+      jnp.asarray(schedule.timesteps)[index],
+      conditioning,
+      guidance_scale=guidance_scale,
     )
     mean = ddim.step_mean(schedule, index, latent, output)
     std = jnp.asarray(schedule.std)[index]

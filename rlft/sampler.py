@@ -88,12 +88,20 @@ def generate(
     if guidance_scale == 1.0
     else repeat(text_lib.empty(model, frozen, empty[None], size)),
   )
-  denoise = lora.denoiser(model.unet, weights, lora_scale)
+  network = (model.unet, weights, lora_scale)
 
   def walk(rows):
     text, keys = rows
     noise = rollout.normal(keys, len(schedule.timesteps), latent_shape(model))
-    path = rollout.sample(denoise, schedule, noise, text, keys, guidance_scale=guidance_scale)
+    path = rollout.sample(
+      lora.denoiser(*network),
+      schedule,
+      noise,
+      text,
+      keys,
+      guidance_scale=guidance_scale,
+      prepare=functools.partial(lora.prepare, *network),
+    )
     return _swap(path)
 
   path = _swap(microbatch_lib.mapped(walk, (text, keys), microbatch))

@@ -239,6 +239,7 @@ def torch_model(module: Any, params: Any) -> Any:
   """The PyTorch model that is `module` with `params`; strict about names and shapes."""
   import torch
 
+  torch.set_num_threads(1)  # on networks as small as these, threads wait for each other
   model = torch_class(module)
   state = {name: torch.from_numpy(array) for name, array in torch_layout.to_torch(params).items()}
   model.load_state_dict(state, strict=True)

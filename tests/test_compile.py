@@ -150,6 +150,15 @@ def test_an_activation_that_moves_is_noticed(target, how):
   assert line.startswith("all-gather: 0.0 MiB in 2" if how == "gathered" else "all-to-all")
 
 
+def test_gradients_may_be_summed_whole_if_they_are_few():
+  theory = {"all-gather": 1000, "reduce-scatter": 10_000, "all-reduce": 500}
+  found = {"all-gather": (1, 1000), "reduce-scatter": (9, 9500), "all-reduce": (2, 1000)}
+  assert communication.surprises(found, theory, 10_000) == ()
+  found |= {"reduce-scatter": (1, 0), "all-reduce": (9, 10_500)}
+  assert len(communication.surprises(found, theory, 10_000)) == 2
+  assert len(communication.surprises({}, theory, 10_000)) == 2  # the all-gather is below the slack
+
+
 # The command.
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from rlft import lora
 from rlft.models import pretrained
 from rlft.sampler import Sampler
 
@@ -97,7 +98,12 @@ def test_evaluate_repeats_the_runs_own_evaluation(folder):
 
 def test_export_is_the_run_and_diffusers_draws_the_same(folder):
   done = launch(
-    "export", "--workdir=run", "--output=exported", "--lora_output=lora.safetensors", cwd=folder
+    "export",
+    "--workdir=run",
+    "--output=exported",
+    "--lora_output=lora.safetensors",
+    "--lora_format=kohya",
+    cwd=folder,
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout == "wrote exported\nwrote lora.safetensors\n"
@@ -112,7 +118,7 @@ def test_export_is_the_run_and_diffusers_draws_the_same(folder):
   )
   ours, noise = sampler(prompts, 3), sampler.initial_noise(len(prompts), 3)
   base = pretrained.load(folder / "base")
-  plain = sampler(prompts, 3, params=base.params["unet"])
+  plain = sampler(prompts, 3, weights=lora.Weights(base.params["unet"]))
   assert np.abs(ours - plain).max() > 0.02, "the training changed nothing that can be compared"
 
   torch = pytest.importorskip("torch")

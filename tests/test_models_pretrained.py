@@ -179,7 +179,7 @@ def test_models_of_another_kind(copy):
   with pytest.raises(UserError, match="'UNet2DModel', expected 'UNet2DConditionModel'"):
     pretrained.load(copy)
   set_json(copy / "model_index.json", _class_name="StableDiffusionUpscalePipeline")
-  with pytest.raises(UserError, match="expected 'StableDiffusionPipeline' or 'StableDiffusionXLPipeline'") as e:
+  with pytest.raises(UserError, match="or 'StableDiffusionXLPipeline'; use") as e:
     pretrained.load(copy)
   one_line(e)
 

@@ -50,9 +50,7 @@ def test_a_published_model(tmp_path, family, layout):
   assert_same(pretrained.load(tmp_path / "model"), expected, layout)
 
 
-@pytest.mark.parametrize(
-  ("family", "layout"), [("sd1.5", "half"), ("sdxl", "half shards")]
-)
+@pytest.mark.parametrize(("family", "layout"), [("sd1.5", "half"), ("sdxl", "half shards")])
 def test_a_model_of_a_hub(cache, family, layout):
   source, expected = cases.in_cache(cache, family, layout)
   assert_same(pretrained.load(source), expected, layout)

@@ -12,6 +12,7 @@ from rlft import pretrain
 from rlft import prompts as prompts_lib
 from rlft.emoji import prompts as emoji_prompts
 from rlft.emoji import world
+from rlft.models import torch_layout
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,7 @@ def test_every_prompt_of_the_world_fits(tokenizer):
 
 def test_build(tokenizer):
   model = pretrain.build(tokenizer, scaling_factor=0.5)
-  shapes = jax.eval_shape(
-    model.unet.init,
-    jax.random.key(0),
-    jnp.zeros((1, 8, 8, 4)),
-    jnp.zeros((1,), jnp.int32),
-    jnp.zeros((1, pretrain.TEXT_LENGTH, 128)),
-  )
+  shapes = torch_layout.param_shapes(model.unet)
   # Half-precision weights of the UNet must leave room for the rest within 12 MB.
   assert sum(x.size for x in jax.tree.leaves(shapes)) * 2 < 10e6
   assert model.vae.config.downscale == 4

@@ -73,6 +73,10 @@ def make(ours: UNet2DCondition) -> DiffusersUNet:
     raise UserError(
       "--backend=diffusers keeps all activations: give --noremat, or leave --backend out"
     )
+  if ours.attention not in ("auto", "xla"):
+    raise UserError(
+      f"--backend=diffusers has its own attention: leave --attention={ours.attention} out"
+    )
   config = dataclasses.asdict(ours.config)
   for name, value in _FIXED.items():
     if (found := config.pop(name)) != value:

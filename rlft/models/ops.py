@@ -81,9 +81,9 @@ def _upsample_conv_backward(residuals, d):
 
   def halve(y: jax.Array, tap: int, axis: int) -> jax.Array:
     """Sums over the two pixels of `y` that see pixel m through this tap."""
-    n = y.shape[axis] // 2 - 1
-    even = jax.lax.slice_in_dim(y, 2 - tap, 2 - tap + 2 * n, 2, axis)
-    return even + jax.lax.slice_in_dim(y, 3 - tap, 3 - tap + 2 * n, 2, axis)
+    end = y.shape[axis] - 2
+    first = jax.lax.slice_in_dim(y, 2 - tap, 1 - tap + end, 2, axis)
+    return first + jax.lax.slice_in_dim(y, 3 - tap, 2 - tap + end, 2, axis)
 
   rows = [halve(padded, i, 1) for i in range(3)]
   taps = [halve(rows[i], j, 2).reshape(b * h * w, -1) for i in range(3) for j in range(3)]

@@ -76,7 +76,7 @@ class StableDiffusion:
     fingerprint: of the parameters that `load` has read, where it was asked to; else ''.
   """
 
-  unet: unet.UNet2DCondition
+  unet: unet.UNet2DCondition | diffusers_unet.DiffusersUNet
   vae: vae.AutoencoderKL
   text_encoders: tuple[clip.CLIPTextEncoder | clip.CLIPTextEncoderWithProjection, ...]
   tokenizers: tuple[transformers.CLIPTokenizer, ...]
@@ -206,6 +206,9 @@ def load(
 
   modules = {name: _MODULES[name](config) for name, config in configs.items()}
   modules["unet"] = modules["unet"].clone(dtype=dtype, remat=remat, attention=attention)
+  network = modules["unet"]
+  if backend == "diffusers":
+    network = diffusers_unet.make(network)
   opened = {name: _open_weights(source, name) for name in modules}
   params, fingerprint = streaming.read(
     modules,
@@ -214,9 +217,6 @@ def load(
     place=place,
     identify=identify,
   )
-  network = modules["unet"]
-  if backend == "diffusers":
-    network = diffusers_unet.make(network)
   return StableDiffusion(
     unet=network,
     vae=modules["vae"],
