@@ -67,7 +67,10 @@ class Config:
   """A training run. Defaults are those of arXiv 2401.12244, where it gives them."""
 
   pretrained: str = option(
-    f"the model to fine-tune: a directory in the diffusers layout, or {EMOJI_SD}", "", path=True
+    "the model to fine-tune: a directory in the diffusers layout, org/name@revision of the Hugging"
+    f" Face hub, or {EMOJI_SD}",
+    "",
+    path=True,
   )
   workdir: str = option("directory for checkpoints, metrics and the report", "", path=True)
   task: tuple[TaskConfig, ...] = option("what to maximise", (), fixed=True)

@@ -34,9 +34,10 @@ def split_host(devices: int) -> None:
     UserError: JAX has started already, with another number of CPU devices.
   """
   if devices:
-    # A device waits for the others in a thread of its own; with only one thread for each core,
-    # programs that were launched one after another can wait for each other for ever.
-    os.environ.setdefault("PJRT_NPROC", str(8 * devices))
+    # A device waits for the others in a thread of its own: with fewer than two threads a device,
+    # programs that were launched one after another wait for each other for ever. More than that
+    # are slower by up to a third: `experiments/cpu_kernels.md`.
+    os.environ.setdefault("PJRT_NPROC", str(max(2 * devices + 1, os.cpu_count() or 1)))
     try:
       jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:  # JAX has started: a second run in a notebook, for example.

@@ -1,8 +1,10 @@
 """The experiment that compares runs in bfloat16 with runs in float32: flags and table."""
 
+import functools
 import importlib.util
 import pathlib
 
+from absl import flags
 import numpy as np
 import pytest
 
@@ -13,22 +15,28 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def experiment():
+  """The script, with flags of its own: other tests have defined some of the same names."""
   path = ROOT / "experiments" / "bf16.py"
   spec = importlib.util.spec_from_file_location("bf16", path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  names = [f"DEFINE_{kind}" for kind in ("string", "integer", "boolean", "multi_enum")]
+  own = flags.FlagValues()
+  with pytest.MonkeyPatch.context() as patch:
+    for name in names:
+      patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))
+    spec.loader.exec_module(module)
   return module
 
 
 def test_flags_of_a_run(experiment):
   base = (ROOT / "experiments" / "emoji_bf16.flags").read_text().splitlines()
   lines = experiment.run_flags(base, "bfloat16-state", pathlib.Path("w"), seed=2, iterations=30)
-  flags = dict(line.removeprefix("--").partition("=")[::2] for line in lines)
-  assert len(flags) == len(lines)
-  assert (flags["workdir"], flags["seed"], flags["iterations"]) == ("w", "2", "30")
+  found = dict(line.removeprefix("--").partition("=")[::2] for line in lines)
+  assert len(found) == len(lines)
+  assert (found["workdir"], found["seed"], found["iterations"]) == ("w", "2", "30")
   types = {"compute_dtype": "bfloat16", "param_dtype": "bfloat16", "moments_dtype": "bfloat16"}
-  assert types.items() <= flags.items()
-  assert {"task", "eval", "learning_rate", "clip_range"} <= flags.keys()
+  assert types.items() <= found.items()
+  assert {"task", "eval", "learning_rate", "clip_range"} <= found.keys()
 
 
 def test_table(experiment, tmp_path):

@@ -1,0 +1,178 @@
+"""Times the operations of a UNet in several forms on this CPU, float32 on one thread.
+
+    python experiments/cpu_kernels.py
+
+The forms of `rlft/models/ops.py` beside XLA's plain ones, Winograd's convolution, which is not built
+in, and PyTorch where it is installed; forms of an operation take turns. Prints milliseconds, and the
+largest difference from the plain form. Duration: 4 minutes. The result and what followed from it is
+in `cpu_kernels.md`.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+import importlib.util
+import os
+import time
+
+os.environ["PJRT_NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft import cli
+from rlft.models import attention, ops
+
+_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each form", lower_bound=1)
+
+# Images, height and width, channels in and out: of the miniature, and of a UNet with 128, 256 and 512
+# channels, as one of two devices has them; the widest map of Stable Diffusion.
+_CONVOLUTIONS = (
+  (32, 8, 96, 48),
+  (32, 8, 176, 48),
+  (32, 4, 256, 128),
+  (8, 16, 256, 128),
+  (8, 8, 256, 256),
+  (8, 4, 512, 512),
+  (8, 4, 1024, 512),
+  (1, 64, 320, 320),
+)
+_MAPS = ((32, 8, 48), (32, 4, 128), (8, 16, 128), (8, 8, 256))  # images, height and width, channels
+_TOKENS = ((32, 16, 16, 4, 32), (8, 256, 256, 8, 16), (8, 256, 77, 8, 16))  # B, N, M, heads, D
+
+_INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+
+def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """XLA's convolution."""
+  return ops._conv2d(1, ops._SAME, x, kernel)
+
+
+def nine_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A matrix product for each element of the kernel."""
+  b, h, w, _ = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3))
+
+
+def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """F(2x2, 3x3) of https://arxiv.org/abs/1509.09308: 16 products in the place of 36."""
+  b, h, w, c = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  tiles = [[padded[:, i : i + h - 1 : 2, j : j + w - 1 : 2] for j in range(4)] for i in range(4)]
+  tiles = _both(_INPUT, tiles)
+  factors = _both(_KERNEL, [[kernel[i, j] for j in range(3)] for i in range(3)])
+  pixels = _both(_OUTPUT, [[tiles[i][j] @ factors[i][j] for j in range(4)] for i in range(4)])
+  return jnp.stack([jnp.stack(row, 3) for row in pixels], 2).reshape(b, h, w, -1)
+
+
+def _both(matrix, grid):
+  """M t M^T of a square of arrays."""
+
+  def apply(values):
+    return [sum(f * v for f, v in zip(row, values, strict=True) if f) for row in matrix]
+
+  columns = [apply(column) for column in zip(*grid, strict=True)]
+  return [apply(row) for row in zip(*columns, strict=True)]
+
+
+def measure(forms: Mapping[str, Callable], *args: jax.Array) -> str:
+  """Forward and backward pass of each form: 'name 1.23 + 4.56 ms (2e-7)'."""
+  cotangent = _random(1, jax.eval_shape(next(iter(forms.values())), *args).shape)
+  forward = {name: jax.jit(form) for name, form in forms.items()}
+  both = {
+    name: jax.jit(lambda d, *args, form=form: jax.vjp(form, *args)[1](d))
+    for name, form in forms.items()
+  }
+  first = times({name: functools.partial(f, *args) for name, f in forward.items()})
+  second = times({name: functools.partial(f, cotangent, *args) for name, f in both.items()})
+  expected = jax.tree.leaves(next(iter(both.values()))(cotangent, *args))
+  parts = []
+  for name in forms:
+    found = jax.tree.leaves(both[name](cotangent, *args))
+    error = max(
+      float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found, expected, strict=True)
+    )
+    parts.append(f"{name} {first[name]:.2f} / {second[name]:.2f} ({error:.0e})")
+  return ", ".join(parts)
+
+
+def times(calls: Mapping[str, Callable]) -> dict[str, float]:
+  """Median milliseconds of each call, in turns."""
+  seconds: dict[str, list[float]] = {name: [] for name in calls}
+  for call in calls.values():
+    jax.block_until_ready(call())
+  for _ in range(_REPEATS.value):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      seconds[name].append(time.perf_counter() - start)
+  return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+
+
+def torch_conv(x: jax.Array, kernel: jax.Array) -> str:
+  """The same of PyTorch's convolution."""
+  import torch
+
+  torch.set_num_threads(1)
+  image = torch.from_numpy(np.array(x.transpose(0, 3, 1, 2))).requires_grad_()
+  weight = torch.from_numpy(np.array(kernel.transpose(3, 2, 0, 1))).requires_grad_()
+  with torch.no_grad():
+    ahead = times({"": lambda: torch.nn.functional.conv2d(image, weight, padding=1) and None})
+  d = torch.ones(image.shape[0], weight.shape[0], *image.shape[2:])
+  settings = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+  back = times(
+    {"": lambda: torch.ops.aten.convolution_backward(d, image, weight, *settings) and None}
+  )
+  return f"PyTorch {ahead['']:.2f} / {back['']:.2f}"
+
+
+def _random(seed: int, shape: tuple[int, ...]) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def main() -> None:
+  print("milliseconds of the forward pass / of the gradient (and what it needs of the forward pass)")
+  print("3x3 convolutions")
+  for b, size, channels, features in _CONVOLUTIONS:
+    x, kernel = _random(0, (b, size, size, channels)), _random(2, (3, 3, channels, features))
+    forms = {"XLA": direct, "ops": functools.partial(ops.conv2d, stride=1, padding=ops._SAME)}
+    forms |= {"nine products": nine_products, "Winograd": winograd}
+    line = measure(forms, x, kernel)
+    if importlib.util.find_spec("torch"):
+      line += ", " + torch_conv(x, kernel)
+    print(f"  {(b, size, channels, features)}: {line}", flush=True)
+  print("doubled, then a 3x3 convolution")
+  for b, size, channels in _MAPS:
+    args = _random(0, (b, size // 2, size // 2, channels)), _random(2, (3, 3, channels, channels))
+    forms = {"XLA": ops._upsample_conv, "ops": ops.upsample_conv}
+    print(f"  {(b, size // 2, channels)}: {measure(forms, *args)}", flush=True)
+  print("group normalisation and SiLU")
+  for b, size, channels in _MAPS:
+    args = _random(0, (b, size, size, channels)), _random(2, (channels,)), _random(3, (channels,))
+    plain = functools.partial(ops._group_norm, 16, 1e-5, True)
+    forms = {
+      "XLA": plain,
+      "ops": functools.partial(ops.group_norm, groups=16, epsilon=1e-5, silu=True),
+    }
+    print(f"  {(b, size, channels)}: {measure(forms, *args)}", flush=True)
+  print("gated GELU")
+  for b, size, channels in _MAPS:
+    x = _random(0, (b, size * size, 8 * channels))
+    forms = {"XLA": ops._gated_gelu, "ops": ops.gated_gelu}
+    print(f"  {x.shape}: {measure(forms, x)}", flush=True)
+  print("attention")
+  for b, n, m, heads, features in _TOKENS:
+    args = [_random(i, (b, length, heads, features)) for i, length in enumerate((n, m, m))]
+    forms = {
+      "XLA": functools.partial(attention.attention, implementation="xla"),
+      "ops": ops.attention_cpu,
+    }
+    print(f"  {(b, n, m, heads, features)}: {measure(forms, *args)}", flush=True)
+
+
+if __name__ == "__main__":
+  cli.main(main)

@@ -1,0 +1,116 @@
+"""The forms that operations have on CPUs are the plain operations, gradients included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlft.models import attention, ops
+
+SAME = ((1, 1), (1, 1))
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def direct(x, kernel):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def doubled(x, kernel):
+  return direct(x.repeat(2, axis=1).repeat(2, axis=2), kernel)
+
+
+def group_norm(x, scale, bias, *, silu):
+  """As in the paper, https://arxiv.org/abs/1803.08494, equations 1 and 2."""
+  groups = jnp.split(x, 4, axis=-1)
+  normal = [(g - m) / jnp.sqrt(v + 1e-5) for g in groups for m, v in [moments(g)]]
+  y = jnp.concatenate(normal, axis=-1) * scale + bias
+  return y * jax.nn.sigmoid(y) if silu else y
+
+
+def moments(x):
+  mean = x.mean((1, 2, 3), keepdims=True)
+  return mean, ((x - mean) ** 2).mean((1, 2, 3), keepdims=True)
+
+
+def gated_gelu(x):
+  x, gate = jnp.split(x, 2, axis=-1)
+  return x * gate * jax.scipy.stats.norm.cdf(gate)
+
+
+conv = functools.partial(ops.conv2d, stride=1, padding=SAME)
+norm = functools.partial(ops.group_norm, groups=4, epsilon=1e-5)
+plain_attention = functools.partial(attention.attention, implementation="xla")
+
+CASES = {
+  "conv of few pixels": (conv, direct, (normal(0, 2, 3, 2, 16), normal(1, 3, 3, 16, 13))),
+  "conv": (conv, direct, (normal(0, 2, 4, 6, 5), normal(1, 3, 3, 5, 3))),
+  "upsample": (ops.upsample_conv, doubled, (normal(0, 2, 3, 4, 5), normal(1, 3, 3, 5, 7))),
+  "group norm": (
+    functools.partial(norm, silu=False),
+    functools.partial(group_norm, silu=False),
+    (normal(0, 3, 4, 2, 12) + 5, normal(1, 12), normal(2, 12)),
+  ),
+  "group norm and silu": (
+    functools.partial(norm, silu=True),
+    functools.partial(group_norm, silu=True),
+    (normal(0, 3, 4, 2, 12) - 5, normal(1, 12), normal(2, 12)),
+  ),
+  "gated gelu": (ops.gated_gelu, gated_gelu, (3 * normal(0, 2, 5, 14),)),
+  "attention": (
+    attention.attention,
+    plain_attention,
+    (4 * normal(0, 2, 5, 3, 8), normal(1, 2, 7, 3, 8), normal(2, 2, 7, 3, 8)),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_form_on_cpus(name):
+  form, plain, args = CASES[name]
+  for found, expected in zip(both(form, args), both(plain, args), strict=True):
+    assert found.dtype == jnp.float32
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found / scale, expected / scale, atol=2e-6)
+
+
+def both(function, args):
+  """Its value, and the cotangents of all arguments."""
+
+  @jax.jit
+  def run(d, *args):
+    value, back = jax.vjp(function, *args)
+    return value, *back(d)
+
+  return run(normal(9, *jax.eval_shape(function, *args).shape), *args)
+
+
+@pytest.mark.parametrize("name", ["conv of few pixels", "upsample", "gated gelu", "attention"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_have_the_plain_form(name, platform):
+  form, plain, args = CASES[name]
+
+  def lowered(function, *platforms):
+    gradient = jax.jit(jax.grad(lambda *args: function(*args).sum(), argnums=range(len(args))))
+    return gradient.trace(*args).lower(lowering_platforms=platforms).as_text()
+
+  def products(text):
+    return text.count("stablehlo.dot_general"), text.count("stablehlo.convolution")
+
+  assert products(lowered(form, platform)) == products(lowered(plain, platform))
+  assert lowered(form, platform) != lowered(form, "cpu")
+
+
+@pytest.mark.parametrize("name", ["conv of few pixels", "upsample", "gated gelu"])
+def test_half_precision_has_the_plain_form(name):
+  form, _, args = CASES[name]
+  args = [x.astype(jnp.bfloat16) for x in args]
+  text = jax.jit(form).trace(*args).lower().as_text()
+  assert text.count("stablehlo.dot_general") == 0
+  assert jax.eval_shape(form, *args).dtype == jnp.bfloat16
