@@ -2,10 +2,10 @@
 
     python experiments/cpu_kernels.py
 
-The forms of `rlft/models/ops.py` beside XLA's plain ones, Winograd's convolution, which is not built
-in, and PyTorch where it is installed; forms of an operation take turns. Prints milliseconds, and the
-largest difference from the plain form. Duration: 4 minutes. The result and what followed from it is
-in `cpu_kernels.md`.
+The forms of `rlft/models/ops.py` beside XLA's plain ones, Winograd's convolution, which is not
+built in, and PyTorch where it is installed; forms of an operation take turns. Prints milliseconds,
+and the largest difference from the plain form. The result, and what followed from it, is in
+`cpu_kernels.md`.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ from rlft.models import attention, ops
 
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each form", lower_bound=1)
 
-# Images, height and width, channels in and out: of the miniature, and of a UNet with 128, 256 and 512
-# channels, as one of two devices has them; the widest map of Stable Diffusion.
+# Images, height and width, channels in and out: of the miniature, and of a UNet with 128, 256 and
+# 512 channels, as one of two devices has them; the widest map of Stable Diffusion.
 _CONVOLUTIONS = (
   (32, 8, 96, 48),
   (32, 8, 176, 48),
@@ -135,7 +135,7 @@ def _random(seed: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def main() -> None:
-  print("milliseconds of the forward pass / of the gradient (and what it needs of the forward pass)")
+  print("milliseconds: forward pass / gradient, with what it needs of the forward pass")
   print("3x3 convolutions")
   for b, size, channels, features in _CONVOLUTIONS:
     x, kernel = _random(0, (b, size, size, channels)), _random(2, (3, 3, channels, features))

@@ -21,6 +21,7 @@ def experiment():
   module = importlib.util.module_from_spec(spec)
   names = [f"DEFINE_{kind}" for kind in ("string", "integer", "boolean", "multi_enum")]
   own = flags.FlagValues()
+  importlib.import_module("absl.app")  # Its flags go to the usual place.
   with pytest.MonkeyPatch.context() as patch:
     for name in names:
       patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))

@@ -236,7 +236,7 @@ def test_files_that_do_not_fit(files, tmp_path, monkeypatch):
   weights_only = tmp_path / "HPS_v2.1_compressed.pt"
   weights_only.write_bytes((hps / weights_only.name).read_bytes())
   spec = f"hpsv2?weights={weights_only}&tokenizer={hf}"
-  one_line(make_reward, spec, match=r"has shape \(10, 32\), expected \(77, 1024\)")
+  one_line(make_reward, spec, match="16 left-over arrays.*of another model than")
 
   (tmp_path / "config.json").write_text((hf / "config.json").read_text())
   state = safetensors.numpy.load_file(hf / "model.safetensors")
