@@ -83,7 +83,8 @@ def test_imports_are_declared():
     assert always <= required, f"{path}: add {always - required} to install_requires"
     undeclared = sometimes - required - extras
     if path.name == "trl_worker.py":  # runs in an environment of its own
-      undeclared -= set(re.findall(r"[\w-]+(?===|>=)", (ROOT / "experiments/trl_venv.sh").read_text()))
+      script = (ROOT / "experiments" / "trl_venv.sh").read_text()
+      undeclared -= set(re.findall(r"[\w-]+(?===|>=)", script))
     assert not undeclared, f"{path}: add {undeclared} to install_requires or an extra"
   assert required <= used, f"setup.cfg: nothing imports {required - used}"
 
