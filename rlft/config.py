@@ -166,7 +166,10 @@ class Config:
   )
   remat: bool = option("recompute activations in the backward pass to save memory", True)
   microbatch: int = option(
-    "images at once on each device, in sampling and in training; 0 for all", 0, least=0, fixed=True
+    "images at once on each device, in sampling and in training; 0 for all, on CPUs for up to 16",
+    0,
+    least=0,
+    fixed=True,
   )
   decode_chunk: int = option("images at once on each device in the VAE; 0 for all", 0, least=0)
   attention: str = option(

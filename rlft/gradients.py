@@ -39,7 +39,7 @@ def over_devices(
     *constants: the same for all images.
     mesh: all devices.
     dtype: see `precision.cast`.
-    microbatch: images of a device in a part; 0 for all.
+    microbatch: images of a device in a part, see `microbatch.size`.
 
   Returns:
     the gradient, float32 and laid out as `params`, and the outputs `[B, ...]`.
@@ -54,9 +54,7 @@ def over_devices(
     gradient, outputs = microbatch_lib.summed(
       lambda part: jax.grad(loss, has_aux=True)(params, base, part, *constants),
       rows,
-      microbatch,
-      # XLA's CPU backend computes a gradient in a loop's body 25 times slower than outside.
-      unroll=mesh.devices.flat[0].platform == "cpu",
+      microbatch_lib.size(microbatch, len(jax.tree.leaves(rows)[0]), mesh),
     )
     return sharding.scatter(gradient, where), outputs
 

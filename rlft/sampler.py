@@ -117,13 +117,19 @@ def _swap(path: Trajectory) -> Trajectory:
 
 
 def make_program(
-  model: StableDiffusion, schedule: ddim.Schedule, mesh: Mesh, **settings: Any
+  model: StableDiffusion,
+  schedule: ddim.Schedule,
+  mesh: Mesh,
+  *,
+  microbatch: int = 0,
+  **settings: Any,
 ) -> Callable[..., tuple[Trajectory, jax.Array, Guidance]]:
   """`generate` for the images of all devices, each of which draws its own.
 
   Args:
     model, schedule: as in `generate`.
     mesh: all devices; weights and frozen parameters are laid out as `sharding.parameters` says.
+    microbatch: images at once on a device, see `microbatch.size`.
     **settings: as in `generate`.
 
   Returns:
@@ -137,7 +143,8 @@ def make_program(
     def local(weights, frozen, ids, empty, keys):
       weights = dataclasses.replace(weights, unet=cast(weights.unet, model.unet.dtype))
       whole = sharding.gather((weights, frozen), where)
-      return generate(model, schedule, *whole, ids, empty, keys, **settings)
+      size = microbatch_lib.size(microbatch, len(keys), mesh)
+      return generate(model, schedule, *whole, ids, empty, keys, microbatch=size, **settings)
 
     return sharding.on_each(
       mesh,

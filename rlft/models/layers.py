@@ -5,13 +5,17 @@ whatever the `dtype`. Parameter names and shapes are those of the Flax classes o
 """
 
 from collections.abc import Mapping
+import functools
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from rlft.models.attention import attention
-from rlft.models.ops import conv2d, group_norm, upsample_conv
+from rlft.models.ops import conv2d, dense_product, group_norm, upsample_conv
+
+# `nn.Dense` with a faster gradient on CPUs.
+Dense = functools.partial(nn.Dense, dot_general=dense_product)
 
 
 class Conv(nn.Module):
@@ -89,11 +93,11 @@ class Attention(nn.Module):
   def setup(self):
     *into, out = self.names
     for name in into:
-      dense = nn.Dense(
+      dense = Dense(
         self.features, use_bias=self.bias, dtype=self.dtype, kernel_init=self.kernel_init
       )
       setattr(self, name, dense)
-    setattr(self, out, nn.Dense(self.features, dtype=self.dtype, kernel_init=self.out_init))
+    setattr(self, out, Dense(self.features, dtype=self.dtype, kernel_init=self.out_init))
 
   def __call__(
     self,
@@ -142,7 +146,7 @@ class ResnetBlock(nn.Module):
     h = GroupNorm(self.groups, self.epsilon, self.dtype, silu=True, name="norm1")(x)
     h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
     if time is not None:
-      time = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+      time = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
       h = h + time[:, None, None]
     h = GroupNorm(self.groups, self.epsilon, self.dtype, silu=True, name="norm2")(h)
     h = Conv(self.features, dtype=self.dtype, name="conv2")(h)

@@ -7,6 +7,7 @@ whatever machine, holds the plain operations. `experiments/cpu_kernels.md` has t
 from collections.abc import Callable, Sequence
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,45 +25,105 @@ def on_cpu(
   return jax.lax.platform_dependent(*args, cpu=cpu, default=plain)
 
 
-def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-  """Convolves `x` `[B, H, W, I]` with `kernel` `[h, w, I, O]`; every convolution is made here."""
-  if kernel.shape[:2] == (1, 1) and stride == 1:
-    return x @ kernel[0, 0]
-  plain = functools.partial(_conv2d, stride, tuple(map(tuple, padding)))
-  same = kernel.shape[:2] == (3, 3) and stride == 1 and plain.args[1] == _SAME
-  # With fewer pixels than channels, XLA's gradient spends its time on transposing the kernel.
-  if same and math.prod(x.shape[:3]) <= min(kernel.shape[2:]):
-    return on_cpu(_conv_few_cpu, plain, x, kernel)
-  return plain(x, kernel)
-
-
-def _conv2d(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.conv_general_dilated(
-    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
+def dense_product(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
+) -> jax.Array:
+  """`x` `[..., I]` times `kernel` `[I, O]`, for `nn.Dense`, which gives more arguments."""
+  plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
+  return on_cpu(_product_cpu, plain, x, kernel)
 
 
 @jax.custom_vjp
-def _conv_few_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A 3x3 convolution whose gradient leaves the kernel as it lies: as nine products."""
-  return _conv2d(1, _SAME, x, kernel)
+def _product_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A product whose gradient transposes neither `x` nor the cotangent; JAX's transposes both."""
+  return x @ kernel
 
 
-def _conv_few_backward(residuals, d):
+def _product_backward(residuals, d):
   x, kernel = residuals
-  b, h, w, channels = x.shape
+  d_x = jax.lax.dot_general(d, kernel, (((d.ndim - 1,), (1,)), ((), ())))
+  x, d = (y.reshape(-1, y.shape[-1]) for y in (x, d))
+  return d_x, jax.lax.dot_general(x, d, (((0,), (0,)), ((), ())))
+
+
+_product_cpu.defvjp(lambda x, kernel: (_product_cpu(x, kernel), (x, kernel)), _product_backward)
+
+
+def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
+  """Convolves `x` `[B, H, W, I]` with `kernel` `[h, w, I, O]`; every convolution is made here."""
+  if kernel.shape[:2] == (1, 1) and stride == 1:
+    return on_cpu(_product_cpu, jnp.matmul, x, kernel[0, 0])
+  settings = stride, tuple(map(tuple, padding))
+  cpu, plain = (functools.partial(form, *settings) for form in (_conv2d_cpu, _conv2d))
+  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=plain)  # In any type.
+
+
+def _conv2d(
+  stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, **dilation: Any
+) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **dilation
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A convolution whose gradients are convolutions of transposed arrays.
+
+  JAX's are convolutions with permuted dimensions, for which XLA has no fast form in the body of a
+  loop on CPUs: there they take 50 times as long.
+  """
+  return _conv2d(stride, padding, x, kernel)
+
+
+def _conv2d_backward(stride, padding, residuals, d):
+  x, kernel = residuals
+  return (
+    _input_gradient(stride, padding, x.shape, kernel, d),
+    _kernel_gradient(stride, padding, x, kernel.shape, d),
+  )
+
+
+def _input_gradient(stride, padding, shape, kernel, d):
+  few = math.prod(shape[:3]) <= min(kernel.shape[2:])
+  if few and kernel.shape[:2] == (3, 3) and stride == 1 and padding == _SAME:
+    return _few_gradient(kernel, d)
+  around = []
+  for size, taps, given, (before, _) in zip(
+    shape[1:3], kernel.shape[:2], d.shape[1:3], padding, strict=True
+  ):
+    low = taps - 1 - before
+    # Of the stretched cotangent, stride (given - 1) + 1 long, `size` places are to be seen.
+    around.append((low, size + taps - 2 - stride * (given - 1) - low))
+  mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+  return _conv2d(1, around, d, mirrored, lhs_dilation=(stride, stride))
+
+
+def _few_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
+  """With fewer pixels than channels: nine products, which leave the large kernel as it lies."""
+  b, h, w, _ = d.shape
   padded = jnp.pad(d, ((0, 0), *_SAME, (0, 0)))
 
   def product(i: int, j: int) -> jax.Array:
     seen = padded[:, 2 - i : 2 - i + h, 2 - j : 2 - j + w].reshape(b * h * w, -1)
     return jax.lax.dot_general(seen, kernel[i, j], (((1,), (1,)), ((), ())))
 
-  d_x = sum(product(i, j) for i in range(3) for j in range(3)).reshape(b, h, w, channels)
-  (d_kernel,) = jax.vjp(lambda kernel: _conv2d(1, _SAME, x, kernel), kernel)[1](d)
-  return d_x, d_kernel
+  return sum(product(i, j) for i in range(3) for j in range(3)).reshape(b, h, w, -1)
 
 
-_conv_few_cpu.defvjp(lambda x, kernel: (_conv_few_cpu(x, kernel), (x, kernel)), _conv_few_backward)
+def _kernel_gradient(stride, padding, x, shape, d):
+  # The images take the place of the channels: x [I, H, W, B] by d [H', W', B, O].
+  y = _conv2d(
+    1, padding, x.transpose(3, 1, 2, 0), d.transpose(1, 2, 0, 3), rhs_dilation=(stride, stride)
+  )
+  height, width = shape[:2]  # A stride can leave pixels over, which add taps.
+  return y[:, :height, :width].transpose(1, 2, 0, 3)
+
+
+_conv2d_cpu.defvjp(
+  lambda stride, padding, x, kernel: (_conv2d_cpu(stride, padding, x, kernel), (x, kernel)),
+  _conv2d_backward,
+)
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ class Geglu(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, N, C]` -> `[B, N, features]`."""
-    return ops.gated_gelu(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x))
+    return ops.gated_gelu(layers.Dense(2 * self.features, dtype=self.dtype, name="proj")(x))
 
 
 class FeedForward(nn.Module):
@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
     """`[B, N, C]` -> `[B, N, C]`."""
     features = x.shape[-1]
     x = Geglu(4 * features, self.dtype, name="net_0")(x)
-    return nn.Dense(features, dtype=self.dtype, name="net_2")(x)
+    return layers.Dense(features, dtype=self.dtype, name="net_2")(x)
 
 
 class TransformerBlock(nn.Module):
@@ -111,7 +111,7 @@ class Transformer2D(nn.Module):
   def setup(self):
     def projection() -> nn.Module:
       if self.linear:
-        return nn.Dense(self.features, dtype=self.dtype)
+        return layers.Dense(self.features, dtype=self.dtype)
       return layers.Conv(self.features, 1, dtype=self.dtype)
 
     cls = nn.remat(TransformerBlock) if self.remat else TransformerBlock

@@ -41,8 +41,8 @@ class TimeEmbedding(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, E]` -> `[B, features]`."""
-    x = nn.Dense(self.features, name="linear_1")(x)
-    return nn.Dense(self.features, name="linear_2")(nn.silu(x))
+    x = layers.Dense(self.features, name="linear_1")(x)
+    return layers.Dense(self.features, name="linear_2")(nn.silu(x))
 
 
 def _addition(config: UNetConfig, conditioning: Conditioning) -> jax.Array:
