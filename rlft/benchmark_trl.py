@@ -33,6 +33,9 @@ def side(work: Work, python: str) -> benchmark.Side:
     raise benchmark.Unavailable("no --trl_python: experiments/trl_venv.sh makes one")
   if work.ids.shape[1] > 1:
     raise benchmark.Unavailable("TRL trains models with one text encoder only")
+  if work.guidance_scale == 1.0:
+    # Its pipeline then still gives the network the empty prompts, for twice as many images.
+    raise benchmark.Unavailable("TRL samples with guidance only: try --guidance_scale=5")
   log = tempfile.TemporaryFile("w+")
   what = {
     "model": str(work.model),

@@ -11,16 +11,23 @@ from rlft.types import Conditioning, Guidance, Trajectory
 
 # (x_t [N, H, W, C], timesteps [N] int32, conditioning [N, ...]) -> output [N, H, W, C] float32.
 Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
+# Does what does not depend on the step, for the network.
+Prepare = Callable[[Conditioning], Conditioning]
 
 
-def both(text: Guidance, guidance_scale: float) -> Conditioning:
+def conditioned(text: Guidance, guidance_scale: float, prepare: Prepare) -> Conditioning:
   """What the network is given at once: `[2 B, ...]`, first without the prompts, then with them.
 
-  `[B, ...]`, only the prompts, if a guidance scale of 1 leaves the unconditional half out.
+  `[B, ...]`, only the prompts, if a guidance scale of 1 leaves the unconditional half out. All
+  images have the same empty prompt, which is prepared once.
   """
+  prompt = prepare(text.prompt)
   if guidance_scale == 1.0:
-    return text.prompt
-  return jax.tree.map(lambda *pair: jnp.concatenate(pair), text.empty, text.prompt)
+    return prompt
+  empty = prepare(jax.tree.map(lambda x: x[:1], text.empty))
+  return jax.tree.map(
+    lambda one, all_: jnp.concatenate([jnp.broadcast_to(one, all_.shape), all_]), empty, prompt
+  )
 
 
 def guided_output(
@@ -40,7 +47,7 @@ def guided_output(
     denoise: the network with its parameters bound.
     sample: `[B, H, W, C]` float32, x_t.
     timestep: scalar int32.
-    conditioning: see `both`.
+    conditioning: see `conditioned`.
     guidance_scale: 1 leaves the unconditional half out.
 
   Returns:
@@ -64,6 +71,7 @@ def policy_log_prob(
   text: Guidance,
   *,
   guidance_scale: float,
+  prepare: Prepare = lambda conditioning: conditioning,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of a step that was taken, under the given parameters.
 
@@ -74,7 +82,7 @@ def policy_log_prob(
     denoise,
     sample,
     jnp.asarray(schedule.timesteps)[index],
-    both(text, guidance_scale),
+    conditioned(text, guidance_scale, prepare),
     guidance_scale=guidance_scale,
   )
   mean = ddim.step_mean(schedule, index, sample, output)
@@ -94,7 +102,7 @@ def sample(
   keys: jax.Array,
   *,
   guidance_scale: float,
-  prepare: Callable[[Conditioning], Conditioning] = lambda conditioning: conditioning,
+  prepare: Prepare = lambda conditioning: conditioning,
 ) -> Trajectory:
   """Samples B trajectories of T steps.
 
@@ -106,13 +114,13 @@ def sample(
     keys: `[B]`, consumed: step i of an image uses `fold_in(its key, i)`, so that an image depends
       on its own key only, not on the batch around it.
     guidance_scale: see `guided_output`.
-    prepare: does what does not depend on the step, for `denoise`.
+    prepare: for `denoise`.
 
   Returns:
     Latents `[T+1, B, H, W, C]` and log-probabilities `[T, B]` (0 for deterministic steps).
   """
   chex.assert_type(noise, jnp.float32)
-  conditioning = prepare(both(text, guidance_scale))
+  conditioning = conditioned(text, guidance_scale, prepare)
 
   def step(latent, index):
     output = guided_output(

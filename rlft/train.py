@@ -106,6 +106,7 @@ def make_programs(
         after,
         text,
         guidance_scale=config.guidance_scale,
+        prepare=functools.partial(lora_lib.prepare, model.unet, weights, lora_scale),
       )
 
     log_prob, mean = step(weights_of(whole, base))

@@ -241,3 +241,8 @@ def test_a_process_that_ends_is_reported(tmp_path, monkeypatch):
 def test_without_its_python_trl_is_left_out():
   (result,) = benchmark.run(configured(sides="trl"))
   assert "experiments/trl_venv.sh" in result.sides["trl"].note
+
+
+def test_trl_is_left_out_where_it_cannot_sample():
+  (result,) = benchmark.run(configured(sides="trl", guidance_scale=1.0, trl_python=sys.executable))
+  assert "--guidance_scale=5" in result.sides["trl"].note
