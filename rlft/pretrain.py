@@ -207,7 +207,7 @@ def _fit(
   """
   optimizer = _optimizer(config, steps, rate)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(sharding.jit, donate_argnums=0)
   def update(state, batch, step):
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     loss, gradient = jax.value_and_grad(loss_fn)(state["params"], batch, key)
@@ -328,7 +328,7 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
   rows = [captions.index(c) for c in list(dict.fromkeys(captions))[:64]]
   schedule = ddim.make_schedule(SCHEDULER, 20)
 
-  @jax.jit
+  @sharding.jit
   def preview_sample(params):
     frozen = {"vae": vae_params, "text_encoder": params["text_encoder"]}
     keys = sampler.image_keys(jax.random.key(1), 0, len(rows))

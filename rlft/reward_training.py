@@ -118,7 +118,7 @@ def fit(config: RewardConfig, recipe: Recipe) -> Params:
   rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
   optimizer = _optimizer(config.learning_rate, config.steps, config.weight_decay)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(sharding.jit, donate_argnums=0)
   def update(state, batch):
     value, gradient = jax.value_and_grad(recipe.loss)(state["params"], batch)
     updates, opt = optimizer.update(gradient, state["opt"], state["params"])

@@ -192,14 +192,14 @@ class Sampler:
     )
     self._weights = None
     self._empty = model.tokenize([""])[0][0]
-    self._generate = jax.jit(
+    self._generate = sharding.jit(
       make_program(model, self._schedule, self._mesh, guidance_scale=guidance_scale, **settings)
     )
 
   def rollout(
     self, weights: lora.Weights, ids: np.ndarray, keys: jax.Array
   ) -> tuple[Trajectory, jax.Array, Guidance]:
-    """Samples a batch with all that training needs; returns before it is computed.
+    """Samples a batch with all that training needs; except on CPUs, returns before it is computed.
 
     Args:
       weights: of the UNet, placed on the mesh.

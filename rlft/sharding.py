@@ -34,10 +34,10 @@ def split_host(devices: int) -> None:
     UserError: JAX has started already, with another number of CPU devices.
   """
   if devices:
-    # A device waits for the others in a thread of its own: with fewer than two threads a device,
-    # programs that were launched one after another wait for each other for ever. More than that
-    # are slower by up to a third: `experiments/cpu_kernels.md`.
-    os.environ.setdefault("PJRT_NPROC", str(max(2 * devices + 1, os.cpu_count() or 1)))
+    # XLA cuts an operation into as many tasks as there are threads, and those of two devices get in
+    # each other's way: with 5 threads for two cores everything takes a third longer than with 2
+    # (experiments/cpu_kernels.md). So few threads are safe because of `jit`.
+    os.environ.setdefault("PJRT_NPROC", str(max(devices, os.cpu_count() or 1)))
     try:
       jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:  # JAX has started: a second run in a notebook, for example.
@@ -46,6 +46,29 @@ def split_host(devices: int) -> None:
           f"--cpu_devices={devices}: JAX has started with {jax.device_count()} devices already;"
           " start a new process, or give 0 to use them"
         ) from error
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+  """`jax.jit` for programs of several devices; on CPUs a call returns when its program has run.
+
+  A device of a CPU waits for the others in one of the few threads. Of two programs at once, one
+  device may be in the first and another in the second, with no thread left for either to go on.
+  """
+  return _Awaited(jax.jit(function, **options))
+
+
+class _Awaited:
+  """Behaves like the jitted function, but for when it returns."""
+
+  def __init__(self, program: Any):
+    self._program = program
+
+  def __call__(self, *args: Any) -> Any:
+    result = self._program(*args)
+    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._program, name)
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

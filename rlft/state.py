@@ -70,12 +70,12 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
     key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
     init = functools.partial(lora_lib.init, params=params, rank=config.lora_rank)
     shardings = sharding.parameters(run.mesh, jax.eval_shape(init, key))
-    params = jax.jit(init, out_shardings=shardings)(key)
+    params = sharding.jit(init, out_shardings=shardings)(key)
 
   make = functools.partial(make_state, config, optimizer)
   shardings = sharding.parameters(run.mesh, jax.eval_shape(make, params))
   donated = () if "unet" in run.frozen and not config.lora_rank else (0,)
-  return jax.jit(make, out_shardings=shardings, donate_argnums=donated)(params)
+  return sharding.jit(make, out_shardings=shardings, donate_argnums=donated)(params)
 
 
 def sampling_weights(config: Config, params: Any, frozen: Any) -> lora_lib.Weights:

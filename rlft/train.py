@@ -217,18 +217,18 @@ def make_programs(
     return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, params))
 
   return Programs(
-    advantages=jax.jit(
+    advantages=sharding.jit(
       lambda rewards, group: advantages_lib.normalise(
         rewards, clip=config.advantage_clip, group_size=group
       ),
       static_argnums=1,
       out_shardings=sharding.batch(mesh),
     ),
-    update=jax.jit(update, donate_argnums=0),
-    accumulate=jax.jit(accumulate, donate_argnums=0),
-    apply=jax.jit(apply, donate_argnums=0),
-    pretrain=jax.jit(pretrain, donate_argnums=0),
-    average=jax.jit(average, donate_argnums=0),
+    update=sharding.jit(update, donate_argnums=0),
+    accumulate=sharding.jit(accumulate, donate_argnums=0),
+    apply=sharding.jit(apply, donate_argnums=0),
+    pretrain=sharding.jit(pretrain, donate_argnums=0),
+    average=sharding.jit(average, donate_argnums=0),
   )
 
 

@@ -17,6 +17,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from rlft import sharding
 from rlft.advantages import normalise
 from rlft.config import TaskConfig
 from rlft.rewards import options
@@ -278,7 +279,7 @@ class TaskScorer:
     self._combine = None
     if reward.is_sum or reward.veto:
       veto = reward.veto
-      self._combine = jax.jit(
+      self._combine = sharding.jit(
         lambda scores, vetoing: combine(
           scores,
           vetoing,

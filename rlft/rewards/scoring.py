@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from rlft import sharding as sharding_lib
 from rlft.rewards import errors, host
 from rlft.rewards.errors import RewardError
 from rlft.types import Prompt, Reward, UserError
@@ -76,7 +77,7 @@ class Scorer:
     if reward.kind == "jax":
       replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
       self._params = jax.tree.map(lambda x: _place(x, replicated), reward.params)
-      self._apply = jax.jit(self._trace, out_shardings=batch_sharding)
+      self._apply = sharding_lib.jit(self._trace, out_shardings=batch_sharding)
     else:
       self._rows = self._rows_of_process()
       self._caller = host.HostCaller(reward, timeout_s=timeout_s, threads=reward.threads or threads)
