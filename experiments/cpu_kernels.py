@@ -39,7 +39,10 @@ _CONVOLUTIONS = (
   (1, 64, 320, 320),
 )
 _MAPS = ((32, 8, 48), (32, 4, 128), (8, 16, 128), (8, 8, 256))  # images, height and width, channels
+_LAYERS = ((2048, 64, 512), (512, 128, 1024), (512, 512, 128), (2048, 128, 1024))  # rows, in, out
 _TOKENS = ((32, 16, 16, 4, 32), (8, 256, 256, 8, 16), (8, 256, 77, 8, 16))  # B, N, M, heads, D
+
+_LAST_FIRST = (((1,), (0,)), ((), ()))  # the product of two matrices
 
 _INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
@@ -143,6 +146,20 @@ def main() -> None:
     if importlib.util.find_spec("torch"):
       line += ", " + torch_conv(x, kernel)
     print(f"  {(b, size, channels, features)}: {line}", flush=True)
+  print("3x3 convolutions, twice in a loop")
+  for b, size, channels, features in _CONVOLUTIONS[:5]:
+    x, kernel = _random(0, (2, b, size, size, channels)), _random(2, (3, 3, channels, features))
+    forms = {"XLA": direct, "ops": functools.partial(ops.conv2d, stride=1, padding=ops._SAME)}
+    forms = {
+      name: lambda x, kernel, form=form: jax.lax.map(lambda x: form(x, kernel), x)
+      for name, form in forms.items()
+    }
+    print(f"  {(b, size, channels, features)}: {measure(forms, x, kernel)}", flush=True)
+  print("dense layers")
+  for rows, channels, features in _LAYERS:
+    args = _random(0, (rows, channels)), _random(2, (channels, features))
+    forms = {"XLA": jnp.matmul, "ops": lambda x, kernel: ops.dense_product(x, kernel, _LAST_FIRST)}
+    print(f"  {(rows, channels, features)}: {measure(forms, *args)}", flush=True)
   print("doubled, then a 3x3 convolution")
   for b, size, channels in _MAPS:
     args = _random(0, (b, size // 2, size // 2, channels)), _random(2, (3, 3, channels, channels))

@@ -166,7 +166,7 @@ class Config:
   )
   remat: bool = option("recompute activations in the backward pass to save memory", True)
   microbatch: int = option(
-    "images at once on each device, in sampling and in training; 0 for all, on CPUs for up to 16",
+    "images at once on each device, to sample and to train; 0 for all, in float32 on CPUs for 16",
     0,
     least=0,
     fixed=True,

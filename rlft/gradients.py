@@ -54,7 +54,7 @@ def over_devices(
     gradient, outputs = microbatch_lib.summed(
       lambda part: jax.grad(loss, has_aux=True)(params, base, part, *constants),
       rows,
-      microbatch_lib.size(microbatch, len(jax.tree.leaves(rows)[0]), mesh),
+      microbatch_lib.size(microbatch, len(jax.tree.leaves(rows)[0]), mesh, dtype),
     )
     return sharding.scatter(gradient, where), outputs
 

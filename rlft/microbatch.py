@@ -18,18 +18,20 @@ Rows = Any  # a tree of arrays [b, ...], a row for each image
 _CPU_SIZES = range(16, 7, -1)
 
 
-def size(asked: int, count: int, mesh: Mesh) -> int:
+def size(asked: int, count: int, mesh: Mesh, dtype: Any) -> int:
   """Images of a device in a part.
 
   Args:
-    asked: 0 leaves it to this function: all images, but on CPUs 16, or 8 and more that divide them.
+    asked: 0 leaves it to this function: all images, but in float32 on CPUs 16, or 8 and more that
+      divide them. (`ops.conv2d` has gradients that are fast in a loop there in float32 only.)
     count: images of a device.
     mesh: the devices.
+    dtype: type of the computation.
 
   Returns:
     The number, or 0 for all.
   """
-  if asked or mesh.devices.flat[0].platform != "cpu":
+  if asked or mesh.devices.flat[0].platform != "cpu" or dtype != jnp.float32:
     return asked
   return next((n for n in _CPU_SIZES if count % n == 0), 0)
 

@@ -143,7 +143,7 @@ def make_program(
     def local(weights, frozen, ids, empty, keys):
       weights = dataclasses.replace(weights, unet=cast(weights.unet, model.unet.dtype))
       whole = sharding.gather((weights, frozen), where)
-      size = microbatch_lib.size(microbatch, len(keys), mesh)
+      size = microbatch_lib.size(microbatch, len(keys), mesh, model.unet.dtype)
       return generate(model, schedule, *whole, ids, empty, keys, microbatch=size, **settings)
 
     return sharding.on_each(

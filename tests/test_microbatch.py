@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft import microbatch
+from rlft import microbatch, sharding
 
 ROWS = {"x": jnp.arange(24.0).reshape(12, 2), "y": jnp.arange(12.0)}
 
@@ -47,3 +47,13 @@ def test_sums_of_bfloat16_gradients_are_float32():
 def test_parts_have_to_fit():
   with pytest.raises(ValueError, match="12 rows cannot be divided into parts of 5"):
     microbatch.mapped(lambda rows: rows, ROWS, 5)
+
+
+@pytest.mark.parametrize(
+  ("count", "found"), [(64, 16), (30, 15), (48, 16), (8, 8), (4, 0), (34, 0), (17, 0)]
+)
+def test_on_cpus_parts_are_as_large_as_their_caches_like(count, found):
+  mesh = sharding.make_mesh()
+  assert microbatch.size(0, count, mesh, jnp.float32) == found
+  assert microbatch.size(0, count, mesh, jnp.bfloat16) == 0
+  assert microbatch.size(2, count, mesh, jnp.float32) == 2

@@ -138,13 +138,12 @@ def test_half_precision_has_the_plain_form(name):
   assert jax.eval_shape(form, *args).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients_of_convolutions_are_fast_in_a_loop(dtype):
+def test_gradients_of_convolutions_are_fast_in_a_loop():
   """XLA's CPU backend takes 30 times as long in a loop for the gradients that JAX writes."""
-  images, kernel = normal(0, 2, 8, 8, 8, 64).astype(dtype), normal(1, 3, 3, 64, 64).astype(dtype)
+  images, kernel = normal(0, 2, 8, 8, 8, 64), normal(1, 3, 3, 64, 64)
 
   def gradient(kernel, x):
-    return jax.grad(lambda kernel: conv(conv(x, kernel), kernel).astype(jnp.float32).sum())(kernel)
+    return jax.grad(lambda kernel: conv(conv(x, kernel), kernel).sum())(kernel)
 
   def step(total, x):
     return total + gradient(kernel, x), None

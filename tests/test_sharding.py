@@ -66,3 +66,20 @@ def test_the_host_is_not_split_twice():
   sharding.split_host(8)
   with pytest.raises(UserError, match="--cpu_devices=2: JAX has started with 8 devices already"):
     sharding.split_host(2)
+
+
+def test_a_program_has_run_when_its_call_returns():
+  """Else devices of a CPU that wait for each other run out of threads: more calls than those."""
+  mesh = sharding.make_mesh()
+
+  def local(x):
+    x = jax.lax.fori_loop(0, 100, lambda _, x: jnp.tanh(x @ x), x[0])
+    return jax.lax.psum(x, ("data", "fsdp"))
+
+  total = sharding.on_each(mesh, local, in_specs=sharding.ROWS, out_specs=sharding.EVERYWHERE)
+  program = sharding.jit(lambda x: total(jnp.broadcast_to(x, (8, *x.shape))))
+  x = jnp.eye(64)
+  for _ in range(30):
+    x = program(x)
+    assert x.is_ready()
+  assert "all_reduce" in program.lower(x).as_text()
