@@ -163,7 +163,7 @@ def make_programs(
     return step(state, change), metrics
 
   def accumulate(total, state, *batch):
-    """Adds one timestep's gradient. One call for each: XLA's loops are slow on CPUs."""
+    """Adds one timestep's gradient."""
     change, metrics = policy_gradient(state, *batch)
     return jax.tree.map(jnp.add, total, change), metrics
 
