@@ -81,7 +81,7 @@ class AbstractRun:
     schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
     programs = train.make_programs(config, model, schedule, state_lib.optimizer_of(config), mesh)
     settings = run_lib.sampling_settings(config) | {"guidance_scale": config.guidance_scale}
-    sample = sharding.jit(sampler_lib.make_program(model, schedule, mesh, **settings))
+    sample = jax.jit(sampler_lib.make_program(model, schedule, mesh, **settings))
     calls = []
     sizes = sorted({task.batch_size for task in config.task}, reverse=True)
     for size in sizes:

@@ -11,8 +11,13 @@ from rlft.types import Conditioning, Guidance, Trajectory
 
 # (x_t [N, H, W, C], timesteps [N] int32, conditioning [N, ...]) -> output [N, H, W, C] float32.
 Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
-# Does what does not depend on the step, for the network.
+# Computes from the conditioning what the denoiser needs of it at every step.
 Prepare = Callable[[Conditioning], Conditioning]
+
+
+def unprepared(conditioning: Conditioning) -> Conditioning:
+  """Of a denoiser that takes the conditioning as it is."""
+  return conditioning
 
 
 def conditioned(text: Guidance, guidance_scale: float, prepare: Prepare) -> Conditioning:
@@ -71,7 +76,7 @@ def policy_log_prob(
   text: Guidance,
   *,
   guidance_scale: float,
-  prepare: Prepare = lambda conditioning: conditioning,
+  prepare: Prepare = unprepared,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of a step that was taken, under the given parameters.
 
@@ -102,7 +107,7 @@ def sample(
   keys: jax.Array,
   *,
   guidance_scale: float,
-  prepare: Prepare = lambda conditioning: conditioning,
+  prepare: Prepare = unprepared,
 ) -> Trajectory:
   """Samples B trajectories of T steps.
 
@@ -114,7 +119,7 @@ def sample(
     keys: `[B]`, consumed: step i of an image uses `fold_in(its key, i)`, so that an image depends
       on its own key only, not on the batch around it.
     guidance_scale: see `guided_output`.
-    prepare: for `denoise`.
+    prepare: makes of the conditioning what `denoise` takes; called once, before the steps.
 
   Returns:
     Latents `[T+1, B, H, W, C]` and log-probabilities `[T, B]` (0 for deterministic steps).

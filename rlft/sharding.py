@@ -35,7 +35,7 @@ def split_host(devices: int) -> None:
   """
   if devices:
     # XLA cuts an operation into as many tasks as there are threads, and those of two devices get in
-    # each other's way: with 5 threads for two cores everything takes a third longer than with 2
+    # each other's way: with 5 threads for two cores sampling takes a fifth longer than with 2
     # (experiments/cpu_kernels.md). So few threads are safe because of `jit`.
     os.environ.setdefault("PJRT_NPROC", str(max(devices, os.cpu_count() or 1)))
     try:

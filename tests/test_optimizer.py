@@ -42,6 +42,16 @@ def test_it_is_optax_adamw():
   assert optimizer.full_precision(found, state) is found
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 1e3, float("nan")])
+def test_it_clips_as_optax_does(scale):
+  gradient = {"w": scale * jnp.linspace(-1.0, 1.0, 5), "b": jnp.full(3, scale)}
+  ours, theirs = optimizer.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)
+  found, _ = ours.update(gradient, ours.init(gradient))
+  expected, _ = theirs.update(gradient, theirs.init(gradient))
+  for name in gradient:
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+
+
 def test_moments_in_bfloat16_are_right_on_average():
   whole, exact = run(optimizer.make_optimizer(**SETTINGS), PARAMS)
   half, stored = run(optimizer.make_optimizer(**SETTINGS, moments_dtype="bfloat16"), PARAMS)

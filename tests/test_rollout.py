@@ -61,6 +61,6 @@ def test_guidance_mixes_both_outputs():
   uncond = linear(x, jnp.full((4,), 500), TEXT.empty)
   cond = linear(x, jnp.full((4,), 500), TEXT.prompt)
   for scale in (1.0, 7.0):
-    text = rollout.conditioned(TEXT, scale, lambda conditioning: conditioning)
+    text = rollout.conditioned(TEXT, scale, rollout.unprepared)
     guided = rollout.guided_output(linear, x, time, text, guidance_scale=scale)
     np.testing.assert_allclose(guided, uncond + scale * (cond - uncond), rtol=1e-5, atol=1e-6)

@@ -96,6 +96,8 @@ class Scorer:
   def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> Pending:
     """Starts to score a batch and returns at once, also while the images are being computed.
 
+    On CPUs a JAX reward has scored the batch when this returns (`sharding.jit`).
+
     Args:
       images: `[B, H, W, 3]` float32 in [0, 1], sharded by `batch_sharding`. They must not be
         donated before the result has been taken.
