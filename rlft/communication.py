@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 _SLACK = 0.01  # of the parameters' bytes: metrics, norms, advantages
-_SUMMED_WHOLE = 0.1  # of the gradients' bytes, at most
+_SUMMED_WHOLE = 0.1  # of the parameters' or the gradients' bytes, at most
 _SMALLEST = 2**10  # bytes that nobody has to explain
 
 
@@ -57,7 +57,8 @@ def surprises(
   sizes, wanted = {kind: size for kind, (_, size) in found.items()}, dict(theory)
   # The TPU's compiler makes an all-reduce and a slice of the reduce-scatter of a small array.
   scattered = wanted.get("reduce-scatter", 0)
-  moved = min(scattered - sizes.get("reduce-scatter", 0), _SUMMED_WHOLE * scattered)
+  most = _SUMMED_WHOLE * max(scattered, parameter_bytes)
+  moved = min(scattered - sizes.get("reduce-scatter", 0), most)
   if moved > 0:
     wanted["reduce-scatter"] = scattered - moved
     wanted["all-reduce"] = wanted.get("all-reduce", 0) + moved

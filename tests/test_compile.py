@@ -159,6 +159,14 @@ def test_gradients_may_be_summed_whole_if_they_are_few():
   assert len(communication.surprises({}, theory, 10_000)) == 2  # the all-gather is below the slack
 
 
+def test_the_gradients_of_an_adapter_may_be_summed_whole():
+  theory = {"all-gather": 100_000, "reduce-scatter": 4000, "all-reduce": 500}
+  found = {"all-gather": (1, 100_000), "reduce-scatter": (1, 500), "all-reduce": (9, 4000)}
+  assert communication.surprises(found, theory, 100_000) == ()
+  found |= {"all-reduce": (9, 8000)}
+  assert len(communication.surprises(found, theory, 100_000)) == 1
+
+
 # The command.
 
 
