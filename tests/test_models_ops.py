@@ -61,6 +61,9 @@ norm = functools.partial(ops.group_norm, groups=4, epsilon=1e-5)
 plain_attention = functools.partial(attention.attention, implementation="xla")
 
 CASES = {
+  # As many pixels and channels as it takes to have rows in pairs, in both ways.
+  "conv of pairs": (conv, direct, (normal(0, 3, 8, 11, 60), normal(1, 3, 3, 60, 50))),
+  "wide conv of pairs": (conv, direct, (normal(0, 3, 10, 9, 140), normal(1, 3, 3, 140, 130))),
   "conv of few pixels": (conv, direct, (normal(0, 2, 3, 2, 16), normal(1, 3, 3, 16, 13))),
   "conv": convolution(3, 1, (1, 1)),
   "conv of single pixels": convolution(1, 1, (0, 0)),
@@ -112,7 +115,8 @@ def both(function, args):
 
 
 @pytest.mark.parametrize(
-  "name", ["conv", "conv of few pixels", "dense", "upsample", "gated gelu", "attention"]
+  "name",
+  ["conv", "conv of pairs", "conv of few pixels", "dense", "upsample", "gated gelu", "attention"],
 )
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_have_the_plain_form(name, platform):
@@ -138,9 +142,10 @@ def test_half_precision_has_the_plain_form(name):
   assert jax.eval_shape(form, *args).dtype == jnp.bfloat16
 
 
-def test_gradients_of_convolutions_are_fast_in_a_loop():
+@pytest.mark.parametrize(("batch", "channels"), [(2, 64), (8, 64), (8, 128)])
+def test_gradients_of_convolutions_are_fast_in_a_loop(batch, channels):
   """XLA's CPU backend takes 30 times as long in a loop for the gradients that JAX writes."""
-  images, kernel = normal(0, 2, 8, 8, 8, 64), normal(1, 3, 3, 64, 64)
+  images, kernel = normal(0, 2, batch, 8, 8, channels), normal(1, 3, 3, channels, channels)
 
   def gradient(kernel, x):
     return jax.grad(lambda kernel: conv(conv(x, kernel), kernel).sum())(kernel)

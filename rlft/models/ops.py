@@ -14,6 +14,10 @@ import jax.numpy as jnp
 
 Padding = Sequence[tuple[int, int]]
 _SAME = ((1, 1), (1, 1))
+_WHOLE = (3, 3, 1, _SAME)  # height, width, stride, padding of a convolution that keeps the size
+_WIDTH = ((0, 0), (1, 1))  # padding of one by a row of its kernel
+# Where which form is faster (experiments/cpu_kernels.md): numbers of channels, and of pixels.
+_NARROW, _WIDE, _FEW = 48, 128, 256
 
 
 def on_cpu(
@@ -68,26 +72,35 @@ def _conv2d(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A convolution whose gradients are convolutions of transposed arrays.
+  """A convolution whose gradients are convolutions of transposed arrays, or products.
 
   JAX's are convolutions with permuted dimensions, for which XLA has no fast form in the body of a
   loop on CPUs: there they take 50 times as long.
   """
+  if _takes_pairs(stride, padding, x.shape, kernel.shape):
+    return _paired_conv(x, kernel)
   return _conv2d(stride, padding, x, kernel)
 
 
 def _conv2d_backward(stride, padding, residuals, d):
   x, kernel = residuals
-  return (
-    _input_gradient(stride, padding, x.shape, kernel, d),
-    _kernel_gradient(stride, padding, x, kernel.shape, d),
-  )
+  shape, *channels = x.shape, *kernel.shape[2:]
+  if _takes_pairs(stride, padding, shape, kernel.shape):
+    if min(channels) >= _WIDE:
+      return _paired_input_gradient(kernel, d), _paired_kernel_gradient(x, d)
+    d_x = _paired_conv(d, _mirrored(kernel))
+  elif (*kernel.shape[:2], stride, padding) == _WHOLE and math.prod(shape[:3]) <= min(channels):
+    d_x = _few_gradient(kernel, d)
+  else:
+    d_x = _input_gradient(stride, padding, shape, kernel, d)
+  return d_x, _kernel_gradient(stride, padding, x, kernel.shape, d)
+
+
+def _mirrored(kernel):
+  return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
 def _input_gradient(stride, padding, shape, kernel, d):
-  few = math.prod(shape[:3]) <= min(kernel.shape[2:])
-  if few and kernel.shape[:2] == (3, 3) and stride == 1 and padding == _SAME:
-    return _few_gradient(kernel, d)
   around = []
   for size, taps, given, (before, _) in zip(
     shape[1:3], kernel.shape[:2], d.shape[1:3], padding, strict=True
@@ -95,20 +108,26 @@ def _input_gradient(stride, padding, shape, kernel, d):
     low = taps - 1 - before
     # Of the stretched cotangent, stride (given - 1) + 1 long, `size` places are to be seen.
     around.append((low, size + taps - 2 - stride * (given - 1) - low))
-  mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-  return _conv2d(1, around, d, mirrored, lhs_dilation=(stride, stride))
+  return _conv2d(1, around, d, _mirrored(kernel), lhs_dilation=(stride, stride))
+
+
+def _row_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
+  """`d` convolved with a mirrored row `[3, I, O]`: products, which leave the kernel as it lies."""
+  batch, height, width, channels = d.shape
+  padded = jnp.pad(d, ((0, 0), (0, 0), (1, 1), (0, 0)))
+
+  def product(i: int) -> jax.Array:
+    seen = padded[:, :, 2 - i : 2 - i + width].reshape(-1, channels)
+    return jax.lax.dot_general(seen, kernel[i], (((1,), (1,)), ((), ())))
+
+  return sum(product(i) for i in range(3)).reshape(batch, height, width, -1)
 
 
 def _few_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
-  """With fewer pixels than channels: nine products, which leave the large kernel as it lies."""
-  b, h, w, _ = d.shape
-  padded = jnp.pad(d, ((0, 0), *_SAME, (0, 0)))
-
-  def product(i: int, j: int) -> jax.Array:
-    seen = padded[:, 2 - i : 2 - i + h, 2 - j : 2 - j + w].reshape(b * h * w, -1)
-    return jax.lax.dot_general(seen, kernel[i, j], (((1,), (1,)), ((), ())))
-
-  return sum(product(i, j) for i in range(3) for j in range(3)).reshape(b, h, w, -1)
+  """With fewer pixels than channels to transpose the kernel would take longer than the products."""
+  height = d.shape[1]
+  padded = jnp.pad(d, ((0, 0), (1, 1), (0, 0), (0, 0)))
+  return sum(_row_gradient(kernel[i], padded[:, 2 - i : 2 - i + height]) for i in range(3))
 
 
 def _kernel_gradient(stride, padding, x, shape, d):
@@ -124,6 +143,61 @@ _conv2d_cpu.defvjp(
   lambda stride, padding, x, kernel: (_conv2d_cpu(stride, padding, x, kernel), (x, kernel)),
   _conv2d_backward,
 )
+
+# Winograd's F(2, 3) along the height (https://arxiv.org/abs/1509.09308): two neighbouring rows of
+# the output take four products with rows of a 3x3 kernel in the place of six.
+
+
+def _takes_pairs(stride, padding, shape, kernel_shape):
+  """Whether a convolution is of a kind and a size for which taking rows in pairs is faster."""
+  return (
+    (*kernel_shape[:2], stride, padding) == _WHOLE
+    and shape[1] % 2 == 0
+    and min(kernel_shape[2:]) >= _NARROW
+    and math.prod(shape[:3]) >= _FEW
+  )
+
+
+def _paired_inputs(x: jax.Array) -> list[jax.Array]:
+  """Four sums of `[B, H / 2, W, C]`, of the four rows that each pair of output rows sees."""
+  padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+  a, b, c, d = (padded[:, i : i + x.shape[1] - 1 : 2] for i in range(4))
+  return [a - c, b + c, c - b, b - d]
+
+
+def _paired_kernels(kernel: jax.Array) -> list[jax.Array]:
+  """Four sums of the kernel's rows, each `[3, I, O]`."""
+  first, middle, last = kernel
+  outer, middle = 0.5 * (first + last), 0.5 * middle
+  return [first, outer + middle, outer - middle, last]
+
+
+def _paired_outputs(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.Array:
+  """`[B, H, W, C]` from the four products `[B, H / 2, W, C]`."""
+  batch, half, width, channels = a.shape
+  return jnp.stack([a + b + c, b - c - d], 2).reshape(batch, 2 * half, width, channels)
+
+
+def _paired_conv(x, kernel):
+  factors = zip(_paired_inputs(x), _paired_kernels(kernel), strict=True)
+  return _paired_outputs(*(_conv2d(1, _WIDTH, x, kernel[None]) for x, kernel in factors))
+
+
+def _paired_input_gradient(kernel, d):
+  first, *middle, last = _paired_kernels(kernel)
+  factors = zip((last, *middle, first), _paired_inputs(d), strict=True)
+  return _paired_outputs(*(_row_gradient(kernel, d) for kernel, d in factors))
+
+
+def _paired_kernel_gradient(x, d):
+  even, odd = d[:, ::2], d[:, 1::2]
+  shape = (1, 3, x.shape[-1], d.shape[-1])
+  first, plus, minus, last = (
+    _kernel_gradient(1, _WIDTH, x, shape, d)[0]
+    for x, d in zip(_paired_inputs(x), (even, even + odd, even - odd, -odd), strict=True)
+  )
+  outer, middle = 0.5 * (plus + minus), 0.5 * (plus - minus)
+  return jnp.stack([first + outer, middle, outer + last])
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
