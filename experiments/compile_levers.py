@@ -1,6 +1,9 @@
-"""What each lever does to the memory of an update, at the widest map of Stable Diffusion 2's UNet.
+"""What each lever does to the memory of an update of Stable Diffusion 2.
 
     python experiments/compile_levers.py --json=runs/compile_levers.json
+
+First what a device of v6e:8x16 keeps of the whole UNet, its optimizer and the frozen parts, which
+takes no compiler; then what an update takes at the UNet's widest map.
 
 The whole UNet takes half an hour for each row on two cores. Nearly all of its activations are at
 the first of its four resolutions (64 x 64, 320 channels, 5 heads over 4,096 tokens), so this
@@ -16,7 +19,7 @@ from absl import flags
 
 from rlft import cli, targets
 from rlft import compile as compile_lib
-from rlft.abstract_run import AbstractRun
+from rlft.abstract_run import AbstractRun, device_bytes
 from rlft.config import Config, TaskConfig
 from rlft.models import architectures
 from rlft.targets import GIB
@@ -31,6 +34,14 @@ _BASE = Config(
   pretrain_weight=0.0,
   fsdp=8,
 )
+_STATES = {
+  "8 shards": {},
+  "1 shard": {"fsdp": 1},
+  "moments in bfloat16": {"moments_dtype": "bfloat16"},
+  "parameters in bfloat16, float32 master": {"param_dtype": "bfloat16"},
+  "LoRA of rank 32": {"lora_rank": 32},
+  "LoRA of rank 32, 1 shard": {"lora_rank": 32, "fsdp": 1},
+}
 _VARIANTS = {
   "remat, splash attention": {},
   "no remat": {"remat": False},
@@ -57,7 +68,22 @@ def _first_level(config: Config):
   return dataclasses.replace(model, unet=model.unet.clone(attention=config.attention))
 
 
+def _print_states() -> None:
+  print("| setting | trained, GiB | optimizer | frozen |\n|---|---|---|---|")
+  for name, changes in _STATES.items():
+    config = dataclasses.replace(_BASE, **changes)
+    mesh = targets.open_target("v6e:8x16", config.fsdp).mesh
+    task = dataclasses.replace(config.task[0], batch_size=mesh.size * _IMAGES)
+    config = dataclasses.replace(config, task=(task,))
+    model = architectures.build(architectures.get("sd2-base"), dtype=config.compute_dtype)
+    run = AbstractRun.of(config, mesh, model)
+    kept = (run.state.params, run.state.opt, run.frozen)
+    print("| " + " | ".join([name, *(f"{device_bytes(x) / GIB:.2f}" for x in kept)]) + " |")
+  print()
+
+
 def main() -> None:
+  _print_states()
   target = targets.open_target(_TARGET, _BASE.fsdp)
   found = {}
   print("| setting | activations, GiB | peak, GiB | TFLOP per image |\n|---|---|---|---|")
