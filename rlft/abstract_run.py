@@ -115,7 +115,7 @@ class AbstractRun:
       self._everywhere(self._tokens, jnp.int32),
       self._rows((size,), _KEY.dtype),
     )
-    gathered = (self._computed(weights.unet), weights.adapter, others)
+    gathered = (self._computed(weights.unet), weights.adapter, _without(others, "encoder"))
     return Call("sample", program, args, 1, size, self._theory(gathered, ()))
 
   def _update(self, programs: train.Programs, sample: Call, size: int) -> list[Call]:
@@ -144,7 +144,8 @@ class AbstractRun:
     images = self._rows((count, *sampler_lib.image_size(self.model), 3), jnp.uint8)
     ids = self._rows((count, *self._tokens), jnp.int32)
     others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
-    gathered = (self._computed((state.params, self.frozen.get("unet", {}))), others)
+    unet = self._computed((state.params, self.frozen.get("unet", {})))
+    gathered = (unet, _without(others, "decoder"))
     args = (state, self.frozen, images, ids, _KEY)
     return Call("pretrain", programs.pretrain, args, 1, count, self._theory(gathered, state.params))
 
@@ -181,6 +182,12 @@ def open_model(config: Config, architecture: str = "") -> pretrained.StableDiffu
     attention=config.attention,
     backend=config.backend,
   )
+
+
+def _without(others: dict[str, Any], half: str) -> dict[str, Any]:
+  """The frozen parameters but for the half of the VAE that a program does not use."""
+  vae = {name: tree for name, tree in others["vae"].items() if name != half}
+  return {**others, "vae": vae}
 
 
 def device_bytes(tree: Any) -> int:

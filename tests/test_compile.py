@@ -124,6 +124,17 @@ def test_an_update_gathers_parameters_and_scatters_gradients_and_nothing_else(
   assert found.flops > 0 and found.arguments > 2 * size / 4 and found.fits
 
 
+@pytest.mark.parametrize("name", ["sample", "pretrain"])
+def test_other_programs_gather_what_they_use(run, target, little_optimisation, name):
+  config = dataclasses.replace(CONFIG, pretrain_weight=0.1, pretrain_batch_size=8)
+  run = dataclasses.replace(run, config=config)
+  call = next(call for call in run.calls() if call.name == name)
+  found = compile_lib.measure(call, target).collectives
+  assert found["all-gather"][1] == pytest.approx(call.theory["all-gather"], rel=0.01)
+  size = sum(x.size * 4 for x in jax.tree.leaves(run.state.params))
+  assert communication.surprises(found, call.theory, size) == ()
+
+
 @pytest.mark.parametrize("how", ["gathered", "exchanged"])
 def test_an_activation_that_moves_is_noticed(target, how):
   def local(w, x):
@@ -157,6 +168,13 @@ def test_gradients_may_be_summed_whole_if_they_are_few():
   found |= {"reduce-scatter": (1, 0), "all-reduce": (9, 10_500)}
   assert len(communication.surprises(found, theory, 10_000)) == 2
   assert len(communication.surprises({}, theory, 10_000)) == 2  # the all-gather is below the slack
+
+
+def test_parameters_may_be_gathered_in_half_precision():
+  theory = {"all-gather": 100_000}
+  assert communication.surprises({"all-gather": (3, 50_000)}, theory, 100_000) == ()
+  assert len(communication.surprises({"all-gather": (3, 40_000)}, theory, 100_000)) == 1
+  assert len(communication.surprises({"all-gather": (3, 102_000)}, theory, 100_000)) == 1
 
 
 def test_the_gradients_of_an_adapter_may_be_summed_whole():
