@@ -8,7 +8,7 @@ takes no compiler; then what an update takes at the UNet's widest map.
 The whole UNet takes half an hour for each row on two cores. Nearly all of its activations are at
 the first of its four resolutions (64 x 64, 320 channels, 5 heads over 4,096 tokens), so this
 compiles a UNet of that level alone, the other settings being those of `sd2_preference.flags`: 16
-images a device with guidance, on v6e:2x4. About 5 minutes a row on two cores; what has been
+images a device with guidance, on v6e:2x4. 4 to 17 minutes a row on two cores; what has been
 compiled is not compiled again. The result is in `compile.md`.
 """
 
@@ -19,7 +19,7 @@ from absl import flags
 
 from rlft import cli, targets
 from rlft import compile as compile_lib
-from rlft.abstract_run import AbstractRun, device_bytes
+from rlft.abstract_run import AbstractRun, device_bytes, open_model
 from rlft.config import Config, TaskConfig
 from rlft.models import architectures
 from rlft.targets import GIB
@@ -73,10 +73,7 @@ def _print_states() -> None:
   for name, changes in _STATES.items():
     config = dataclasses.replace(_BASE, **changes)
     mesh = targets.open_target("v6e:8x16", config.fsdp).mesh
-    task = dataclasses.replace(config.task[0], batch_size=mesh.size * _IMAGES)
-    config = dataclasses.replace(config, task=(task,))
-    model = architectures.build(architectures.get("sd2-base"), dtype=config.compute_dtype)
-    run = AbstractRun.of(config, mesh, model)
+    run = AbstractRun.of(config, mesh, open_model(config, "sd2-base"))
     kept = (run.state.params, run.state.opt, run.frozen)
     print("| " + " | ".join([name, *(f"{device_bytes(x) / GIB:.2f}" for x in kept)]) + " |")
   print()
@@ -86,7 +83,7 @@ def main() -> None:
   _print_states()
   target = targets.open_target(_TARGET, _BASE.fsdp)
   found = {}
-  print("| setting | activations, GiB | peak, GiB | TFLOP per image |\n|---|---|---|---|")
+  print("| setting | temporary, GiB | peak, GiB | TFLOP per image |\n|---|---|---|---|")
   for name, changes in _VARIANTS.items():
     config = dataclasses.replace(_BASE, **changes)
     run = AbstractRun.of(config, target.mesh, _first_level(config))

@@ -31,7 +31,7 @@ class Call:
     args: trees of shapes.
     times: calls in an iteration.
     images: that one call is for; 0 if its work does not depend on them.
-    theory: communication of one call, see `communication.expected`.
+    theory, sparable: communication of one call, see `communication`.
   """
 
   name: str
@@ -40,6 +40,7 @@ class Call:
   times: int
   images: int
   theory: dict[str, int]
+  sparable: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,8 @@ class AbstractRun:
       self._rows((size,), _KEY.dtype),
     )
     gathered = (self._computed(weights.unet), weights.adapter, _without(others, "encoder"))
-    return Call("sample", program, args, 1, size, self._theory(gathered, ()))
+    theory, sparable = self._theory(gathered, ()), communication.sparable(self.mesh, gathered)
+    return Call("sample", program, args, 1, size, theory, sparable)
 
   def _update(self, programs: train.Programs, sample: Call, size: int) -> list[Call]:
     config, state, mesh = self.config, self.state, self.mesh
@@ -147,7 +149,9 @@ class AbstractRun:
     unet = self._computed((state.params, self.frozen.get("unet", {})))
     gathered = (unet, _without(others, "decoder"))
     args = (state, self.frozen, images, ids, _KEY)
-    return Call("pretrain", programs.pretrain, args, 1, count, self._theory(gathered, state.params))
+    theory = self._theory(gathered, state.params)
+    sparable = communication.sparable(self.mesh, gathered)
+    return Call("pretrain", programs.pretrain, args, 1, count, theory, sparable)
 
   @property
   def _tokens(self) -> tuple[int, int]:

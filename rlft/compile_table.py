@@ -114,7 +114,7 @@ def _levers(config: Config, mesh: jax.sharding.Mesh) -> str:
 
 def _verdict(run: AbstractRun, row: Row) -> str:
   size = 4 * sum(x.size for x in jax.tree.leaves(run.model.params["unet"]))
-  found = communication.surprises(row.result.collectives, row.call.theory, size)
+  found = communication.surprises(row.result.collectives, row.call.theory, size, row.call.sparable)
   if found:
     return "NOT as expected: " + "; ".join(found)
   return (

@@ -170,11 +170,16 @@ def test_gradients_may_be_summed_whole_if_they_are_few():
   assert len(communication.surprises({}, theory, 10_000)) == 2  # the all-gather is below the slack
 
 
-def test_parameters_may_be_gathered_in_half_precision():
+def test_float32_may_be_gathered_in_half_precision_where_that_is_said():
   theory = {"all-gather": 100_000}
-  assert communication.surprises({"all-gather": (3, 50_000)}, theory, 100_000) == ()
-  assert len(communication.surprises({"all-gather": (3, 40_000)}, theory, 100_000)) == 1
-  assert len(communication.surprises({"all-gather": (3, 102_000)}, theory, 100_000)) == 1
+  for size, sparable, count in ((50_000, 0, 1), (50_000, 50_000, 0), (40_000, 50_000, 1)):
+    found = {"all-gather": (3, size)}
+    assert len(communication.surprises(found, theory, 100_000, sparable)) == count
+  assert len(communication.surprises({"all-gather": (3, 102_000)}, theory, 100_000, 50_000)) == 1
+
+
+def test_nothing_is_sparable_on_cpus(run):
+  assert not any(call.sparable for call in run.calls())
 
 
 def test_the_gradients_of_an_adapter_may_be_summed_whole():
