@@ -89,7 +89,7 @@ class AbstractRun:
       drawn = self._sample(sample, size)
       count = sum(task.batch_size == size for task in config.task)
       update = self._update(programs, drawn, size)
-      for call in (drawn, *update):
+      for call in (drawn, update):
         name = f"{call.name} {size}" if len(sizes) > 1 else call.name
         calls.append(dataclasses.replace(call, name=name, times=count * call.times))
     if config.pretrain_weight:
@@ -120,8 +120,11 @@ class AbstractRun:
     theory, sparable = self._theory(gathered, ()), communication.sparable(self.mesh, gathered)
     return Call("sample", program, args, 1, size, theory, sparable)
 
-  def _update(self, programs: train.Programs, sample: Call, size: int) -> list[Call]:
+  def _update(self, programs: train.Programs, sample: Call, size: int) -> Call:
     config, state, mesh = self.config, self.state, self.mesh
+    steps, times = config.train_timesteps, 1
+    if not config.accumulate_timesteps:
+      steps, times = times, steps
     path, _, text = jax.eval_shape(sample.program, *sample.args)
     batch = (
       self.frozen,
@@ -129,17 +132,11 @@ class AbstractRun:
       _placed(text, sharding.batch(mesh)),
       self._rows((size,), jnp.float32),
       self._rows((size,), jnp.bool_),
-      self._everywhere((), jnp.int32),
+      self._everywhere((steps,), jnp.int32),
     )
     gathered = self._computed((state.params, self.frozen.get("unet", {})))
-    theory, times = self._theory(gathered, state.params), config.train_timesteps
-    if not config.accumulate_timesteps:
-      return [Call("update", programs.update, (state, *batch), times, size, theory)]
-    total = state.params
-    return [
-      Call("accumulate", programs.accumulate, (total, state, *batch), times, size, theory),
-      Call("apply", programs.apply, (state, total), 1, 0, {}),
-    ]
+    theory = self._theory(gathered, state.params)
+    return Call("update", programs.update, (state, *batch), times, size, theory)
 
   def _pretrain(self, programs: train.Programs) -> Call:
     count, state = self.config.pretrain_batch_size, self.state

@@ -382,7 +382,7 @@ def update(
 
   def update() -> None:
     nonlocal state, calls
-    index = np.int32(work.timesteps[calls % len(work.timesteps)])
+    index = np.array(work.timesteps, np.int32)[calls % len(work.timesteps)][None]
     state, _ = programs.update(state, run.frozen, path, text, advantages, mask, index)
     jax.block_until_ready(state)
     calls += 1

@@ -121,19 +121,25 @@ def make_schedule(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) ->
   )
 
 
+def at_step(constants: jax.Array, index: jax.Array) -> jax.Array:
+  """What `[T]` constants are at `index`: a scalar, or `[B, 1, 1, 1]` at `[B]` indices."""
+  values = jnp.asarray(constants)[index]
+  return values[:, None, None, None] if values.ndim else values
+
+
 def step_mean(schedule: Schedule, index: jax.Array, sample: jax.Array, output: jax.Array):
   """Mean of p(x_{t-1} | x_t): DDIM's equation 12 without its noise term.
 
   Args:
     schedule: T steps.
-    index: scalar int, position of the step in the schedule (not the timestep).
+    index: scalar or `[B]` int, position of the step in the schedule (not the timestep).
     sample: `[B, H, W, C]` float32, x_t.
     output: `[B, H, W, C]` float32, the guided network output.
   """
   chex.assert_type([sample, output], jnp.float32)
   chex.assert_equal_shape([sample, output])
   alpha, alpha_prev, std = (
-    jnp.asarray(x)[index] for x in (schedule.alpha, schedule.alpha_prev, schedule.std)
+    at_step(x, index) for x in (schedule.alpha, schedule.alpha_prev, schedule.std)
   )
   signal, noise = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
   if schedule.prediction_type == "epsilon":
@@ -149,6 +155,8 @@ def step_mean(schedule: Schedule, index: jax.Array, sample: jax.Array, output: j
 
 def log_prob(value: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
   """`[B]` log N(value; mean, std^2), *averaged* over the latent dimensions H, W, C.
+
+  `std` is a scalar or `[B, 1, 1, 1]`.
 
   The mean (not the sum) is what makes a clip range of 1e-4 meaningful (the paper, section 3).
   """

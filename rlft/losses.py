@@ -68,7 +68,10 @@ def ratio_metrics(
 
 
 def gaussian_kl(mean: jax.Array, base_mean: jax.Array, std: jax.Array) -> jax.Array:
-  """`[B]` KL divergence of N(mean, std^2) from N(base_mean, std^2), averaged over dimensions."""
+  """`[B]` KL divergence of N(mean, std^2) from N(base_mean, std^2), averaged over dimensions.
+
+  `std` is a scalar or `[B]`.
+  """
   chex.assert_equal_shape([mean, base_mean])
   return jnp.mean((mean - base_mean) ** 2, axis=tuple(range(1, mean.ndim))) / (2 * std**2)
 

@@ -23,7 +23,7 @@ def size(asked: int, count: int, mesh: Mesh, dtype: Any) -> int:
 
   Args:
     asked: 0 leaves it to this function: all images, but in float32 on CPUs 16, or 8 and more that
-      divide them. (`ops.conv2d` has gradients that are fast in a loop there in float32 only.)
+      divide them. (In bfloat16 XLA rounds elsewhere in a loop than outside.)
     count: images of a device.
     mesh: the devices.
     dtype: type of the computation.
@@ -31,9 +31,32 @@ def size(asked: int, count: int, mesh: Mesh, dtype: Any) -> int:
   Returns:
     The number, or 0 for all.
   """
-  if asked or mesh.devices.flat[0].platform != "cpu" or dtype != jnp.float32:
+  if asked or not _is_exact(mesh, dtype):
     return asked
   return next((n for n in _CPU_SIZES if count % n == 0), 0)
+
+
+def steps_at_once(count: int, steps: int, mesh: Mesh, dtype: Any) -> int:
+  """Timesteps of all of a device's images in a part, where one optimizer step trains several.
+
+  One, as in sampling, but on CPUs as many as make 16 images: each part reads all weights. In
+  float32 only, where another shape changes the ratio by no more than a rounding error.
+
+  Args:
+    count: images of a device.
+    steps: timesteps; what is returned divides them.
+    mesh: the devices.
+    dtype: type of the computation.
+  """
+  if not _is_exact(mesh, dtype):
+    return 1
+  most = max(1, _CPU_SIZES[0] // count)
+  return next(n for n in range(most, 0, -1) if steps % n == 0)
+
+
+def _is_exact(mesh: Mesh, dtype: Any) -> bool:
+  """Whether the devices are CPUs, and what depends on shapes and loops is no more than 1e-6."""
+  return mesh.devices.flat[0].platform == "cpu" and dtype == jnp.float32
 
 
 def mapped(function: Callable[[Rows], Rows], rows: Rows, size: int) -> Rows:

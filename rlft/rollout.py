@@ -51,7 +51,7 @@ def guided_output(
   Args:
     denoise: the network with its parameters bound.
     sample: `[B, H, W, C]` float32, x_t.
-    timestep: scalar int32.
+    timestep: scalar or `[B]` int32.
     conditioning: see `conditioned`.
     guidance_scale: 1 leaves the unconditional half out.
 
@@ -59,11 +59,11 @@ def guided_output(
     `[B, H, W, C]` float32.
   """
   chex.assert_rank(sample, 4)
-  batch = sample.shape[0]
+  timesteps = jnp.broadcast_to(timestep, sample.shape[:1])
   if guidance_scale == 1.0:
-    return denoise(sample, jnp.full((batch,), timestep), conditioning)
-  doubled = jnp.concatenate([sample, sample])
-  uncond, cond = jnp.split(denoise(doubled, jnp.full((2 * batch,), timestep), conditioning), 2)
+    return denoise(sample, timesteps, conditioning)
+  doubled, timesteps = (jnp.concatenate([x, x]) for x in (sample, timesteps))
+  uncond, cond = jnp.split(denoise(doubled, timesteps, conditioning), 2)
   return uncond + guidance_scale * (cond - uncond)
 
 
@@ -78,7 +78,15 @@ def policy_log_prob(
   guidance_scale: float,
   prepare: Prepare = unprepared,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of a step that was taken, under the given parameters.
+  """Log-probability of steps that were taken, under the given parameters.
+
+  Args:
+    denoise: the network with its parameters bound.
+    schedule: T steps.
+    index: scalar or `[B]` int, which step of the schedule it was.
+    sample, next_sample: `[B, H, W, C]` float32, before and after it.
+    text: `[B, ...]`.
+    guidance_scale, prepare: as in `sample`.
 
   Returns:
     (`[B]` mean log-probability of `next_sample`, `[B, H, W, C]` mean of the step), float32.
@@ -91,7 +99,7 @@ def policy_log_prob(
     guidance_scale=guidance_scale,
   )
   mean = ddim.step_mean(schedule, index, sample, output)
-  return ddim.log_prob(next_sample, mean, jnp.asarray(schedule.std)[index]), mean
+  return ddim.log_prob(next_sample, mean, ddim.at_step(schedule.std, index)), mean
 
 
 def normal(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:

@@ -19,7 +19,6 @@ import logging
 import shlex
 import sys
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +68,6 @@ class Programs:
 
   advantages: Callable[..., jax.Array]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-  accumulate: Callable[..., tuple[Any, dict[str, jax.Array]]]
-  apply: Callable[[TrainState, Any], TrainState]
   pretrain: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   average: Callable[[TrainState], TrainState]
 
@@ -94,7 +91,7 @@ def make_programs(
     return lora_lib.denoiser(model.unet, weights, lora_scale)
 
   def step_errors(whole, base, rows, index):
-    """Of each image at one timestep: the policy's log-ratio, and its divergence from the base."""
+    """Of each image's step: the policy's log-ratio, and its divergence from the base."""
     before, after, old_log_prob, text = rows
 
     def step(weights):
@@ -120,25 +117,25 @@ def make_programs(
   def weights_of(trained, base):
     return lora_lib.Weights(base, trained) if config.lora_rank else lora_lib.Weights(trained)
 
-  def gradient_of(loss, state, frozen, rows, *constants):
+  def gradient_of(loss, state, frozen, rows):
     return gradients.over_devices(
       loss,
       state.params,
       frozen.get("unet", {}),
       rows,
-      *constants,
       mesh=mesh,
       dtype=model.unet.dtype,
       microbatch=config.microbatch,
     )
 
-  def policy_gradient(state, frozen, path, text, advantages, mask, index):
-    """Of J of the paper at one timestep, plus the KL divergence to the base model."""
-    weights = losses.mean_weights(mask)
+  def policy_gradient(state, frozen, path, text, advantages, mask, indices):
+    """Of J of the paper at `[K]` timesteps, plus the KL divergence to the base model."""
+    count, images = len(indices), len(mask) // mesh.size
 
-    def loss(whole, base, part, index):
-      step, advantages, weights = part
-      found = step_errors(whole, base, step, index)
+    def loss(whole, base, part):
+      index, step, advantages, weights = part
+      # One number for all images of a timestep, as in sampling: XLA rounds the same then.
+      found = step_errors(whole, base, step, index if len(index) > images else index[0])
       values = losses.clipped_surrogate(
         found["log_ratio"], advantages, clip_range=config.clip_range
       )
@@ -146,8 +143,17 @@ def make_programs(
         values += config.kl_weight * found["kl"]
       return losses.weighted_sum(values, weights), found
 
-    step = (path.latents[index], path.latents[index + 1], path.log_probs[index], text)
-    gradient, found = gradient_of(loss, state, frozen, (step, advantages, weights), index)
+    # Whatever belongs to an image belongs to each of its timesteps: all is [K, B, ...].
+    text, advantages, weights = jax.tree.map(
+      lambda x: jnp.broadcast_to(x, (count, *x.shape)),
+      (text, advantages, losses.mean_weights(mask) / count),
+    )
+    index = jnp.broadcast_to(indices[:, None], weights.shape)
+    path = (path.latents[indices], path.latents[indices + 1], path.log_probs[indices])
+    rows = (index, (*path, text), advantages, weights)
+    gradient, found = gradient_of(loss, state, frozen, rows)
+    # Images first: they are what is spread over the devices, and stay where they are.
+    found, weights = jax.tree.map(lambda x: x.T.ravel(), (found, weights))
     metrics = losses.ratio_metrics(found["log_ratio"], weights, clip_range=config.clip_range)
     if config.kl_weight:
       metrics["kl_to_base"] = losses.weighted_sum(found["kl"], weights)
@@ -158,18 +164,9 @@ def make_programs(
     return dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt=opt)
 
   def update(state, *batch):
-    """One optimizer step on one timestep."""
+    """One optimizer step on some timesteps."""
     change, metrics = policy_gradient(state, *batch)
     return step(state, change), metrics
-
-  def accumulate(total, state, *batch):
-    """Adds one timestep's gradient."""
-    change, metrics = policy_gradient(state, *batch)
-    return jax.tree.map(jnp.add, total, change), metrics
-
-  def apply(state, total):
-    """One optimizer step on the mean gradient over all timesteps."""
-    return step(state, jax.tree.map(lambda g: g / config.train_timesteps, total))
 
   def pretrain(state, frozen, images, ids, key):
     """One optimizer step on beta * L_pre."""
@@ -187,7 +184,8 @@ def make_programs(
       return config.pretrain_weight * errors.sum() / count, errors
 
     latents, text = encode_pairs(frozen, images, ids)
-    gradient, errors = gradient_of(loss, state, frozen, (latents, text, timesteps, noise))
+    rows = jax.tree.map(lambda x: x[None], (latents, text, timesteps, noise))
+    gradient, errors = gradient_of(loss, state, frozen, rows)
     return step(state, gradient), {"loss/pretrain": errors.mean()}
 
   def encode_pairs(frozen, images, ids):
@@ -225,8 +223,6 @@ def make_programs(
       out_shardings=sharding.batch(mesh),
     ),
     update=sharding.jit(update, donate_argnums=0),
-    accumulate=sharding.jit(accumulate, donate_argnums=0),
-    apply=sharding.jit(apply, donate_argnums=0),
     pretrain=sharding.jit(pretrain, donate_argnums=0),
     average=sharding.jit(average, donate_argnums=0),
   )
@@ -308,16 +304,11 @@ def run_task(
     )
   ].astype(np.int32)
   updates = []
-  total = jax.tree.map(jnp.zeros_like, state.params) if config.accumulate_timesteps else None
-  for index in picked:
-    batch = (run.frozen, path, text, advantages, jnp.isfinite(scores), index)
-    if config.accumulate_timesteps:
-      total, values = programs.accumulate(total, state, *batch)
-    else:
-      state, values = programs.update(state, *batch)
+  for indices in [picked] if config.accumulate_timesteps else picked[:, None]:
+    state, values = programs.update(
+      state, run.frozen, path, text, advantages, jnp.isfinite(scores), indices
+    )
     updates.append(values)
-  if config.accumulate_timesteps:
-    state = programs.apply(state, total)
   metrics |= iteration_metrics.of_updates(name, jax.device_get(updates))
   metrics |= {
     f"time/sample_s/{name}": sampled - start,

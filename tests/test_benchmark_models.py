@@ -129,7 +129,7 @@ def test_sampling_and_update_run_our_programs(iterated):
     # Traced, not compiled: that takes most of a minute.
     after, metrics = jax.eval_shape(iterated.programs.update, state, *batch)
     assert jax.tree.structure(after) == jax.tree.structure(state) and "grad_norm" in metrics
-    indices.append(int(batch[-1]))
+    indices.extend(batch[-1].tolist())
     return state, None
 
   programs = dataclasses.replace(iterated.programs, update=update)

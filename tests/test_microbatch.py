@@ -57,3 +57,12 @@ def test_on_cpus_parts_are_as_large_as_their_caches_like(count, found):
   assert microbatch.size(0, count, mesh, jnp.float32) == found
   assert microbatch.size(0, count, mesh, jnp.bfloat16) == 0
   assert microbatch.size(2, count, mesh, jnp.float32) == 2
+
+
+@pytest.mark.parametrize(
+  ("count", "steps", "found"), [(4, 3, 3), (4, 6, 3), (4, 5, 1), (1, 20, 10), (17, 2, 1), (8, 1, 1)]
+)
+def test_on_cpus_parts_are_of_several_timesteps_where_images_are_few(count, steps, found):
+  mesh = sharding.make_mesh()
+  assert microbatch.steps_at_once(count, steps, mesh, jnp.float32) == found
+  assert microbatch.steps_at_once(count, steps, mesh, jnp.bfloat16) == 1

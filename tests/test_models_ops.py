@@ -111,7 +111,8 @@ def both(function, args):
     value, back = jax.vjp(function, *args)
     return value, *back(d)
 
-  return run(normal(9, *jax.eval_shape(function, *args).shape), *args)
+  shape = jax.eval_shape(function, *args)
+  return run(normal(9, *shape.shape).astype(shape.dtype), *args)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +143,30 @@ def test_half_precision_has_the_plain_form(name):
   assert jax.eval_shape(form, *args).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    "conv",
+    "conv of pairs",
+    "wide conv of pairs",
+    "conv of few pixels",
+    "conv with stride, padded after",
+  ],
+)
+def test_gradients_of_convolutions_in_half_precision(name):
+  form, plain, args = CASES[name]
+  args = [x.astype(jnp.bfloat16) for x in args]
+  for found, expected in zip(both(form, args), both(plain, args), strict=True):
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("batch", "channels"), [(2, 64), (8, 64), (8, 128)])
-def test_gradients_of_convolutions_are_fast_in_a_loop(batch, channels):
+def test_gradients_of_convolutions_are_fast_in_a_loop(batch, channels, dtype):
   """XLA's CPU backend takes 30 times as long in a loop for the gradients that JAX writes."""
   images, kernel = normal(0, 2, batch, 8, 8, channels), normal(1, 3, 3, channels, channels)
+  images, kernel = images.astype(dtype), kernel.astype(dtype)
 
   def gradient(kernel, x):
     return jax.grad(lambda kernel: conv(conv(x, kernel), kernel).sum())(kernel)

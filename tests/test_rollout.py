@@ -51,6 +51,21 @@ def test_log_probs_are_those_of_the_steps_taken():
     np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_steps_of_images_may_differ():
+  path, index = sample(), jnp.array([4, 0, 2, 4])
+  rows = jnp.arange(4)
+  found = rollout.policy_log_prob(
+    linear,
+    SCHEDULE,
+    index,
+    path.latents[index, rows],
+    path.latents[index + 1, rows],
+    TEXT,
+    guidance_scale=3.0,
+  )[0]
+  np.testing.assert_allclose(found, path.log_probs[index, rows], atol=1e-5)
+
+
 def test_an_image_depends_on_its_own_key_only():
   alone = sample(KEYS[2:3], NOISE[2:3], jax.tree.map(lambda x: x[2:3], TEXT))
   np.testing.assert_allclose(alone.latents[:, 0], sample().latents[:, 2], rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import train_cases as cases
 
-from rlft import finetuned
+from rlft import ddim, finetuned, rollout
 from rlft.config import EvalConfig
 from rlft.models import pretrained
 
@@ -248,35 +248,58 @@ def test_lora_with_kl_and_average(folder, tmp_path):
     np.testing.assert_allclose(second.ema[path]["b"], b1 / 4 + b2 / 2, rtol=1e-6, atol=1e-9)
 
 
-def test_accumulated_timesteps_make_one_update(folder, tmp_path, one_device, recwarn):
+# One device takes its 8 images at one timestep after the other, each of eight its one at both.
+@pytest.mark.parametrize("devices", [1, 8])
+def test_accumulated_timesteps_make_one_update(folder, tmp_path, one_device, recwarn, devices):
   run = Run(
     folder,
     tmp_path,
+    devices=devices,
     task=(cases.task(folder),),
     pretrain_weight=0.0,
     accumulate_timesteps=True,
     iterations=1,
   )
-  assert not run.calls("update")
   # No timestep sees another's update ...
   line, each = run.metrics[0], one_device.metrics[0]
-  assert line["reward/red/mean"] == each["reward/red/mean"]
+  assert line["reward/red/mean"] == pytest.approx(each["reward/red/mean"], rel=1e-6)
   assert line["approx_kl"] < 1e-10 < each["approx_kl/red"]
-  # ... and the update is AdamW's first, with the mean g of two gradients: g / (|g| + eps).
-  _, last = run.calls("accumulate")
-  total, _ = last.result
-  norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(total))) / 2
+  assert line["ratio/max_abs_deviation"] <= 1e-5
+  # ... and the update is AdamW's first, with the mean g of two gradients: g / (|g| + eps). The
+  # ratio is 1, so that a gradient is that of the advantage times the log-probability.
+  (call,) = run.calls("update")
+  _, path, text, advantages, _, indices = jax.tree.map(np.asarray, call.args)
+  model = pretrained.load(folder / "model")
+  schedule = ddim.make_schedule(model.scheduler, 3)
 
-  def updated(p, total):
-    g = total / 2 / max(norm, 1)
+  def loss(params, index):
+    log_probs, _ = rollout.policy_log_prob(
+      lambda *inputs: model.unet.apply({"params": params}, *inputs),
+      schedule,
+      index,
+      path.latents[index],
+      path.latents[index + 1],
+      text,
+      guidance_scale=2.0,
+    )
+    return -jnp.mean(advantages * log_probs)
+
+  assert indices.shape == (2,)
+  params = model.params["unet"]
+  both = [jax.jit(jax.grad(loss), static_argnums=1)(params, int(index)) for index in indices]
+  gradient = jax.tree.map(lambda a, b: (a.astype(np.float64) + b) / 2, *jax.device_get(both))
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+  assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+  def updated(p, g):
+    g = g / max(norm, 1)
     return p - 1e-2 * (g / (np.abs(g) + 1e-2) + 1e-2 * p)
 
-  expected = jax.tree.map(updated, pretrained.load(folder / "model").params["unet"], total)
-  (call,) = run.calls("apply")
+  state, _ = call.result
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    call.result.params,
-    expected,
+    state.params,
+    jax.tree.map(updated, params, gradient),
   )
   assert not [warning for warning in recwarn if "donated" in str(warning.message)]
 

@@ -319,7 +319,7 @@ def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) ->
 
   def make_programs(config, *args):
     programs = _share("programs", config, lambda: _make_programs(config, *args), devices)
-    names = ("update", "accumulate", "apply", "pretrain", "average")
+    names = ("update", "pretrain", "average")
     changes = {name: recorded(name, getattr(programs, name)) for name in names}
     return dataclasses.replace(programs, **changes)
 

@@ -1,4 +1,6 @@
-"""Operations that have a form of their own on CPUs, where XLA's is slow; in float32 only.
+"""Operations that have a form of their own on CPUs, where XLA's is slow.
+
+Those in other types than float32 are XLA's, but for gradients of convolutions.
 
 Which form runs is decided when a program is lowered: what is lowered for a TPU or a GPU, on
 whatever machine, holds the plain operations. `experiments/cpu_kernels.md` has the measurements.
@@ -59,7 +61,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) ->
     return on_cpu(_product_cpu, jnp.matmul, x, kernel[0, 0])
   settings = stride, tuple(map(tuple, padding))
   cpu, plain = (functools.partial(form, *settings) for form in (_conv2d_cpu, _conv2d))
-  return on_cpu(cpu, plain, x, kernel)
+  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
 
 
 def _conv2d(
@@ -77,23 +79,28 @@ def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) 
   JAX's are convolutions with permuted dimensions, for which XLA has no fast form in the body of a
   loop on CPUs: there they take 30 to 80 times as long.
   """
-  if _takes_pairs(stride, padding, x.shape, kernel.shape):
+  if _takes_pairs(stride, padding, x, kernel):
     return _paired_conv(x, kernel)
   return _conv2d(stride, padding, x, kernel)
 
 
 def _conv2d_backward(stride, padding, residuals, d):
   x, kernel = residuals
-  shape, *channels = x.shape, *kernel.shape[2:]
-  if _takes_pairs(stride, padding, shape, kernel.shape):
+  channels = kernel.shape[2:]
+  if _takes_pairs(stride, padding, x, kernel):
     if min(channels) >= _WIDE:
       return _paired_input_gradient(kernel, d), _paired_kernel_gradient(x, d)
     d_x = _paired_conv(d, _mirrored(kernel))
-  elif (*kernel.shape[:2], stride, padding) == _WHOLE and math.prod(shape[:3]) <= min(channels):
+  elif _is_whole(stride, padding, kernel) and math.prod(x.shape[:3]) <= min(channels):
     d_x = _few_gradient(kernel, d)
   else:
-    d_x = _input_gradient(stride, padding, shape, kernel, d)
+    d_x = _input_gradient(stride, padding, x.shape, kernel, d)
   return d_x, _kernel_gradient(stride, padding, x, kernel.shape, d)
+
+
+def _is_whole(stride, padding, kernel):
+  """Whether a convolution is 3x3 and keeps the size; in float32, as sums would be rounded."""
+  return (*kernel.shape[:2], stride, padding) == _WHOLE and kernel.dtype == jnp.float32
 
 
 def _mirrored(kernel):
@@ -148,13 +155,13 @@ _conv2d_cpu.defvjp(
 # the output take four products with rows of a 3x3 kernel in the place of six.
 
 
-def _takes_pairs(stride, padding, shape, kernel_shape):
+def _takes_pairs(stride, padding, x, kernel):
   """Whether a convolution is of a kind and a size for which taking rows in pairs is faster."""
   return (
-    (*kernel_shape[:2], stride, padding) == _WHOLE
-    and shape[1] % 2 == 0
-    and min(kernel_shape[2:]) >= _NARROW
-    and math.prod(shape[:3]) >= _FEW
+    _is_whole(stride, padding, kernel)
+    and x.shape[1] % 2 == 0
+    and min(kernel.shape[2:]) >= _NARROW
+    and math.prod(x.shape[:3]) >= _FEW
   )
 
 
