@@ -60,7 +60,10 @@ class BenchmarkConfig:
   )
   dtype: str = option("type that the networks compute in: float32 or bfloat16", "float32")
   cpu_devices: int = option(
-    "on CPUs, devices that our sampling and training split the host into", 2, least=1
+    "on CPUs, devices that our sampling and training split the host into; 0 for what is the fastest"
+    " at the size",
+    0,
+    least=0,
   )
   settings: str = option(
     "more settings of launch/train.py for our side, e.g. microbatch=16,remat=true", ""
@@ -124,7 +127,8 @@ class Suite:
     sides: in the order of the table.
     unit: what is counted.
     contest: makes the contest of a name; nothing large is made before its sides are.
-    is_split: whether `--cpu_devices` applies.
+    cpu_devices: most devices that a contest splits a CPU into, unless `--cpu_devices` says so; 0:
+      it has no such contest.
   """
 
   flag: str
@@ -132,7 +136,7 @@ class Suite:
   sides: Sequence[str]
   unit: str
   contest: Callable[[str, BenchmarkConfig], contextlib.AbstractContextManager[Contest]]
-  is_split: bool = False
+  cpu_devices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +216,8 @@ def run(config: BenchmarkConfig) -> list[Result]:
   sides = _chosen("sides", config.sides, suite.sides)
   # What XLA reserves in advance on a GPU, PyTorch would not have.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  if suite.is_split:
-    sharding.split_host(config.cpu_devices)
+  if suite.cpu_devices:
+    sharding.split_host(config.cpu_devices or suite.cpu_devices)
   load, results = _load(), []
   with tqdm.tqdm(total=len(sides) * (config.repeats + 1) * len(names), unit="call") as bar:
     for name in names:

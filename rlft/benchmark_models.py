@@ -46,6 +46,7 @@ class Size:
     sampling_steps: T.
     guidance_scale: 1 is none.
     train_timesteps: K of an iteration.
+    cpu_devices: into which our side splits a CPU.
   """
 
   architecture: Callable[[], architectures.Architecture] | None
@@ -53,6 +54,7 @@ class Size:
   sampling_steps: int
   guidance_scale: float
   train_timesteps: int
+  cpu_devices: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Work:
   Attributes:
     model: directory in the diffusers layout.
     scratch: a directory to write to.
+    devices: of our side.
     batch_size, sampling_steps, guidance_scale, train_timesteps: see `Size`.
     dtype: type that the UNet computes in.
     ids: `[B, E, L]` int32 tokens of the prompts.
@@ -73,6 +76,7 @@ class Work:
 
   model: pathlib.Path
   scratch: pathlib.Path
+  devices: int
   batch_size: int
   sampling_steps: int
   guidance_scale: float
@@ -136,14 +140,15 @@ def _medium() -> architectures.Architecture:
 
 
 def _published(name: str) -> Size:
-  return Size(functools.partial(architectures.get, name), 8, 10, 7.0, 2)
+  return Size(functools.partial(architectures.get, name), 8, 10, 7.0, 2, cpu_devices=1)
 
 
 SIZES: Mapping[str, Size] = types.MappingProxyType(
   {
     "miniature": Size(None, 64, 10, 1.0, 5),
     "small": Size(_small, 128, 20, 5.0, 5),
-    "medium": Size(_medium, 8, 10, 5.0, 3),
+    # Of two devices each would read all weights, and take the whole step of the optimizer.
+    "medium": Size(_medium, 8, 10, 5.0, 3, cpu_devices=1),
     **{name: _published(name) for name in ("sd1.5", "sd2-base", "sdxl-base")},
   }
 )
@@ -158,7 +163,7 @@ def suite(what: str) -> benchmark.Suite:
     sides=(*sides, "trl") if what == "iteration" else sides,
     unit="samples" if what == "update" else "images",
     contest=functools.partial(contest, what),
-    is_split=True,
+    cpu_devices=max(size.cpu_devices for size in SIZES.values()),
   )
 
 
@@ -180,15 +185,18 @@ def contest(what: str, name: str, config: benchmark.BenchmarkConfig) -> Iterator
       f"--train_timesteps={numbers['train_timesteps']} is more than"
       f" --sampling_steps={numbers['sampling_steps']}: train at most as many as are sampled"
     )
-  if numbers["batch_size"] % jax.device_count():
+  devices = jax.device_count()
+  if jax.default_backend() == "cpu":
+    devices = config.cpu_devices or size.cpu_devices
+  if numbers["batch_size"] % devices:
     raise UserError(
-      f"--batch_size={numbers['batch_size']} cannot be spread over {jax.device_count()} devices:"
-      " choose a multiple"
+      f"--batch_size={numbers['batch_size']} cannot be spread over {devices} devices: choose a"
+      " multiple"
     )
   with tempfile.TemporaryDirectory(prefix=_PREFIX) as scratch:
     root = pathlib.Path(scratch)
     model = _model(size, root)
-    work = _work(model, root, numbers, config.dtype)
+    work = _work(model, root, numbers, config.dtype, devices)
     flops = count_flops(model, work)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params["unet"]))
     yield benchmark.Contest(
@@ -260,7 +268,11 @@ def _model(size: Size, root: pathlib.Path) -> pretrained.StableDiffusion:
 
 
 def _work(
-  model: pretrained.StableDiffusion, root: pathlib.Path, numbers: Mapping[str, Any], dtype: str
+  model: pretrained.StableDiffusion,
+  root: pathlib.Path,
+  numbers: Mapping[str, Any],
+  dtype: str,
+  devices: int,
 ) -> Work:
   from rlft.prompts import load_prompts
 
@@ -271,6 +283,7 @@ def _work(
   return Work(
     model=written if written.exists() else pretrained.EMOJI_SD_PATH,
     scratch=root,
+    devices=devices,
     dtype=dtype,
     ids=model.tokenize(texts)[0],
     empty=model.tokenize([""])[0][0],
@@ -350,7 +363,7 @@ def training(what: str, work: Work, settings: Mapping[str, Any]) -> config_lib.C
 def ours(what: str, work: Work, settings: Mapping[str, Any]) -> benchmark.Side:
   """What `launch/train.py` runs: its programs, and for an iteration its whole `run_task`."""
   config = training(what, work, settings)
-  run = run_lib.open_run(config)
+  run = run_lib.open_run(config, work.devices)
   optimizer = state_lib.optimizer_of(config)
   programs = train.make_programs(config, run.model, run.schedule, optimizer, run.mesh)
   state = state_lib.initial_state(run, optimizer)

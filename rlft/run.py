@@ -87,17 +87,21 @@ class Run:
     self.checkpointer.close()
 
 
-def open_run(config: Config) -> Run:
+def open_run(config: Config, devices: int = 0) -> Run:
   """Checks everything that can be checked before compiling, cheapest first, and loads the model.
+
+  Args:
+    config: the settings.
+    devices: to run on, the first of all; 0 takes all.
 
   Raises:
     UserError: a mistake in the settings or in the files that they name.
   """
   checks.validate(config)
   checks.validate_devices(
-    config, device_count=jax.device_count(), process_count=jax.process_count()
+    config, device_count=devices or jax.device_count(), process_count=jax.process_count()
   )
-  mesh = sharding.make_mesh(config.fsdp)
+  mesh = sharding.make_mesh(config.fsdp, devices)
   made_once = functools.cache(make_reward)
   rewards = [combine.task_reward(task, made_once) for task in config.task]
   for task, reward in zip(config.task, rewards, strict=True):

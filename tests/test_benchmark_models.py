@@ -114,6 +114,7 @@ def test_sampling_and_update_run_our_programs(iterated):
   work = benchmark_models.Work(
     model=run.workdir,
     scratch=run.workdir,
+    devices=1,
     dtype="float32",
     ids=ids,
     empty=ids[0],
@@ -189,7 +190,15 @@ def test_the_work_is_counted_in_flops(name, parameters, forward):
   ids = np.zeros((1, 1, 77), np.int32)
   numbers = {"batch_size": 3, "sampling_steps": 4, "guidance_scale": 2.0, "train_timesteps": 5}
   work = benchmark_models.Work(
-    model="", scratch="", dtype="", ids=ids, empty=ids, timesteps=(), prompts=(), **numbers
+    model="",
+    scratch="",
+    devices=1,
+    dtype="",
+    ids=ids,
+    empty=ids,
+    timesteps=(),
+    prompts=(),
+    **numbers,
   )
   found = benchmark_models.count_flops(model, work)
   # Norms whose sums are written as products add a little.

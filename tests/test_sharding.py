@@ -76,7 +76,7 @@ def test_the_host_is_not_split_twice():
 _FRESH_PAGES = """
 import resource
 from rlft import sharding
-sharding.split_host(2)
+sharding.split_host(1)
 import jax, jax.numpy as jnp
 
 def local(x):  # Arrays of 100 MB, which are given back after each call.

@@ -298,7 +298,8 @@ def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) ->
 
     return program if calls is None else call
 
-  def make_mesh(fsdp=1):
+  def make_mesh(fsdp=1, count=0):
+    assert count in (0, devices)
     return jax.make_mesh(
       (devices // fsdp, fsdp),
       ("data", "fsdp"),

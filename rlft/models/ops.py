@@ -14,12 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlft.models import winograd
+
 Padding = Sequence[tuple[int, int]]
 _SAME = ((1, 1), (1, 1))
 _WHOLE = (3, 3, 1, _SAME)  # height, width, stride, padding of a convolution that keeps the size
 _WIDTH = ((0, 0), (1, 1))  # padding of one by a row of its kernel
 # Where which form is faster (experiments/cpu_kernels.md): numbers of channels, and of pixels.
-_NARROW, _WIDE, _FEW = 48, 128, 256
+_NARROW, _WIDE = 48, 128
+_FEW, _MANY = 256, 1024
+# Of F(4, 3) these points have half the error of 0, 1, -1, 2, -2 (experiments/cpu_kernels.md).
+_PAIRS, _FOURS = winograd.form(0, 1, -1), winograd.form(0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
 
 
 def on_cpu(
@@ -79,18 +84,19 @@ def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) 
   JAX's are convolutions with permuted dimensions, for which XLA has no fast form in the body of a
   loop on CPUs: there they take 30 to 80 times as long.
   """
-  if _takes_pairs(stride, padding, x, kernel):
-    return _paired_conv(x, kernel)
+  if form := _rows_together(stride, padding, x, kernel):
+    return _winograd(form, x, kernel)
   return _conv2d(stride, padding, x, kernel)
 
 
 def _conv2d_backward(stride, padding, residuals, d):
   x, kernel = residuals
   channels = kernel.shape[2:]
-  if _takes_pairs(stride, padding, x, kernel):
+  if form := _rows_together(stride, padding, x, kernel):
     if min(channels) >= _WIDE:
-      return _paired_input_gradient(kernel, d), _paired_kernel_gradient(x, d)
-    d_x = _paired_conv(d, _mirrored(kernel))
+      d_x = _winograd_input_gradient(form, kernel, d)
+      return d_x, _winograd_kernel_gradient(_PAIRS, x, d)
+    d_x = _winograd(form, d, _mirrored(kernel))
   elif _is_whole(stride, padding, kernel) and math.prod(x.shape[:3]) <= min(channels):
     d_x = _few_gradient(kernel, d)
   else:
@@ -151,60 +157,35 @@ _conv2d_cpu.defvjp(
   _conv2d_backward,
 )
 
-# Winograd's F(2, 3) along the height (https://arxiv.org/abs/1509.09308): two neighbouring rows of
-# the output take four products with rows of a 3x3 kernel in the place of six.
+
+def _rows_together(
+  stride: int, padding: Padding, x: jax.Array, kernel: jax.Array
+) -> winograd.Form | None:
+  """The form of Winograd's convolutions that is the fastest here; None if a direct one is."""
+  if not _is_whole(stride, padding, kernel) or min(kernel.shape[2:]) < _NARROW:
+    return None
+  pixels = math.prod(x.shape[:3])
+  for form, least in ((_FOURS, _MANY), (_PAIRS, _FEW)):
+    if pixels >= least and x.shape[1] % form.rows == 0:
+      return form
+  return None
 
 
-def _takes_pairs(stride, padding, x, kernel):
-  """Whether a convolution is of a kind and a size for which taking rows in pairs is faster."""
-  return (
-    _is_whole(stride, padding, kernel)
-    and x.shape[1] % 2 == 0
-    and min(kernel.shape[2:]) >= _NARROW
-    and math.prod(x.shape[:3]) >= _FEW
-  )
+def _winograd(form: winograd.Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  factors = zip(winograd.input_sums(form, x), winograd.kernel_sums(form, kernel), strict=True)
+  return winograd.output(form, [_conv2d(1, _WIDTH, x, row[None]) for x, row in factors])
 
 
-def _paired_inputs(x: jax.Array) -> list[jax.Array]:
-  """Four sums of `[B, H / 2, W, C]`, of the four rows that each pair of output rows sees."""
-  padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-  a, b, c, d = (padded[:, i : i + x.shape[1] - 1 : 2] for i in range(4))
-  return [a - c, b + c, c - b, b - d]
+def _winograd_input_gradient(form: winograd.Form, kernel: jax.Array, d: jax.Array) -> jax.Array:
+  factors = zip(winograd.input_sums(form, d), winograd.kernel_sums(form, kernel[::-1]), strict=True)
+  return winograd.output(form, [_row_gradient(row, d) for d, row in factors])
 
 
-def _paired_kernels(kernel: jax.Array) -> list[jax.Array]:
-  """Four sums of the kernel's rows, each `[3, I, O]`."""
-  first, middle, last = kernel
-  outer, middle = 0.5 * (first + last), 0.5 * middle
-  return [first, outer + middle, outer - middle, last]
-
-
-def _paired_outputs(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.Array:
-  """`[B, H, W, C]` from the four products `[B, H / 2, W, C]`."""
-  batch, half, width, channels = a.shape
-  return jnp.stack([a + b + c, b - c - d], 2).reshape(batch, 2 * half, width, channels)
-
-
-def _paired_conv(x, kernel):
-  factors = zip(_paired_inputs(x), _paired_kernels(kernel), strict=True)
-  return _paired_outputs(*(_conv2d(1, _WIDTH, x, kernel[None]) for x, kernel in factors))
-
-
-def _paired_input_gradient(kernel, d):
-  first, *middle, last = _paired_kernels(kernel)
-  factors = zip((last, *middle, first), _paired_inputs(d), strict=True)
-  return _paired_outputs(*(_row_gradient(kernel, d) for kernel, d in factors))
-
-
-def _paired_kernel_gradient(x, d):
-  even, odd = d[:, ::2], d[:, 1::2]
+def _winograd_kernel_gradient(form: winograd.Form, x: jax.Array, d: jax.Array) -> jax.Array:
   shape = (1, 3, x.shape[-1], d.shape[-1])
-  first, plus, minus, last = (
-    _kernel_gradient(1, _WIDTH, x, shape, d)[0]
-    for x, d in zip(_paired_inputs(x), (even, even + odd, even - odd, -odd), strict=True)
-  )
-  outer, middle = 0.5 * (plus + minus), 0.5 * (plus - minus)
-  return jnp.stack([first + outer, middle, outer + last])
+  factors = zip(winograd.input_sums(form, x), winograd.cotangent_sums(form, d), strict=True)
+  rows = [_kernel_gradient(1, _WIDTH, x, shape, d)[0] for x, d in factors]
+  return winograd.kernel_cotangent(form, rows)
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
