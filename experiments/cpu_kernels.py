@@ -2,7 +2,7 @@
 
     python experiments/cpu_kernels.py
 
-The forms of `rlft/models/ops.py` beside XLA's plain ones, Winograd's convolution, which is not
+The forms of `rlft/models/ops.py` beside XLA's plain ones, Winograd's F(2x2, 3x3), which is not
 built in, and PyTorch where it is installed; forms of an operation take turns. Prints milliseconds,
 and the largest difference from the plain form. The result, and what followed from it, is in
 `cpu_kernels.md`.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft import cli
-from rlft.models import attention, ops
+from rlft.models import attention, ops, winograd
 
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each form", lower_bound=1)
 
@@ -44,6 +44,20 @@ _TOKENS = ((32, 16, 16, 4, 32), (8, 256, 256, 8, 16), (8, 256, 77, 8, 16))  # B,
 
 _LAST_FIRST = (((1,), (0,)), ((), ()))  # the product of two matrices
 
+# Of images of 16, as one device has them with guidance.
+_ROWS = (
+  (16, 8, 96, 48),
+  (16, 16, 128, 128),
+  (16, 16, 256, 128),
+  (16, 8, 256, 256),
+  (16, 4, 512, 512),
+)
+_FORMS = {
+  "F(2, 3)": ops._PAIRS,
+  "F(4, 3)": ops._FOURS,
+  "F(4, 3) of whole numbers": winograd.form(0, 1, -1, 2, -2),
+}
+
 _INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
@@ -61,7 +75,7 @@ def nine_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3))
 
 
-def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def winograd_square(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """F(2x2, 3x3) of https://arxiv.org/abs/1509.09308: 16 products in the place of 36."""
   b, h, w, c = x.shape
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -116,6 +130,39 @@ def times(calls: Mapping[str, Callable]) -> dict[str, float]:
   return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 
 
+def measure_rows(x: jax.Array, kernel: jax.Array) -> str:
+  """Winograd's forms by rows: forward pass, gradients of input and kernel, with their errors."""
+  d = _random(1, (*x.shape[:3], kernel.shape[-1]))
+  same = ops._SAME
+  plain = (
+    jax.jit(direct),
+    jax.jit(lambda x, kernel: ops._input_gradient(1, same, x.shape, kernel, d)),
+    jax.jit(lambda x, kernel: ops._kernel_gradient(1, same, x, kernel.shape, d)),
+  )
+  calls = {"direct": plain}
+  for name, form in _FORMS.items():
+    calls[name] = (
+      jax.jit(functools.partial(ops._winograd, form)),
+      jax.jit(lambda x, kernel, form=form: ops._winograd_input_gradient(form, kernel, d)),
+      jax.jit(lambda x, kernel, form=form: ops._winograd_kernel_gradient(form, x, d)),
+    )
+  found = [
+    times({name: functools.partial(parts[i], x, kernel) for name, parts in calls.items()})
+    for i in range(len(plain))
+  ]
+  words = []
+  for name, parts in calls.items():
+    errors = [
+      float(jnp.abs(part(x, kernel) - true(x, kernel)).max() / jnp.abs(true(x, kernel)).max())
+      for part, true in zip(parts, plain, strict=True)
+    ]
+    numbers = " / ".join(
+      f"{part[name]:.2f} ({e:.0e})" for part, e in zip(found, errors, strict=True)
+    )
+    words.append(f"{name} {numbers}")
+  return ", ".join(words)
+
+
 def torch_conv(x: jax.Array, kernel: jax.Array) -> str:
   """The same of PyTorch's convolution."""
   import torch
@@ -141,11 +188,15 @@ def main() -> None:
   for b, size, channels, features in _CONVOLUTIONS:
     x, kernel = _random(0, (b, size, size, channels)), _random(2, (3, 3, channels, features))
     forms = {"XLA": direct, "ops": functools.partial(ops.conv2d, stride=1, padding=ops._SAME)}
-    forms |= {"nine products": nine_products, "Winograd": winograd}
+    forms |= {"nine products": nine_products, "Winograd": winograd_square}
     line = measure(forms, x, kernel)
     if importlib.util.find_spec("torch"):
       line += ", " + torch_conv(x, kernel)
     print(f"  {(b, size, channels, features)}: {line}", flush=True)
+  print("3x3 convolutions by rows: forward pass / gradient of the input / of the kernel")
+  for b, size, channels, features in _ROWS:
+    x, kernel = _random(0, (b, size, size, channels)), _random(2, (3, 3, channels, features))
+    print(f"  {(b, size, channels, features)}: {measure_rows(x, kernel)}", flush=True)
   print("3x3 convolutions, twice in a loop")
   for b, size, channels, features in _CONVOLUTIONS[:5]:
     x, kernel = _random(0, (2, b, size, size, channels)), _random(2, (3, 3, channels, features))

@@ -55,10 +55,10 @@ def split_host(devices: int) -> None:
 def _keep_heap() -> None:
   """Has the C library keep memory that the calling thread has freed, where it is glibc.
 
-  Each call of a program on a CPU allocates its activations anew, and fresh pages for them take up
-  to a fifth of an update (experiments/cpu_kernels.md). A program of one device allocates in the
-  thread that calls it. Those of more allocate in threads of XLA, whose arenas hold 64 MB at most:
-  nothing changes for them, as to share an arena costs them more than the pages do.
+  Each call of a program on a CPU allocates its activations anew, and fresh pages for them take a
+  tenth of an iteration at 50 M parameters (experiments/cpu_kernels.md). A program of one device
+  allocates in the thread that calls it. Those of more allocate in threads of XLA, whose arenas hold
+  64 MB at most: nothing changes for them, as to share an arena costs more than the pages do.
   """
   trim_threshold, mmap_max = -1, -4  # M_... of malloc.h
   try:
