@@ -162,11 +162,11 @@ def _rows_together(
   stride: int, padding: Padding, x: jax.Array, kernel: jax.Array
 ) -> winograd.Form | None:
   """The form of Winograd's convolutions that is the fastest here; None if a direct one is."""
-  if not _is_whole(stride, padding, kernel) or min(kernel.shape[2:]) < _NARROW:
+  if not _is_whole(stride, padding, kernel):
     return None
-  pixels = math.prod(x.shape[:3])
-  for form, least in ((_FOURS, _MANY), (_PAIRS, _FEW)):
-    if pixels >= least and x.shape[1] % form.rows == 0:
+  pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
+  for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _FEW)):
+    if channels >= narrowest and pixels >= fewest and x.shape[1] % form.rows == 0:
       return form
   return None
 
