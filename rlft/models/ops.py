@@ -95,7 +95,7 @@ def _conv2d_backward(stride, padding, residuals, d):
   if form := _rows_together(stride, padding, x, kernel):
     if min(channels) >= _WIDE:
       d_x = _winograd_input_gradient(form, kernel, d)
-      return d_x, _winograd_kernel_gradient(_PAIRS, x, d)
+      return d_x, _winograd_kernel_gradient(_PAIRS, x, d)  # Fours gain nothing here.
     d_x = _winograd(form, d, _mirrored(kernel))
   elif _is_whole(stride, padding, kernel) and math.prod(x.shape[:3]) <= min(channels):
     d_x = _few_gradient(kernel, d)
