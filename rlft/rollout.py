@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from rlft import ddim
 from rlft.types import Conditioning, Guidance, Trajectory
 
-# (x_t [N, H, W, C], timesteps [N] int32, conditioning [N, ...]) -> output [N, H, W, C] float32.
+# (x_t [n, H, W, C], timesteps [n] int32, conditioning [N, ...]) -> output [N, H, W, C] float32,
+# with N a multiple of n: the maps are repeated as often as needed, all of them each time.
 Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
 # Computes from the conditioning what the denoiser needs of it at every step.
 Prepare = Callable[[Conditioning], Conditioning]
@@ -59,11 +60,10 @@ def guided_output(
     `[B, H, W, C]` float32.
   """
   chex.assert_rank(sample, 4)
-  timesteps = jnp.broadcast_to(timestep, sample.shape[:1])
+  output = denoise(sample, jnp.broadcast_to(timestep, sample.shape[:1]), conditioning)
   if guidance_scale == 1.0:
-    return denoise(sample, timesteps, conditioning)
-  doubled, timesteps = (jnp.concatenate([x, x]) for x in (sample, timesteps))
-  uncond, cond = jnp.split(denoise(doubled, timesteps, conditioning), 2)
+    return output
+  uncond, cond = jnp.split(output, 2)
   return uncond + guidance_scale * (cond - uncond)
 
 

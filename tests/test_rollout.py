@@ -6,16 +6,14 @@ import models_cases
 import numpy as np
 
 from rlft import ddim, rollout, sampler
+from rlft.models import layers
 from rlft.types import Conditioning, Guidance
 
 
 def linear(x, timesteps, text):
   """A network that is easy to reason about: depends on the latent, the time and the text."""
-  return (
-    0.1 * x
-    + 1e-4 * timesteps[:, None, None, None]
-    + text.text.mean(axis=(1, 2))[:, None, None, None]
-  )
+  maps = 0.1 * x + 1e-4 * timesteps[:, None, None, None]
+  return layers.add(maps, text.text.mean(axis=(1, 2))[:, None, None, None])
 
 
 SCHEDULE = ddim.make_schedule(models_cases.SCHEDULER, 6, eta=1.0)

@@ -14,6 +14,7 @@ from typing import Any
 from flax import linen as nn
 import jax.numpy as jnp
 
+from rlft.models import layers
 from rlft.models.unet import UNet2DCondition, UNetConfig
 from rlft.types import UserError
 
@@ -45,6 +46,7 @@ class DiffusersUNet:
     if method == "prepare":
       return args[0]  # keys and values are computed at every step
     latents, timesteps, conditioning = args
+    latents, timesteps = (layers.alike(x, conditioning.text)[0] for x in (latents, timesteps))
     more = None
     if conditioning.pooled is not None:
       more = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}

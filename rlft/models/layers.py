@@ -18,6 +18,22 @@ from rlft.models.ops import conv2d, dense_product, group_norm, upsample_conv
 Dense = functools.partial(nn.Dense, dot_general=dense_product)
 
 
+def alike(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`[n, ...]` and `[g n, ...]`, in any order -> both `[g n, ...]`: all rows again and again.
+
+  The UNet computes a map once for all texts that it is given with, until the texts tell on it.
+  """
+  rows = max(len(x), len(y))
+  x, y = (z if len(z) == rows else jnp.concatenate([z] * (rows // len(z))) for z in (x, y))
+  return x, y
+
+
+def add(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The sum of both, made `alike`."""
+  x, y = alike(x, y)
+  return x + y
+
+
 class Conv(nn.Module):
   """2-D convolution with the parameters of `nn.Conv`: `kernel` `[k, k, I, O]`, `bias` `[O]`.
 
@@ -109,11 +125,12 @@ class Attention(nn.Module):
 
     Args:
       x: `[B, N, C]`.
-      context: `[B, M, D]`, what to attend to, or what `prepare` made of it; None for `x` itself.
+      context: `[B, M, D]`, what to attend to, or what `prepare` made of it; None for `x` itself. It
+        can have a multiple of the rows of `x`, see `alike`.
       mask: see `attention`.
 
     Returns:
-      `[B, N, features]`.
+      `[B, N, features]`, B the context's.
     """
     query, key, value, out = self.names
     prepared = (
@@ -123,8 +140,9 @@ class Attention(nn.Module):
       y.reshape(*y.shape[:2], self.heads, -1)
       for y in (getattr(self, query)(x), prepared[key], prepared[value])
     )
+    query, key = alike(query, key)
     y = attention(query, key, value, mask, implementation=self.implementation)
-    return getattr(self, out)(y.reshape(*x.shape[:2], self.features))
+    return getattr(self, out)(y.reshape(*y.shape[:2], self.features))
 
   def prepare(self, context: jax.Array) -> dict[str, jax.Array]:
     """Keys and values of `context` `[..., M, D]`, `[..., M, features]`, under their names."""
@@ -142,17 +160,17 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-    """`x` `[B, H, W, I]`, `time` `[B, E]` float32 or None -> `[B, H, W, features]`."""
+    """`x` `[B, H, W, I]`, `time` `[B, E]` float32 or None, see `alike` -> `[B, H, W, features]`."""
     h = GroupNorm(self.groups, self.epsilon, self.dtype, silu=True, name="norm1")(x)
     h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
     if time is not None:
       time = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
-      h = h + time[:, None, None]
+      h = add(h, time[:, None, None])
     h = GroupNorm(self.groups, self.epsilon, self.dtype, silu=True, name="norm2")(h)
     h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
       x = Conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
-    return x + h
+    return add(x, h)
 
 
 class Upsample(nn.Module):

@@ -71,9 +71,10 @@ class TransformerBlock(nn.Module):
     self.ff = FeedForward(self.dtype)
 
   def __call__(self, x: jax.Array, text: Text) -> jax.Array:
-    """`x` `[B, N, C]`, `text` `[B, L, D]` or prepared -> `[B, N, C]`."""
-    x = x + self.attn1(self.norm1(x), part(text, "attn1") if self.cross_only else None)
-    x = x + self.attn2(self.norm2(x), part(text, "attn2"))
+    """`x` `[n, N, C]`, `text` `[B, L, D]` or prepared, B a multiple of n -> `[B, N, C]`."""
+    first = self.attn1(self.norm1(x), part(text, "attn1") if self.cross_only else None)
+    x = layers.add(x, first)
+    x = layers.add(x, self.attn2(self.norm2(x), part(text, "attn2")))
     return x + self.ff(self.norm3(x))
 
   def prepare(self, text: jax.Array) -> dict[str, Text]:
@@ -123,12 +124,12 @@ class Transformer2D(nn.Module):
     ]
 
   def __call__(self, x: jax.Array, text: Text) -> jax.Array:
-    """`x` `[B, H, W, C]`, `text` `[B, L, D]` or prepared -> `[B, H, W, C]`."""
-    b, h, w, c = x.shape
-    y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+    """`x` `[n, H, W, C]`, `text` `[B, L, D]` or prepared, B a multiple of n -> `[B, H, W, C]`."""
+    n, h, w, c = x.shape
+    y = self.proj_in(self.norm(x)).reshape(n, h * w, c)
     for i, block in enumerate(self.transformer_blocks):
       y = block(y, part(text, f"transformer_blocks_{i}"))
-    return x + self.proj_out(y.reshape(b, h, w, c))
+    return layers.add(x, self.proj_out(y.reshape(-1, h, w, c)))
 
   def prepare(self, text: jax.Array) -> dict[str, Text]:
     """`[..., L, D]` -> keys and values of all blocks."""

@@ -119,10 +119,10 @@ class _Level(nn.Module):
     time: jax.Array,
     text: transformer.Text | None,
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """`x` `[B, H, W, C]` and the stack of skip connections -> both after this level."""
+    """`x` `[n, H, W, C]` and the stack of skip connections -> both after this level."""
     for i, resnet in enumerate(self.resnets):
       if self.kind == "up":
-        x, skips = jnp.concatenate([x, skips[-1]], axis=-1), skips[:-1]
+        x, skips = jnp.concatenate(layers.alike(x, skips[-1]), axis=-1), skips[:-1]
       x = resnet(x, time)
       if self.attend and i < len(self.attentions):
         x = self.attentions[i](x, transformer.part(text, f"attentions_{i}"))
@@ -187,10 +187,11 @@ class UNet2DCondition(nn.Module):
     """Runs the network.
 
     Args:
-      latents: `[B, H, W, in_channels]` float32; H and W multiples of 2^(levels - 1).
-      timesteps: `[B]` int32 in [0, 1000).
+      latents: `[n, H, W, in_channels]` float32; H and W multiples of 2^(levels - 1).
+      timesteps: `[n]` int32 in [0, 1000).
       conditioning: leaves `[B, ...]` float32, D the config's `cross_attention_dim` and F its
-        `pooled_features`; or what `prepare` made of it.
+        `pooled_features`; or what `prepare` made of it. B is a multiple of n, see `layers.alike`:
+        what comes before the first attention to the text is computed once for all texts.
 
     Returns:
       `[B, H, W, out_channels]` float32.
@@ -207,7 +208,7 @@ class UNet2DCondition(nn.Module):
     )
     time = self.time_embedding(time)
     if c.addition_embed_type is not None:
-      time += self.add_embedding(_addition(c, conditioning))
+      time = layers.add(time, self.add_embedding(_addition(c, conditioning)))
 
     x = self.conv_in(latents)
     skips = (x,)
