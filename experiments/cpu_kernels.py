@@ -142,8 +142,8 @@ def measure_rows(x: jax.Array, kernel: jax.Array) -> str:
   calls = {"direct": plain}
   for name, form in _FORMS.items():
     calls[name] = (
-      jax.jit(functools.partial(ops._winograd, form)),
-      jax.jit(lambda x, kernel, form=form: ops._winograd_input_gradient(form, kernel, d)),
+      jax.jit(functools.partial(ops._winograd, form, ops._row_convolution)),
+      jax.jit(lambda x, kernel, form=form: ops._winograd(form, ops._row_gradient, d, kernel[::-1])),
       jax.jit(lambda x, kernel, form=form: ops._winograd_kernel_gradient(form, x, d)),
     )
   found = [

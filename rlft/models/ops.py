@@ -84,23 +84,28 @@ def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) 
   JAX's are convolutions with permuted dimensions, for which XLA has no fast form in the body of a
   loop on CPUs: there they take 30 to 80 times as long.
   """
+  few = _is_few(stride, padding, x, kernel)
   if form := _rows_together(stride, padding, x, kernel):
-    return _winograd(form, x, kernel)
-  return _conv2d(stride, padding, x, kernel)
+    return _winograd(form, _row_product if few else _row_convolution, x, kernel)
+  return _few(x, kernel) if few else _conv2d(stride, padding, x, kernel)
 
 
 def _conv2d_backward(stride, padding, residuals, d):
   x, kernel = residuals
-  channels = kernel.shape[2:]
-  if form := _rows_together(stride, padding, x, kernel):
-    if min(channels) >= _WIDE:
-      d_x = _winograd_input_gradient(form, kernel, d)
-      return d_x, _winograd_kernel_gradient(_PAIRS, x, d)  # Fours gain nothing here.
-    d_x = _winograd(form, d, _mirrored(kernel))
-  elif _is_whole(stride, padding, kernel) and math.prod(x.shape[:3]) <= min(channels):
-    d_x = _few_gradient(kernel, d)
+  few = _is_few(stride, padding, x, kernel)
+  form = _rows_together(stride, padding, x, kernel)
+  if few:
+    d_x = _few_input_gradient(kernel, d)
+  elif form and min(kernel.shape[2:]) >= _WIDE:
+    d_x = _winograd(form, _row_gradient, d, kernel[::-1])
+  elif form:
+    d_x = _winograd(form, _row_convolution, d, _mirrored(kernel))
   else:
     d_x = _input_gradient(stride, padding, x.shape, kernel, d)
+  if form:
+    return d_x, _winograd_kernel_gradient(_FOURS if _divides(_FOURS, x) else _PAIRS, x, d)
+  if few:
+    return d_x, _few_kernel_gradient(x, d)
   return d_x, _kernel_gradient(stride, padding, x, kernel.shape, d)
 
 
@@ -124,25 +129,6 @@ def _input_gradient(stride, padding, shape, kernel, d):
   return _conv2d(1, around, d, _mirrored(kernel), lhs_dilation=(stride, stride))
 
 
-def _row_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
-  """`d` convolved with a mirrored row `[3, I, O]`: products, which leave the kernel as it lies."""
-  batch, height, width, channels = d.shape
-  padded = jnp.pad(d, ((0, 0), (0, 0), (1, 1), (0, 0)))
-
-  def product(i: int) -> jax.Array:
-    seen = padded[:, :, 2 - i : 2 - i + width].reshape(-1, channels)
-    return jax.lax.dot_general(seen, kernel[i], (((1,), (1,)), ((), ())))
-
-  return sum(product(i) for i in range(3)).reshape(batch, height, width, -1)
-
-
-def _few_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
-  """With fewer pixels than channels to transpose the kernel would take longer than the products."""
-  height = d.shape[1]
-  padded = jnp.pad(d, ((0, 0), (1, 1), (0, 0), (0, 0)))
-  return sum(_row_gradient(kernel[i], padded[:, 2 - i : 2 - i + height]) for i in range(3))
-
-
 def _kernel_gradient(stride, padding, x, shape, d):
   # The images take the place of the channels: x [I, H, W, B] by d [H', W', B, O].
   y = _conv2d(
@@ -158,6 +144,40 @@ _conv2d_cpu.defvjp(
 )
 
 
+def _is_few(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> bool:
+  """Whether it is fastest to copy the 9 pixels that each pixel sees, fewer than a kernel has rows.
+
+  XLA takes the kernel of a convolution of 2 x 2 pixels for the map: 50 times as long.
+  """
+  pixels = math.prod(x.shape[:3])
+  return _is_whole(stride, padding, kernel) and pixels <= min(kernel.shape[2:])
+
+
+def _columns(x: jax.Array) -> jax.Array:
+  """The 3 x 3 pixels around each one, `[B, H, W, C]` -> `[B H W, 9 C]`."""
+  _, height, width, channels = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  seen = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+  return jnp.concatenate(seen, -1).reshape(-1, 9 * channels)
+
+
+def _few(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return (_columns(x) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:3], -1)
+
+
+def _few_input_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
+  shape = (*d.shape[:3], kernel.shape[2])
+  kernel = kernel.reshape(-1, kernel.shape[-1])
+  columns = jax.lax.dot_general(d.reshape(-1, d.shape[-1]), kernel, (((1,), (1,)), ((), ())))
+  return jax.linear_transpose(_columns, jax.ShapeDtypeStruct(shape, d.dtype))(columns)[0]
+
+
+def _few_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
+  d = d.reshape(-1, d.shape[-1])
+  kernel = jax.lax.dot_general(_columns(x), d, (((0,), (0,)), ((), ())))
+  return kernel.reshape(3, 3, x.shape[-1], d.shape[-1])
+
+
 def _rows_together(
   stride: int, padding: Padding, x: jax.Array, kernel: jax.Array
 ) -> winograd.Form | None:
@@ -166,26 +186,60 @@ def _rows_together(
     return None
   pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
   for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _FEW)):
-    if channels >= narrowest and pixels >= fewest and x.shape[1] % form.rows == 0:
+    if channels >= narrowest and pixels >= fewest and _divides(form, x):
       return form
   return None
 
 
-def _winograd(form: winograd.Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _divides(form: winograd.Form, x: jax.Array) -> bool:
+  return x.shape[1] % form.rows == 0
+
+
+def _winograd(
+  form: winograd.Form,
+  convolve: Callable[[jax.Array, jax.Array], jax.Array],
+  x: jax.Array,
+  kernel: jax.Array,
+) -> jax.Array:
   factors = zip(winograd.input_sums(form, x), winograd.kernel_sums(form, kernel), strict=True)
-  return winograd.output(form, [_conv2d(1, _WIDTH, x, row[None]) for x, row in factors])
-
-
-def _winograd_input_gradient(form: winograd.Form, kernel: jax.Array, d: jax.Array) -> jax.Array:
-  factors = zip(winograd.input_sums(form, d), winograd.kernel_sums(form, kernel[::-1]), strict=True)
-  return winograd.output(form, [_row_gradient(row, d) for d, row in factors])
+  return winograd.output(form, [convolve(x, row) for x, row in factors])
 
 
 def _winograd_kernel_gradient(form: winograd.Form, x: jax.Array, d: jax.Array) -> jax.Array:
-  shape = (1, 3, x.shape[-1], d.shape[-1])
   factors = zip(winograd.input_sums(form, x), winograd.cotangent_sums(form, d), strict=True)
-  rows = [_kernel_gradient(1, _WIDTH, x, shape, d)[0] for x, d in factors]
-  return winograd.kernel_cotangent(form, rows)
+  return winograd.kernel_cotangent(form, [_row_kernel_gradient(x, d) for x, d in factors])
+
+
+def _row_convolution(x: jax.Array, row: jax.Array) -> jax.Array:
+  """`x` convolved with a row of a kernel, `[3, I, O]`; so are the functions below."""
+  return _conv2d(1, _WIDTH, x, row[None])
+
+
+def _row_product(x: jax.Array, row: jax.Array) -> jax.Array:
+  seen = _shifted(x)
+  return sum(seen[i] @ row[i] for i in range(3)).reshape(*x.shape[:3], -1)
+
+
+def _row_gradient(d: jax.Array, row: jax.Array) -> jax.Array:
+  """With respect to `x`: products, which leave the kernel as it lies."""
+  seen = _shifted(d)[::-1]
+  products = (jax.lax.dot_general(seen[i], row[i], (((1,), (1,)), ((), ()))) for i in range(3))
+  return sum(products).reshape(*d.shape[:3], -1)
+
+
+def _row_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
+  """With respect to the row: one product that leaves `x` as it lies, and transposes nothing."""
+  channels = x.shape[-1]
+  seen = jnp.concatenate(_shifted(d)[::-1], -1)
+  product = jax.lax.dot_general(x.reshape(-1, channels), seen, (((0,), (0,)), ((), ())))
+  return product.reshape(channels, 3, -1).swapaxes(0, 1)
+
+
+def _shifted(x: jax.Array) -> list[jax.Array]:
+  """The pixels `[B H W, C]` to the left of each one, itself, and those to the right."""
+  width, channels = x.shape[2:]
+  padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+  return [padded[:, :, i : i + width].reshape(-1, channels) for i in range(3)]
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
