@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from rlft.types import UserError
 
 _SMALLEST_SHARDED = 4096  # elements; gathering less costs more than keeping it
+_LARGEST_JOINED = 2**16  # elements; on CPUs devices wait for each other for every array summed
 
 EVERYWHERE = P()
 ROWS = P(("data", "fsdp"))  # axis 0 spread over all devices
@@ -162,19 +164,30 @@ def scatter(gradient: Any, where: Any) -> Any:
     where: specs of the parameters.
   """
 
+  # On CPUs XLA copies what it sums, even over a single device.
+  several = [axis for axis in ("data", "fsdp") if jax.lax.axis_size(axis) > 1]
+
   def total(x, *axes):
-    # On CPUs XLA copies what it sums, even over a single device.
-    axes = [axis for axis in axes if jax.lax.axis_size(axis) > 1]
+    axes = [axis for axis in axes if axis in several]
     return jax.lax.psum(x, axes) if axes else x
 
+  def is_joined(spec, x):
+    return bool(several) and "fsdp" not in spec and x.size < _LARGEST_JOINED
+
   def leaf(spec, x):
-    x = x.astype(jnp.float32)
     if "fsdp" not in spec:
-      return total(x, "data", "fsdp")
+      return x if is_joined(spec, x) else total(x, "data", "fsdp")
     shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
     return total(shard, "data")
 
-  return jax.tree.map(leaf, where, gradient, is_leaf=_is_spec)
+  specs, structure = jax.tree.flatten(where, is_leaf=_is_spec)
+  leaves = [x.astype(jnp.float32) for x in structure.flatten_up_to(gradient)]
+  found = [leaf(spec, x) for spec, x in zip(specs, leaves, strict=True)]
+  if joined := [i for i, x in enumerate(leaves) if is_joined(specs[i], x)]:
+    line, separate = ravel_pytree([leaves[i] for i in joined])
+    for i, x in zip(joined, separate(total(line, "data", "fsdp")), strict=True):
+      found[i] = x
+  return structure.unflatten(found)
 
 
 def _is_spec(x: Any) -> bool:

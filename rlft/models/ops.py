@@ -145,9 +145,10 @@ _conv2d_cpu.defvjp(
 
 
 def _is_few(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> bool:
-  """Whether it is fastest to copy the 9 pixels that each pixel sees, fewer than a kernel has rows.
+  """Whether a map has so few pixels that the kernel is what takes the time.
 
-  XLA takes the kernel of a convolution of 2 x 2 pixels for the map: 50 times as long.
+  A product then reads it once, as it lies. (With maps of 2 x 2 pixels, XLA exchanges map and
+  kernel, and takes 50 times as long.)
   """
   pixels = math.prod(x.shape[:3])
   return _is_whole(stride, padding, kernel) and pixels <= min(kernel.shape[2:])
@@ -185,8 +186,8 @@ def _rows_together(
   if not _is_whole(stride, padding, kernel):
     return None
   pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
-  for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _FEW)):
-    if channels >= narrowest and pixels >= fewest and _divides(form, x):
+  for form, fewest in ((_FOURS, _MANY), (_PAIRS, _FEW)):
+    if channels >= _NARROW and pixels >= fewest and _divides(form, x):
       return form
   return None
 
@@ -207,7 +208,8 @@ def _winograd(
 
 def _winograd_kernel_gradient(form: winograd.Form, x: jax.Array, d: jax.Array) -> jax.Array:
   factors = zip(winograd.input_sums(form, x), winograd.cotangent_sums(form, d), strict=True)
-  return winograd.kernel_cotangent(form, [_row_kernel_gradient(x, d) for x, d in factors])
+  rows = [_row_kernel_gradient(x, d) for x, d in factors]
+  return winograd.kernel_cotangent(form, rows).swapaxes(1, 2)
 
 
 def _row_convolution(x: jax.Array, row: jax.Array) -> jax.Array:
@@ -228,11 +230,11 @@ def _row_gradient(d: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _row_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
-  """With respect to the row: one product that leaves `x` as it lies, and transposes nothing."""
+  """With respect to the row, `[I, 3, O]`: one product that transposes nothing."""
   channels = x.shape[-1]
   seen = jnp.concatenate(_shifted(d)[::-1], -1)
   product = jax.lax.dot_general(x.reshape(-1, channels), seen, (((0,), (0,)), ((), ())))
-  return product.reshape(channels, 3, -1).swapaxes(0, 1)
+  return product.reshape(channels, 3, -1)
 
 
 def _shifted(x: jax.Array) -> list[jax.Array]:
