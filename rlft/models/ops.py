@@ -213,24 +213,25 @@ def _winograd_kernel_gradient(form: winograd.Form, x: jax.Array, d: jax.Array) -
 
 
 def _row_convolution(x: jax.Array, row: jax.Array) -> jax.Array:
-  """`x` convolved with a row of a kernel, `[3, I, O]`; so are the functions below."""
+  """`x` `[B, H, W, I]` convolved with a row `[3, I, O]` of a kernel."""
   return _conv2d(1, _WIDTH, x, row[None])
 
 
 def _row_product(x: jax.Array, row: jax.Array) -> jax.Array:
+  """As `_row_convolution`."""
   seen = _shifted(x)
   return sum(seen[i] @ row[i] for i in range(3)).reshape(*x.shape[:3], -1)
 
 
 def _row_gradient(d: jax.Array, row: jax.Array) -> jax.Array:
-  """With respect to `x`: products, which leave the kernel as it lies."""
+  """Of `_row_convolution` with respect to `x`: products, which leave the kernel as it lies."""
   seen = _shifted(d)[::-1]
   products = (jax.lax.dot_general(seen[i], row[i], (((1,), (1,)), ((), ()))) for i in range(3))
   return sum(products).reshape(*d.shape[:3], -1)
 
 
 def _row_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
-  """With respect to the row, `[I, 3, O]`: one product that transposes nothing."""
+  """With respect to the row, `[I, 3, O]`: one product that leaves `x` as it lies."""
   channels = x.shape[-1]
   seen = jnp.concatenate(_shifted(d)[::-1], -1)
   product = jax.lax.dot_general(x.reshape(-1, channels), seen, (((0,), (0,)), ((), ())))
