@@ -191,7 +191,7 @@ class UNet2DCondition(nn.Module):
       timesteps: `[n]` int32 in [0, 1000).
       conditioning: leaves `[B, ...]` float32, D the config's `cross_attention_dim` and F its
         `pooled_features`; or what `prepare` made of it. B is a multiple of n, see `layers.alike`:
-        what comes before the first attention to the text is computed once for all texts.
+        in float32 what comes before the first attention to the text is computed once for all texts.
 
     Returns:
       `[B, H, W, out_channels]` float32.
@@ -200,6 +200,10 @@ class UNet2DCondition(nn.Module):
     multiple = 2 ** (len(c.block_out_channels) - 1)
     if any(size % multiple for size in latents.shape[1:3]):
       raise ValueError(f"latents {latents.shape}: height and width must be multiples of {multiple}")
+    if self.dtype != jnp.float32:
+      # XLA rounds elsewhere in sampling than in training if repeated maps were rounded before.
+      rows = jax.tree.leaves(conditioning.text)[0]
+      latents, timesteps = (layers.alike(x, rows)[0] for x in (latents, timesteps))
     time = timestep_embedding(
       timesteps,
       c.block_out_channels[0],
