@@ -94,15 +94,16 @@ def _conv2d_backward(stride, padding, residuals, d):
   x, kernel = residuals
   few = _is_few(stride, padding, x, kernel)
   form = _rows_together(stride, padding, x, kernel)
+  wide = min(kernel.shape[2:]) >= _WIDE
   if few:
     d_x = _few_input_gradient(kernel, d)
-  elif form and min(kernel.shape[2:]) >= _WIDE:
+  elif form and wide:
     d_x = _winograd(form, _row_gradient, d, kernel[::-1])
   elif form:
     d_x = _winograd(form, _row_convolution, d, _mirrored(kernel))
   else:
     d_x = _input_gradient(stride, padding, x.shape, kernel, d)
-  if form:
+  if form and wide:
     return d_x, _winograd_kernel_gradient(_FOURS if _divides(_FOURS, x) else _PAIRS, x, d)
   if few:
     return d_x, _few_kernel_gradient(x, d)
@@ -186,8 +187,8 @@ def _rows_together(
   if not _is_whole(stride, padding, kernel):
     return None
   pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
-  for form, fewest in ((_FOURS, _MANY), (_PAIRS, _FEW)):
-    if channels >= _NARROW and pixels >= fewest and _divides(form, x):
+  for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _FEW)):
+    if channels >= narrowest and pixels >= fewest and _divides(form, x):
       return form
   return None
 
