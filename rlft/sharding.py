@@ -159,35 +159,37 @@ def gather(shards: Any, where: Any) -> Any:
 def scatter(gradient: Any, where: Any) -> Any:
   """The sum of all devices' gradients, each device's own shard of it; inside `on_each`.
 
+  Small arrays that no device has a shard of are sent as one.
+
   Args:
     gradient: of whole parameters, by this device's images.
     where: specs of the parameters.
   """
 
-  # On CPUs XLA copies what it sums, even over a single device.
+  specs, structure = jax.tree.flatten(where, is_leaf=_is_spec)
+  leaves = [x.astype(jnp.float32) for x in structure.flatten_up_to(gradient)]
   several = [axis for axis in ("data", "fsdp") if jax.lax.axis_size(axis) > 1]
+  if not several:  # On CPUs XLA copies what it sums, even over a single device.
+    return structure.unflatten(leaves)
 
   def total(x, *axes):
     axes = [axis for axis in axes if axis in several]
     return jax.lax.psum(x, axes) if axes else x
 
-  def is_joined(spec, x):
-    return bool(several) and "fsdp" not in spec and x.size < _LARGEST_JOINED
-
   def leaf(spec, x):
     if "fsdp" not in spec:
-      return x if is_joined(spec, x) else total(x, "data", "fsdp")
+      return total(x, "data", "fsdp")
     shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
     return total(shard, "data")
 
-  specs, structure = jax.tree.flatten(where, is_leaf=_is_spec)
-  leaves = [x.astype(jnp.float32) for x in structure.flatten_up_to(gradient)]
-  found = [leaf(spec, x) for spec, x in zip(specs, leaves, strict=True)]
-  if joined := [i for i, x in enumerate(leaves) if is_joined(specs[i], x)]:
-    line, separate = ravel_pytree([leaves[i] for i in joined])
-    for i, x in zip(joined, separate(total(line, "data", "fsdp")), strict=True):
-      found[i] = x
-  return structure.unflatten(found)
+  joined = {
+    i: x for i, x in enumerate(leaves) if "fsdp" not in specs[i] and x.size < _LARGEST_JOINED
+  }
+  line, separate = ravel_pytree(joined)
+  sums = separate(total(line, "data", "fsdp")) if joined else {}
+  return structure.unflatten(
+    [sums[i] if i in sums else leaf(specs[i], x) for i, x in enumerate(leaves)]
+  )
 
 
 def _is_spec(x: Any) -> bool:

@@ -124,13 +124,13 @@ class Attention(nn.Module):
     """Attends.
 
     Args:
-      x: `[B, N, C]`.
-      context: `[B, M, D]`, what to attend to, or what `prepare` made of it; None for `x` itself. It
-        can have a multiple of the rows of `x`, see `alike`.
+      x: `[n, N, C]`.
+      context: `[B, M, D]`, what to attend to, or what `prepare` made of it; None for `x` itself. B
+        is a multiple of n, see `alike`.
       mask: see `attention`.
 
     Returns:
-      `[B, N, features]`, B the context's.
+      `[B, N, features]`.
     """
     query, key, value, out = self.names
     prepared = (
@@ -160,7 +160,7 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-    """`x` `[B, H, W, I]`, `time` `[B, E]` float32 or None, see `alike` -> `[B, H, W, features]`."""
+    """`x` `[n, H, W, I]`, `time` `[m, E]` float32 or None -> `[max(n, m), H, W, features]`."""
     h = GroupNorm(self.groups, self.epsilon, self.dtype, silu=True, name="norm1")(x)
     h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
     if time is not None:

@@ -22,7 +22,7 @@ _WHOLE = (3, 3, 1, _SAME)  # height, width, stride, padding of a convolution tha
 _WIDTH = ((0, 0), (1, 1))  # padding of one by a row of its kernel
 # Where which form is faster (experiments/cpu_kernels.md): numbers of channels, and of pixels.
 _NARROW, _WIDE = 48, 128
-_FEW, _MANY = 256, 1024
+_SOME, _MANY = 256, 1024
 # Of F(4, 3) these points have half the error of 0, 1, -1, 2, -2 (experiments/cpu_kernels.md).
 _PAIRS, _FOURS = winograd.form(0, 1, -1), winograd.form(0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
 
@@ -79,15 +79,15 @@ def _conv2d(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A convolution whose gradients are convolutions of transposed arrays, or products.
+  """A convolution in the form that is the fastest here, and so are its gradients.
 
-  JAX's are convolutions with permuted dimensions, for which XLA has no fast form in the body of a
-  loop on CPUs: there they take 30 to 80 times as long.
+  JAX's gradients are convolutions with permuted dimensions, for which XLA has no fast form in the
+  body of a loop on CPUs: there they take 30 to 80 times as long.
   """
   few = _is_few(stride, padding, x, kernel)
   if form := _rows_together(stride, padding, x, kernel):
     return _winograd(form, _row_product if few else _row_convolution, x, kernel)
-  return _few(x, kernel) if few else _conv2d(stride, padding, x, kernel)
+  return _columns_product(x, kernel) if few else _conv2d(stride, padding, x, kernel)
 
 
 def _conv2d_backward(stride, padding, residuals, d):
@@ -96,7 +96,7 @@ def _conv2d_backward(stride, padding, residuals, d):
   form = _rows_together(stride, padding, x, kernel)
   wide = min(kernel.shape[2:]) >= _WIDE
   if few:
-    d_x = _few_input_gradient(kernel, d)
+    d_x = _columns_input_gradient(kernel, d)
   elif form and wide:
     d_x = _winograd(form, _row_gradient, d, kernel[::-1])
   elif form:
@@ -106,7 +106,7 @@ def _conv2d_backward(stride, padding, residuals, d):
   if form and wide:
     return d_x, _winograd_kernel_gradient(_FOURS if _divides(_FOURS, x) else _PAIRS, x, d)
   if few:
-    return d_x, _few_kernel_gradient(x, d)
+    return d_x, _columns_kernel_gradient(x, d)
   return d_x, _kernel_gradient(stride, padding, x, kernel.shape, d)
 
 
@@ -163,18 +163,18 @@ def _columns(x: jax.Array) -> jax.Array:
   return jnp.concatenate(seen, -1).reshape(-1, 9 * channels)
 
 
-def _few(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _columns_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return (_columns(x) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:3], -1)
 
 
-def _few_input_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
+def _columns_input_gradient(kernel: jax.Array, d: jax.Array) -> jax.Array:
   shape = (*d.shape[:3], kernel.shape[2])
   kernel = kernel.reshape(-1, kernel.shape[-1])
   columns = jax.lax.dot_general(d.reshape(-1, d.shape[-1]), kernel, (((1,), (1,)), ((), ())))
   return jax.linear_transpose(_columns, jax.ShapeDtypeStruct(shape, d.dtype))(columns)[0]
 
 
-def _few_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
+def _columns_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
   d = d.reshape(-1, d.shape[-1])
   kernel = jax.lax.dot_general(_columns(x), d, (((0,), (0,)), ((), ())))
   return kernel.reshape(3, 3, x.shape[-1], d.shape[-1])
@@ -187,7 +187,7 @@ def _rows_together(
   if not _is_whole(stride, padding, kernel):
     return None
   pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
-  for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _FEW)):
+  for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _SOME)):
     if channels >= narrowest and pixels >= fewest and _divides(form, x):
       return form
   return None
