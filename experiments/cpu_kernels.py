@@ -2,10 +2,10 @@
 
     python experiments/cpu_kernels.py
 
-The forms of `rlft/models/ops.py` beside XLA's plain ones, Winograd's F(2x2, 3x3), which is not
-built in, and PyTorch where it is installed; forms of an operation take turns. Prints milliseconds,
-and the largest difference from the plain form. The result, and what followed from it, is in
-`cpu_kernels.md`.
+The forms of `rlft/models/convolution.py` and `ops.py` beside XLA's plain ones, Winograd's
+F(2x2, 3x3), which is not built in, and PyTorch where it is installed; forms of an operation take
+turns. Prints milliseconds, and the largest difference from the plain form. The result, and what
+followed from it, is in `cpu_kernels.md`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft import cli
-from rlft.models import attention, ops, winograd
+from rlft.models import attention, convolution, ops, winograd
 
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each form", lower_bound=1)
 
@@ -53,8 +53,8 @@ _ROWS = (
   (16, 4, 512, 512),
 )
 _FORMS = {
-  "F(2, 3)": ops._PAIRS,
-  "F(4, 3)": ops._FOURS,
+  "F(2, 3)": convolution._PAIRS,
+  "F(4, 3)": convolution._FOURS,
   "F(4, 3) of whole numbers": winograd.form(0, 1, -1, 2, -2),
 }
 
@@ -65,7 +65,12 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """XLA's convolution."""
-  return ops._conv2d(1, ops._SAME, x, kernel)
+  return convolution._conv2d(1, convolution._SAME, x, kernel)
+
+
+def conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Ours."""
+  return convolution.conv2d(x, kernel, stride=1, padding=convolution._SAME)
 
 
 def nine_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -133,18 +138,22 @@ def times(calls: Mapping[str, Callable]) -> dict[str, float]:
 def measure_rows(x: jax.Array, kernel: jax.Array) -> str:
   """Winograd's forms by rows: forward pass, gradients of input and kernel, with their errors."""
   d = _random(1, (*x.shape[:3], kernel.shape[-1]))
-  same = ops._SAME
+  same = convolution._SAME
   plain = (
     jax.jit(direct),
-    jax.jit(lambda x, kernel: ops._input_gradient(1, same, x.shape, kernel, d)),
-    jax.jit(lambda x, kernel: ops._kernel_gradient(1, same, x, kernel.shape, d)),
+    jax.jit(lambda x, kernel: convolution._input_gradient(1, same, x.shape, kernel, d)),
+    jax.jit(lambda x, kernel: convolution._kernel_gradient(1, same, x, kernel.shape, d)),
   )
   calls = {"direct": plain}
   for name, form in _FORMS.items():
     calls[name] = (
-      jax.jit(functools.partial(ops._winograd, form, ops._row_convolution)),
-      jax.jit(lambda x, kernel, form=form: ops._winograd(form, ops._row_gradient, d, kernel[::-1])),
-      jax.jit(lambda x, kernel, form=form: ops._winograd_kernel_gradient(form, x, d)),
+      jax.jit(functools.partial(convolution._winograd, form, convolution._row_convolution)),
+      jax.jit(
+        lambda x, kernel, form=form: convolution._winograd(
+          form, convolution._row_gradient, d, kernel[::-1]
+        )
+      ),
+      jax.jit(lambda x, kernel, form=form: convolution._winograd_kernel_gradient(form, x, d)),
     )
   found = [
     times({name: functools.partial(parts[i], x, kernel) for name, parts in calls.items()})
@@ -187,7 +196,7 @@ def main() -> None:
   print("3x3 convolutions")
   for b, size, channels, features in _CONVOLUTIONS:
     x, kernel = _random(0, (b, size, size, channels)), _random(2, (3, 3, channels, features))
-    forms = {"XLA": direct, "ops": functools.partial(ops.conv2d, stride=1, padding=ops._SAME)}
+    forms = {"XLA": direct, "ours": conv2d}
     forms |= {"nine products": nine_products, "Winograd": winograd_square}
     line = measure(forms, x, kernel)
     if importlib.util.find_spec("torch"):
@@ -200,7 +209,7 @@ def main() -> None:
   print("3x3 convolutions, twice in a loop")
   for b, size, channels, features in _CONVOLUTIONS[:5]:
     x, kernel = _random(0, (2, b, size, size, channels)), _random(2, (3, 3, channels, features))
-    forms = {"XLA": direct, "ops": functools.partial(ops.conv2d, stride=1, padding=ops._SAME)}
+    forms = {"XLA": direct, "ours": conv2d}
     forms = {
       name: lambda x, kernel, form=form: jax.lax.map(lambda x: form(x, kernel), x)
       for name, form in forms.items()
@@ -209,12 +218,12 @@ def main() -> None:
   print("dense layers")
   for rows, channels, features in _LAYERS:
     args = _random(0, (rows, channels)), _random(2, (channels, features))
-    forms = {"XLA": jnp.matmul, "ops": lambda x, kernel: ops.dense_product(x, kernel, _LAST_FIRST)}
+    forms = {"XLA": jnp.matmul, "ours": lambda x, kernel: ops.dense_product(x, kernel, _LAST_FIRST)}
     print(f"  {(rows, channels, features)}: {measure(forms, *args)}", flush=True)
   print("doubled, then a 3x3 convolution")
   for b, size, channels in _MAPS:
     args = _random(0, (b, size // 2, size // 2, channels)), _random(2, (3, 3, channels, channels))
-    forms = {"XLA": ops._upsample_conv, "ops": ops.upsample_conv}
+    forms = {"XLA": convolution._upsample_conv, "ours": convolution.upsample_conv}
     print(f"  {(b, size // 2, channels)}: {measure(forms, *args)}", flush=True)
   print("group normalisation and SiLU")
   for b, size, channels in _MAPS:
@@ -222,20 +231,20 @@ def main() -> None:
     plain = functools.partial(ops._group_norm, 16, 1e-5, True)
     forms = {
       "XLA": plain,
-      "ops": functools.partial(ops.group_norm, groups=16, epsilon=1e-5, silu=True),
+      "ours": functools.partial(ops.group_norm, groups=16, epsilon=1e-5, silu=True),
     }
     print(f"  {(b, size, channels)}: {measure(forms, *args)}", flush=True)
   print("gated GELU")
   for b, size, channels in _MAPS:
     x = _random(0, (b, size * size, 8 * channels))
-    forms = {"XLA": ops._gated_gelu, "ops": ops.gated_gelu}
+    forms = {"XLA": ops._gated_gelu, "ours": ops.gated_gelu}
     print(f"  {x.shape}: {measure(forms, x)}", flush=True)
   print("attention")
   for b, n, m, heads, features in _TOKENS:
     args = [_random(i, (b, length, heads, features)) for i, length in enumerate((n, m, m))]
     forms = {
       "XLA": functools.partial(attention.attention, implementation="xla"),
-      "ops": ops.attention_cpu,
+      "ours": ops.attention_cpu,
     }
     print(f"  {(b, n, m, heads, features)}: {measure(forms, *args)}", flush=True)
 

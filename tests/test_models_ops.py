@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlft.models import attention, ops
+from rlft.models.convolution import conv2d, upsample_conv
 
 SAME = ((1, 1), (1, 1))
 
@@ -30,7 +31,7 @@ def dense(x, kernel):
 def convolution(size, stride, padding):
   """A map of 9 x 6 convolved with a kernel of this size: our form, the plain one, arguments."""
   settings = {"stride": stride, "padding": (padding, padding)}
-  forms = (functools.partial(form, **settings) for form in (ops.conv2d, direct))
+  forms = (functools.partial(form, **settings) for form in (conv2d, direct))
   return *forms, (normal(0, 2, 9, 6, 5), normal(1, size, size, 5, 3))
 
 
@@ -56,7 +57,7 @@ def gated_gelu(x):
   return x * gate * jax.scipy.stats.norm.cdf(gate)
 
 
-conv = functools.partial(ops.conv2d, stride=1, padding=SAME)
+conv = functools.partial(conv2d, stride=1, padding=SAME)
 norm = functools.partial(ops.group_norm, groups=4, epsilon=1e-5)
 plain_attention = functools.partial(attention.attention, implementation="xla")
 
@@ -85,7 +86,7 @@ CASES = {
   "conv of patches": convolution(3, 3, (0, 0)),
   "conv of an even size": convolution(4, 2, (1, 2)),
   "dense": (dense, jnp.matmul, (normal(0, 2, 3, 5), normal(1, 5, 7))),
-  "upsample": (ops.upsample_conv, doubled, (normal(0, 2, 3, 4, 5), normal(1, 3, 3, 5, 7))),
+  "upsample": (upsample_conv, doubled, (normal(0, 2, 3, 4, 5), normal(1, 3, 3, 5, 7))),
   "group norm": (
     functools.partial(norm, silu=False),
     functools.partial(group_norm, silu=False),
