@@ -55,6 +55,7 @@ def over_devices(
     )
     gradient, outputs = microbatch_lib.summed(
       lambda part: jax.grad(loss, has_aux=True)(params, base, part),
+      params,
       jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows),
       part,
     )

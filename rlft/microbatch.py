@@ -72,8 +72,16 @@ def mapped(function: Callable[[Rows], Rows], rows: Rows, size: int) -> Rows:
   return _joined(jax.lax.map(function, _parts(rows, size)))
 
 
-def summed(function: Callable[[Rows], tuple[Any, Rows]], rows: Rows, size: int) -> tuple[Any, Rows]:
-  """As `mapped` for `function(rows) -> (a tree that is summed over parts in float32, rows)`."""
+def summed(
+  function: Callable[[Rows], tuple[Any, Rows]], like: Any, rows: Rows, size: int
+) -> tuple[Any, Rows]:
+  """As `mapped` for `function(rows) -> (a tree that is summed over parts in float32, rows)`.
+
+  Args:
+    function: see above.
+    like: a tree with the shapes of that which is summed.
+    rows, size: as in `mapped`.
+  """
   if _is_whole(rows, size):
     return function(rows)
   parts = _parts(rows, size)
@@ -82,8 +90,7 @@ def summed(function: Callable[[Rows], tuple[Any, Rows]], rows: Rows, size: int) 
     values, outputs = function(part)
     return jax.tree.map(lambda t, v: t + v.astype(jnp.float32), total, values), outputs
 
-  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))[0]
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
   total, outputs = jax.lax.scan(step, zeros, parts)
   return total, _joined(outputs)
 

@@ -30,7 +30,7 @@ def test_summed_gradients_are_those_of_the_whole(size):
   weight = jnp.array([0.1, -0.05])
   expected, outputs = jax.grad(loss, has_aux=True)(weight, ROWS)
   found, rows = microbatch.summed(
-    lambda part: jax.grad(loss, has_aux=True)(weight, part), ROWS, size
+    lambda part: jax.grad(loss, has_aux=True)(weight, part), weight, ROWS, size
   )
   np.testing.assert_allclose(found, expected, rtol=1e-5)
   np.testing.assert_allclose(rows, outputs, rtol=1e-6)
@@ -40,7 +40,7 @@ def test_sums_of_bfloat16_gradients_are_float32():
   def function(rows):
     return rows["y"].sum().astype(jnp.bfloat16), rows["y"]
 
-  total, _ = microbatch.summed(function, {"y": jnp.ones(512)}, 1)
+  total, _ = microbatch.summed(function, jnp.zeros(()), {"y": jnp.ones(512)}, 1)
   assert total.dtype == jnp.float32 and total == 512  # In bfloat16, 256 + 1 is 256.
 
 

@@ -29,7 +29,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) ->
   if kernel.shape[:2] == (1, 1) and stride == 1:
     return ops.on_cpu(ops.product_cpu, jnp.matmul, x, kernel[0, 0])
   settings = stride, tuple(map(tuple, padding))
-  cpu, plain = (functools.partial(form, *settings) for form in (_conv2d_cpu, _conv2d))
+  cpu, plain = (ops.fixed(form, *settings) for form in (_conv2d_cpu, _conv2d))
   return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
 
 

@@ -24,11 +24,17 @@ def on_cpu(
   return jax.lax.platform_dependent(*args, cpu=cpu, default=plain)
 
 
+@functools.cache
+def fixed(form: Callable[..., jax.Array], *args: Any, **named: Any) -> Callable[..., jax.Array]:
+  """`functools.partial`, the same for the same arguments: JAX traces it once for each shape."""
+  return functools.partial(form, *args, **named)
+
+
 def dense_product(
   x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
 ) -> jax.Array:
   """`x` `[..., I]` times `kernel` `[I, O]`, for `nn.Dense`, which gives more arguments."""
-  plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
+  plain = fixed(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
   return on_cpu(product_cpu, plain, x, kernel)
 
 
@@ -63,8 +69,8 @@ def group_norm(
   Returns:
     As `x`.
   """
-  plain = functools.partial(_group_norm, groups, epsilon, silu)
-  return on_cpu(functools.partial(_group_norm_cpu, groups, epsilon, silu), plain, x, scale, bias)
+  cpu, plain = (fixed(form, groups, epsilon, silu) for form in (_group_norm_cpu, _group_norm))
+  return on_cpu(cpu, plain, x, scale, bias)
 
 
 def _group_norm(
