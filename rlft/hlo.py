@@ -149,8 +149,9 @@ def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> i
 def flops(jaxpr: Any) -> float:
   """Multiplications and additions in products and convolutions, over all devices.
 
-  Loops of `scan` are multiplied out; of a choice (an implementation for each platform) the largest
-  counts; kernels written by hand count nothing, so the choice is XLA's form of the same products.
+  Loops of `scan` are multiplied out. Of a choice between platforms the default counts, so that the
+  work is the same everywhere, and kernels written by hand, which count nothing, do not hide it; of
+  any other choice the largest.
 
   Args:
     jaxpr: of a traced program, `traced.jaxpr`.
@@ -171,7 +172,9 @@ def _equation_flops(equation: Any) -> float:
   if name == "pallas_call":
     return 0.0
   if name == "cond":
-    return max(flops(branch) for branch in params["branches"])
+    platforms = params.get("branches_platforms") or ()
+    by_default = [b for b, names in zip(params["branches"], platforms, strict=False) if not names]
+    return max(flops(branch) for branch in by_default or params["branches"])
   times = params["length"] if name == "scan" else 1
   if name == "shard_map":
     times = params["mesh"].size
