@@ -159,7 +159,7 @@ def gather(shards: Any, where: Any) -> Any:
 def scatter(gradient: Any, where: Any) -> Any:
   """The sum of all devices' gradients, each device's own shard of it; inside `on_each`.
 
-  Small arrays that no device has a shard of are sent as one.
+  CPUs send small arrays that no device has a shard of as one; elsewhere XLA combines them itself.
 
   Args:
     gradient: of whole parameters, by this device's images.
@@ -182,13 +182,23 @@ def scatter(gradient: Any, where: Any) -> Any:
     shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
     return total(shard, "data")
 
-  joined = {
-    i: x for i, x in enumerate(leaves) if "fsdp" not in specs[i] and x.size < _LARGEST_JOINED
-  }
-  line, separate = ravel_pytree(joined)
-  sums = separate(total(line, "data", "fsdp")) if joined else {}
+  def joined(arrays):
+    line, separate = ravel_pytree(arrays)
+    return separate(total(line, "data", "fsdp"))
+
+  def apart(arrays):
+    return [total(x, "data", "fsdp") for x in arrays]
+
+  is_small = [
+    "fsdp" not in s and x.size < _LARGEST_JOINED for s, x in zip(specs, leaves, strict=True)
+  ]
+  small = [x for x, small in zip(leaves, is_small, strict=True) if small]
+  sums = iter(jax.lax.platform_dependent(small, cpu=joined, default=apart) if small else ())
   return structure.unflatten(
-    [sums[i] if i in sums else leaf(specs[i], x) for i, x in enumerate(leaves)]
+    [
+      next(sums) if small else leaf(s, x)
+      for s, x, small in zip(specs, leaves, is_small, strict=True)
+    ]
   )
 
 
