@@ -182,23 +182,19 @@ def scatter(gradient: Any, where: Any) -> Any:
     shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
     return total(shard, "data")
 
-  def joined(arrays):
-    line, separate = ravel_pytree(arrays)
-    return separate(total(line, "data", "fsdp"))
+  def summed(tree):
+    return jax.tree.map(lambda x: total(x, "data", "fsdp"), tree)
 
-  def apart(arrays):
-    return [total(x, "data", "fsdp") for x in arrays]
+  def joined(tree):
+    line, separate = ravel_pytree(tree)
+    return separate(summed(line))
 
-  is_small = [
-    "fsdp" not in s and x.size < _LARGEST_JOINED for s, x in zip(specs, leaves, strict=True)
-  ]
-  small = [x for x, small in zip(leaves, is_small, strict=True) if small]
-  sums = iter(jax.lax.platform_dependent(small, cpu=joined, default=apart) if small else ())
+  small = {
+    i: x for i, x in enumerate(leaves) if "fsdp" not in specs[i] and x.size < _LARGEST_JOINED
+  }
+  sums = jax.lax.platform_dependent(small, cpu=joined, default=summed) if small else {}
   return structure.unflatten(
-    [
-      next(sums) if small else leaf(s, x)
-      for s, x, small in zip(specs, leaves, is_small, strict=True)
-    ]
+    [sums[i] if i in sums else leaf(specs[i], x) for i, x in enumerate(leaves)]
   )
 
 
