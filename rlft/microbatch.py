@@ -75,10 +75,10 @@ def mapped(function: Callable[[Rows], Rows], rows: Rows, size: int) -> Rows:
 def summed(
   function: Callable[[Rows], tuple[Any, Rows]], like: Any, rows: Rows, size: int
 ) -> tuple[Any, Rows]:
-  """As `mapped` for `function(rows) -> (a tree that is summed over parts in float32, rows)`.
+  """As `mapped`, for a function that also returns what is to be summed over the parts.
 
   Args:
-    function: see above.
+    function: rows to a tree, which is summed in float32, and as many rows.
     like: a tree with the shapes of that which is summed.
     rows, size: as in `mapped`.
   """

@@ -96,7 +96,7 @@ def test_flops_are_multiplied_out():
     )
 
   traced = jax.jit(function).trace(jnp.ones((3, 7)), jnp.ones((7, 7)))
-  assert hlo.flops(traced.jaxpr) == 6 * 2 * 3 * 7 * 7  # One more where no platform has its own.
+  assert hlo.flops(traced.jaxpr) == 6 * 2 * 3 * 7 * 7  # Five steps, and the default.
 
   def convolution(x, kernel):
     numbers = ("NHWC", "HWIO", "NHWC")
