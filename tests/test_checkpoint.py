@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_cases
 
 from rlft import sharding
 from rlft.checkpoint import Checkpointer
@@ -211,3 +212,17 @@ def test_a_reader_leaves_the_save_of_a_running_trainer_alone(tmp_path):
   assert names(tmp_path) == ["1", "2.orbax-checkpoint-tmp"]
   assert_equal({"ema": None} | found, state(1.0))
   assert isinstance(found["params"]["bias"], np.ndarray) and meta == {"step": 1}
+
+
+def test_a_save_compiles_nothing(tmp_path):
+  mesh = sharding.make_mesh(4)
+  placed = {
+    "replicated": jax.device_put(jnp.ones((16, 24)), sharding.replicated(mesh)),
+    "sharded": jax.device_put(jnp.ones((16, 24)), sharding.batch(mesh)),
+  }
+  checkpointer = Checkpointer(tmp_path)
+  with train_cases.compilations() as names:
+    checkpointer.save(1, placed, {})
+    checkpointer.close()
+  assert not names
+  assert_equal(restore(tmp_path, placed)[1], placed)
