@@ -302,19 +302,9 @@ def _measure(pen: Pen, presets: Sequence) -> dict[str, results.EvalResult]:
     ]
     return np.concatenate(parts)
 
-  def score(reward, images, prompts, images_per_prompt):
-    rows = sharding.batch(sharding.make_mesh())
-    return inference.score_all(
-      reward,
-      images,
-      prompts,
-      images_per_prompt=images_per_prompt,
-      rows=rows,
-      timeout_s=300.0,
-      threads=1,
-    )
-
-  return evaluate.evaluate(inference.make_specs(presets), sample=sample, score=score, seed=1000)
+  rows = sharding.batch(sharding.make_mesh())
+  with inference.MetricScorer(rows=rows, timeout_s=300.0, threads=1) as score:
+    return evaluate.evaluate(inference.make_specs(presets), sample=sample, score=score, seed=1000)
 
 
 _PAGE = """<!doctype html>

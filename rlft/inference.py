@@ -1,6 +1,7 @@
 """A model as it is, without training: a grid of what it draws, and its held-out measures."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import json
 import math
@@ -169,18 +170,8 @@ def measure(
   def sample(prompts, seed):
     return draw([prompt.text for prompt in prompts], progress="evaluating")
 
-  def score(reward, images, prompts, images_per_prompt):
-    return score_all(
-      reward,
-      images,
-      prompts,
-      images_per_prompt=images_per_prompt,
-      rows=rows,
-      timeout_s=reward_timeout_s,
-      threads=reward_threads,
-    )
-
-  measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
+  with MetricScorer(rows=rows, timeout_s=reward_timeout_s, threads=reward_threads) as score:
+    measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
   if output:
     content = {
       "model": drawing.model,
@@ -241,56 +232,81 @@ def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
   return metric
 
 
-def score_all(
-  reward: Reward,
-  images: np.ndarray,
-  prompts: Sequence[Prompt],
-  *,
-  images_per_prompt: int,
-  rows: NamedSharding,
-  timeout_s: float,
-  threads: int,
-) -> np.ndarray:
-  """Scores any number of images: `[N]`, or `[N / G]` for a set reward.
+class MetricScorer:
+  """Applies metrics to any number of images; what it compiled for one evaluation serves the next.
 
-  Args:
-    reward: the metric.
-    images: `[N, H, W, 3]` float32 in [0, 1], on every process.
-    prompts: N; the images of a set follow each other.
-    images_per_prompt: G, which divides N.
-    rows: how a batch is spread over the mesh.
-    timeout_s: deadline in seconds for a batch of a host reward.
-    threads: for a host reward.
+  Between them, no weights are on the devices.
   """
-  count, unit = len(images), math.lcm(images_per_prompt, rows.mesh.size)
-  size = math.ceil(min(count, _SCORED_AT_ONCE) / unit) * unit
-  # Padded by copies of the last set, so that every batch has the same size.
-  places = np.arange(math.ceil(count / size) * size)
-  last_set = count - images_per_prompt + places % images_per_prompt
-  places = np.where(places < count, places, last_set).reshape(-1, size)
-  with Scorer(
-    reward,
-    batch_size=size,
-    images_per_prompt=images_per_prompt,
-    batch_sharding=rows,
-    timeout_s=timeout_s,
-    threads=threads,
-  ) as scorer:
+
+  def __init__(self, *, rows: NamedSharding, timeout_s: float, threads: int):
+    """Keeps the settings.
+
+    Args:
+      rows: how a batch is spread over the mesh.
+      timeout_s: deadline in seconds for a batch of a host metric.
+      threads: for a host metric, see `Scorer`.
+    """
+    self._settings = {"batch_sharding": rows, "timeout_s": timeout_s, "threads": threads}
+    self._rows = rows
+    self._scorers: dict[tuple[int, int, int], Scorer] = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self) -> None:
+    """Ends the threads of host metrics once they are idle."""
+    with contextlib.ExitStack() as stack:
+      for scorer in self._scorers.values():
+        stack.callback(scorer.close)
+
+  def __call__(
+    self, reward: Reward, images: np.ndarray, prompts: Sequence[Prompt], images_per_prompt: int
+  ) -> np.ndarray:
+    """Scores any number of images: `[N]`, or `[N / G]` for a set reward.
+
+    Args:
+      reward: the metric; the same object each time, to be compiled once.
+      images: `[N, H, W, 3]` float32 in [0, 1], on every process.
+      prompts: N; the images of a set follow each other.
+      images_per_prompt: G, which divides N.
+
+    Raises:
+      UserError: a set reward gives the images of a set different scores.
+    """
+    count, unit = len(images), math.lcm(images_per_prompt, self._rows.mesh.size)
+    size = math.ceil(min(count, _SCORED_AT_ONCE) / unit) * unit
+    # Padded by copies of the last set, so that every batch has the same size.
+    places = np.arange(math.ceil(count / size) * size)
+    last_set = count - images_per_prompt + places % images_per_prompt
+    places = np.where(places < count, places, last_set).reshape(-1, size)
+    scorer = self._scorer(reward, size, images_per_prompt)
     scores = []
     for batch in places:
-      placed = sharding.put(np.asarray(images)[batch], rows)
+      placed = sharding.put(np.asarray(images)[batch], self._rows)
       pending = scorer.submit(placed, [prompts[place] for place in batch])
       scores.append(sampler.fetch(pending.result()))
-  scores = np.concatenate(scores)[:count]
-  if not reward.is_set:
-    return scores
-  sets = scores.reshape(-1, images_per_prompt)
-  if not np.array_equal(sets, np.broadcast_to(sets[:, :1], sets.shape), equal_nan=True):
-    raise UserError(
-      f"metric {reward.name!r} gives the images of a set different scores, and so no measure of the"
-      " set: make it return one number for each set"
-    )
-  return sets[:, 0]
+    scorer.free()
+    scores = np.concatenate(scores)[:count]
+    if not reward.is_set:
+      return scores
+    sets = scores.reshape(-1, images_per_prompt)
+    if not np.array_equal(sets, np.broadcast_to(sets[:, :1], sets.shape), equal_nan=True):
+      raise UserError(
+        f"metric {reward.name!r} gives the images of a set different scores, and so no measure of"
+        " the set: make it return one number for each set"
+      )
+    return sets[:, 0]
+
+  def _scorer(self, reward: Reward, size: int, images_per_prompt: int) -> Scorer:
+    key = id(reward), size, images_per_prompt  # Weights have no hash; a scorer keeps its reward.
+    if key not in self._scorers:
+      self._scorers[key] = Scorer(
+        reward, batch_size=size, images_per_prompt=images_per_prompt, **self._settings
+      )
+    return self._scorers[key]
 
 
 def _check_output(path: str | os.PathLike[str]) -> None:

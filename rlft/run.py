@@ -21,7 +21,7 @@ from rlft import sampler as sampler_lib
 from rlft.advantages import PromptHistory
 from rlft.checkpoint import Checkpointer
 from rlft.config import Config, TaskConfig
-from rlft.inference import make_specs, score_all
+from rlft.inference import MetricScorer, make_specs
 from rlft.models import pretrained
 from rlft.rewards import combine, make_reward
 from rlft.rewards.combine import TaskScorer
@@ -54,6 +54,7 @@ class Run:
     schedule: T reverse steps.
     tasks: in the order in which an iteration does them.
     evals: held-out evaluations.
+    metrics: applies their metrics.
     pairs: pretraining images with captions; None where they have no weight.
     frozen: parameters that no update changes, on the devices: 'vae', 'text_encoder' (and
       'text_encoder_2'), and 'unet' (of the base model) where LoRA or the KL divergence needs it.
@@ -70,6 +71,7 @@ class Run:
   schedule: ddim.Schedule
   tasks: Sequence[Task]
   evals: Sequence[evaluate_lib.EvalSpec]
+  metrics: MetricScorer
   pairs: pairs_lib.Pairs | None
   frozen: dict[str, Any]
   sampler: sampler_lib.Sampler
@@ -84,6 +86,7 @@ class Run:
     """Waits for pending saves and ends the threads of host rewards."""
     for task in self.tasks:
       task.scorer.close()
+    self.metrics.close()
     self.checkpointer.close()
 
 
@@ -172,6 +175,9 @@ def open_run(config: Config, devices: int = 0) -> Run:
       for task, entries, reward in zip(config.task, prompts, rewards, strict=True)
     ],
     evals=evals,
+    metrics=MetricScorer(
+      rows=rows, timeout_s=config.reward_timeout_s, threads=config.reward_threads
+    ),
     pairs=pairs,
     frozen=frozen,
     sampler=sampler_lib.Sampler(
@@ -210,17 +216,6 @@ def measure(run: Run, weights: lora.Weights, iteration: int) -> None:
     texts = [prompt.text for prompt in prompts]
     return run.sampler(texts, seed, weights=weights, progress="evaluating" if run.writes else "")
 
-  def score(reward, images, prompts, images_per_prompt):
-    return score_all(
-      reward,
-      images,
-      prompts,
-      images_per_prompt=images_per_prompt,
-      rows=run.rows,
-      timeout_s=run.config.reward_timeout_s,
-      threads=run.config.reward_threads,
-    )
-
   def keep(spec, images, prompts):
     if run.writes and run.config.report_images:
       samples.save_samples(
@@ -228,7 +223,7 @@ def measure(run: Run, weights: lora.Weights, iteration: int) -> None:
       )
 
   measured = evaluate_lib.evaluate(
-    run.evals, sample=sample, score=score, seed=run.config.eval_seed, keep=keep
+    run.evals, sample=sample, score=run.metrics, seed=run.config.eval_seed, keep=keep
   )
   if run.writes:
     results.append_history(run.workdir, iteration, measured)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 
+import jax
 import models_cases
 import numpy as np
 import PIL.Image
@@ -188,14 +189,30 @@ def test_scores_of_any_number_of_images(monkeypatch, count, is_set):
     lambda _, images, features: images.mean(tuple(range(1, images.ndim))),
     is_set=is_set,
   )
-  scores = inference.score_all(
-    reward,
-    pictures,
-    [Prompt("")] * count,
-    images_per_prompt=3,
-    rows=sharding.batch(sharding.make_mesh()),
-    timeout_s=60.0,
-    threads=1,
-  )
+  rows = sharding.batch(sharding.make_mesh())
+  with inference.MetricScorer(rows=rows, timeout_s=60.0, threads=1) as score:
+    scores = score(reward, pictures, [Prompt("")] * count, 3)
   expected = values.reshape(-1, 3).mean(axis=1) if is_set else values
   np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_a_metric_is_compiled_once_and_leaves_the_devices():
+  weight = np.full((7, 11, 13), 2.0, np.float32)
+  traces = []
+
+  def bright(params, images, features):
+    traces.append(images.shape)
+    return params.mean() * images.mean((1, 2, 3))
+
+  def on_devices():
+    return [x for x in jax.live_arrays() if x.shape == weight.shape]
+
+  reward = Reward("bright", "jax", bright, params=weight)
+  pictures = np.full((8, 2, 2, 3), 0.25, np.float32)
+  rows = sharding.batch(sharding.make_mesh())
+  with inference.MetricScorer(rows=rows, timeout_s=60.0, threads=1) as score:
+    for brightness in (1.0, 2.0):
+      scores = score(reward, brightness * pictures, [Prompt("")] * 8, 1)
+      np.testing.assert_allclose(scores, np.full(8, 0.5 * brightness), rtol=1e-6)
+      assert not on_devices()
+  assert traces == [pictures.shape]

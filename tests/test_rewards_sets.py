@@ -164,13 +164,10 @@ def test_credit_is_no_metric(tmp_path):
   def own(images, prompts, metadata):
     return images.mean(axis=(2, 3, 4))
 
-  with pytest.raises(UserError, match="'own' gives the images of a set different scores"):
-    inference.score_all(
-      Reward("own", "host", own, is_set=True),
-      np.random.default_rng(0).random((8, 2, 2, 3), np.float32),
-      [Prompt("")] * 8,
-      images_per_prompt=2,
-      rows=sharding.batch(sharding.make_mesh()),
-      timeout_s=30.0,
-      threads=1,
-    )
+  rows = sharding.batch(sharding.make_mesh())
+  images = np.random.default_rng(0).random((8, 2, 2, 3), np.float32)
+  with (
+    inference.MetricScorer(rows=rows, timeout_s=30.0, threads=1) as score,
+    pytest.raises(UserError, match="'own' gives the images of a set different scores"),
+  ):
+    score(Reward("own", "host", own, is_set=True), images, [Prompt("")] * 8, 2)

@@ -75,8 +75,7 @@ class Scorer:
         f" {batch_size}: make the batch size a multiple of the images per prompt"
       )
     if reward.kind == "jax":
-      replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
-      self._params = jax.tree.map(lambda x: _place(x, replicated), reward.params)
+      self._params = self._placed_params()
       self._apply = sharding_lib.jit(self._trace, out_shardings=batch_sharding)
     else:
       self._rows = self._rows_of_process()
@@ -87,6 +86,10 @@ class Scorer:
 
   def __exit__(self, *_):
     self.close()
+
+  def free(self) -> None:
+    """Takes a JAX reward's weights from the devices until the next batch."""
+    self._params = None
 
   def close(self) -> None:
     """Ends the threads of a host reward once they are idle."""
@@ -118,6 +121,8 @@ class Scorer:
     if any(prompt.text != first[i // self._group].text for i, prompt in enumerate(prompts)):
       raise ValueError(f"the {self._group} images of a set must have the same prompt")
     if self.reward.kind == "jax":
+      if self._params is None:
+        self._params = self._placed_params()
       scores = self._apply(self._params, images, self._features(prompts))
       return Pending(lambda: scores)
     shards = _local_shards(images)
@@ -126,6 +131,10 @@ class Scorer:
     return Pending(lambda: self._finish(started))
 
   # JAX rewards.
+
+  def _placed_params(self) -> Any:
+    replicated = sharding_lib.replicated(self._sharding.mesh)
+    return jax.tree.map(lambda x: _place(x, replicated), self.reward.params)
 
   def _features(self, prompts: Sequence[Prompt]) -> Any:
     """What `prepare` says about the prompts: a tree of `[B, ...]`, sharded like the batch."""
