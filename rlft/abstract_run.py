@@ -81,15 +81,19 @@ class AbstractRun:
     config, model, mesh = self.config, self.model, self.mesh
     schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
     programs = train.make_programs(config, model, schedule, state_lib.optimizer_of(config), mesh)
-    settings = run_lib.sampling_settings(config) | {"guidance_scale": config.guidance_scale}
-    sample = jax.jit(sampler_lib.make_program(model, schedule, mesh, **settings))
+    scale = {"guidance_scale": config.guidance_scale}
+    encode = jax.jit(sampler_lib.make_encode(model, mesh, **scale), static_argnums=3)
+    sample = jax.jit(
+      sampler_lib.make_sample(model, schedule, mesh, **scale, **run_lib.sampling_settings(config))
+    )
     calls = []
     sizes = sorted({task.batch_size for task in config.task}, reverse=True)
     for size in sizes:
-      drawn = self._sample(sample, size)
+      encoded = self._encode(encode, size)
+      drawn = self._sample(sample, encoded, size)
       count = sum(task.batch_size == size for task in config.task)
       update = self._update(programs, drawn, size)
-      for call in (drawn, update):
+      for call in (encoded, drawn, update):
         name = f"{call.name} {size}" if len(sizes) > 1 else call.name
         calls.append(dataclasses.replace(call, name=name, times=count * call.times))
     if config.pretrain_weight:
@@ -102,21 +106,23 @@ class AbstractRun:
     """Bytes on a device of what is kept from one program to the next."""
     return device_bytes((self.state, self.frozen))
 
-  def _sample(self, program: Any, size: int) -> Call:
+  def _encode(self, program: Any, size: int) -> Call:
     tasks = [task for task in self.config.task if task.batch_size == size]
     # Of all tasks of this size, the one that encodes the most texts.
     texts = max(size // task.images_per_prompt for task in tasks)
     texts = size if texts % self.mesh.size else texts
+    encoders = {name: tree for name, tree in self.frozen.items() if name not in ("unet", "vae")}
+    ids = self._rows((texts, *self._tokens), jnp.int32)
+    args = (encoders, ids, self._everywhere(self._tokens, jnp.int32), size)
+    theory, sparable = self._theory(encoders, ()), communication.sparable(self.mesh, encoders)
+    return Call("encode", program, args, 1, size, theory, sparable)
+
+  def _sample(self, program: Any, encoded: Call, size: int) -> Call:
     weights = state_lib.sampling_weights(self.config, self.state.params, self.frozen)
-    others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
-    args = (
-      weights,
-      others,
-      self._rows((texts, *self._tokens), jnp.int32),
-      self._everywhere(self._tokens, jnp.int32),
-      self._rows((size,), _KEY.dtype),
-    )
-    gathered = (self._computed(weights.unet), weights.adapter, _without(others, "encoder"))
+    text = self._spread(jax.eval_shape(encoded.program, *encoded.args))
+    args = (weights, self.frozen["vae"], text, self._rows((size,), _KEY.dtype))
+    decoder = _without(self.frozen["vae"], "encoder")
+    gathered = (self._computed(weights.unet), weights.adapter, decoder)
     theory, sparable = self._theory(gathered, ()), communication.sparable(self.mesh, gathered)
     return Call("sample", program, args, 1, size, theory, sparable)
 
@@ -125,11 +131,12 @@ class AbstractRun:
     steps, times = config.train_timesteps, 1
     if not config.accumulate_timesteps:
       steps, times = times, steps
-    path, _, text = jax.eval_shape(sample.program, *sample.args)
+    path, _ = jax.eval_shape(sample.program, *sample.args)
+    text = sample.args[2]
     batch = (
       self.frozen,
       _placed(path, NamedSharding(mesh, sharding.COLUMNS)),
-      _placed(text, sharding.batch(mesh)),
+      text,
       self._rows((size,), jnp.float32),
       self._rows((size,), jnp.bool_),
       self._everywhere((steps,), jnp.int32),
@@ -144,7 +151,7 @@ class AbstractRun:
     ids = self._rows((count, *self._tokens), jnp.int32)
     others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
     unet = self._computed((state.params, self.frozen.get("unet", {})))
-    gathered = (unet, _without(others, "decoder"))
+    gathered = (unet, {**others, "vae": _without(others["vae"], "decoder")})
     args = (state, self.frozen, images, ids, _KEY)
     theory = self._theory(gathered, state.params)
     sparable = communication.sparable(self.mesh, gathered)
@@ -162,6 +169,9 @@ class AbstractRun:
   def _computed(self, tree: Any) -> Any:
     """The shapes in the type that the UNet computes in, in which they are gathered."""
     return jax.tree.map(lambda x: x.update(dtype=self.model.unet.dtype), tree)
+
+  def _spread(self, shapes: Any) -> Any:
+    return _placed(shapes, sharding.batch(self.mesh))
 
   def _rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(self.mesh))
@@ -185,10 +195,9 @@ def open_model(config: Config, architecture: str = "") -> pretrained.StableDiffu
   )
 
 
-def _without(others: dict[str, Any], half: str) -> dict[str, Any]:
-  """The frozen parameters but for the half of the VAE that a program does not use."""
-  vae = {name: tree for name, tree in others["vae"].items() if name != half}
-  return {**others, "vae": vae}
+def _without(vae: dict[str, Any], half: str) -> dict[str, Any]:
+  """The parameters of the VAE but for the half that a program does not use."""
+  return {name: tree for name, tree in vae.items() if name != half}
 
 
 def device_bytes(tree: Any) -> int:

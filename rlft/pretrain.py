@@ -330,12 +330,10 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
 
   @sharding.jit
   def preview_sample(params):
-    frozen = {"vae": vae_params, "text_encoder": params["text_encoder"]}
-    keys = sampler.image_keys(jax.random.key(1), 0, len(rows))
-    weights = lora.Weights(params["unet"])
-    return sampler.generate(
-      model, schedule, weights, frozen, ids[rows], empty, keys, guidance_scale=2.0
-    )[1]
+    scale, keys = 2.0, sampler.image_keys(jax.random.key(1), 0, len(rows))
+    text = sampler.condition(model, params, ids[rows], empty, len(rows), guidance_scale=scale)
+    network = (model, schedule, lora.Weights(params["unet"]), vae_params)
+    return sampler.generate(*network, text, keys, guidance_scale=scale)[1]
 
   def preview_unet(params, step):
     drawn = np.asarray(preview_sample(params))

@@ -1,4 +1,8 @@
-"""From prompts to images: tokens, text embeddings, reverse diffusion, decoding, in one program."""
+"""From prompts to images: tokens, text embeddings, reverse diffusion, decoding.
+
+Texts have a program of their own, so that how many images each has does not make another program
+of the large one.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -45,49 +49,71 @@ def image_size(model: StableDiffusion) -> tuple[int, int]:
   return height * model.vae.config.downscale, width * model.vae.config.downscale
 
 
+def condition(
+  model: StableDiffusion,
+  frozen: Any,
+  ids: jax.Array,
+  empty: jax.Array,
+  count: int,
+  *,
+  guidance_scale: float,
+) -> Guidance:
+  """What the policy is conditioned on; pure, to be jitted. The images of a prompt are neighbours.
+
+  Args:
+    model: the modules.
+    frozen: parameters of the text encoders, whole.
+    ids: `[P, E, L]` int32 tokens; a text is encoded once for all of its images.
+    empty: `[E, L]` int32 tokens of the empty prompt.
+    count: B, images; a multiple of P.
+    guidance_scale: classifier-free guidance; 1 is none.
+
+  Returns:
+    Leaves `[B, ...]`.
+  """
+  size = image_size(model)
+
+  def repeat(conditioning):
+    return jax.tree.map(lambda x: jnp.repeat(x, count // len(x), axis=0), conditioning)
+
+  return Guidance(
+    prompt=repeat(text_lib.encode(model, frozen, ids, size)),
+    empty=None
+    if guidance_scale == 1.0
+    else repeat(text_lib.empty(model, frozen, empty[None], size)),
+  )
+
+
 def generate(
   model: StableDiffusion,
   schedule: ddim.Schedule,
   weights: lora.Weights,
-  frozen: Any,
-  ids: jax.Array,
-  empty: jax.Array,
+  vae_params: Any,
+  text: Guidance,
   keys: jax.Array,
   *,
   guidance_scale: float,
   lora_scale: float = 0.0,
   microbatch: int = 0,
   decode_chunk: int = 0,
-) -> tuple[Trajectory, jax.Array, Guidance]:
-  """Samples images; pure, to be jitted. The images of a prompt are neighbours.
+) -> tuple[Trajectory, jax.Array]:
+  """Samples images; pure, to be jitted.
 
   Args:
     model: the modules.
     schedule: T reverse steps.
     weights: of the UNet, whole.
-    frozen: parameters of the VAE and the text encoders, whole.
-    ids: `[P, E, L]` int32 tokens; a text is encoded once for all of its images.
-    empty: `[E, L]` int32 tokens of the empty prompt.
-    keys: `[B]`, B a multiple of P, consumed; each image depends on its own key alone.
-    guidance_scale: classifier-free guidance; 1 is none.
+    vae_params: whole.
+    text: `[B, ...]`, see `condition`.
+    keys: `[B]`, consumed; each image depends on its own key alone.
+    guidance_scale: as for `condition`.
     lora_scale: alpha / rank, if `weights` have an adapter.
     microbatch: images at once in the UNet; 0 for all.
     decode_chunk: images at once in the VAE; 0 for all.
 
   Returns:
-    The trajectory, images `[B, H, W, 3]` in [0, 1], what the policy was conditioned on.
+    The trajectory, and images `[B, H, W, 3]` in [0, 1].
   """
-  count, size = len(keys), image_size(model)
-
-  def repeat(conditioning):
-    return jax.tree.map(lambda x: jnp.repeat(x, count // len(x), axis=0), conditioning)
-
-  text = Guidance(
-    prompt=repeat(text_lib.encode(model, frozen, ids, size)),
-    empty=None
-    if guidance_scale == 1.0
-    else repeat(text_lib.empty(model, frozen, empty[None], size)),
-  )
   network = (model.unet, weights, lora_scale)
 
   def walk(rows):
@@ -106,9 +132,9 @@ def generate(
 
   path = _swap(microbatch_lib.mapped(walk, (text, keys), microbatch))
   images = microbatch_lib.mapped(
-    functools.partial(decode, model, frozen["vae"]), path.latents[-1], decode_chunk
+    functools.partial(decode, model, vae_params), path.latents[-1], decode_chunk
   )
-  return path, images, text
+  return path, images
 
 
 def _swap(path: Trajectory) -> Trajectory:
@@ -116,14 +142,47 @@ def _swap(path: Trajectory) -> Trajectory:
   return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), path)
 
 
-def make_program(
+def make_encode(
+  model: StableDiffusion, mesh: Mesh, *, guidance_scale: float
+) -> Callable[..., Guidance]:
+  """`condition` for the images of all devices, each of which encodes the texts of its own.
+
+  Args:
+    model: the modules.
+    mesh: all devices; frozen parameters are laid out as `sharding.parameters` says.
+    guidance_scale: as in `condition`.
+
+  Returns:
+    `(frozen, ids, empty, count) -> text`, to be jitted with `count` static; `ids` are spread over
+    the devices, and so is what is returned.
+  """
+
+  def encode(frozen, ids, empty, count):
+    where = sharding.specs(mesh, frozen)
+
+    def local(frozen, ids, empty):
+      whole = sharding.gather(frozen, where)
+      images = count // mesh.size
+      return condition(model, whole, ids, empty, images, guidance_scale=guidance_scale)
+
+    return sharding.on_each(
+      mesh,
+      local,
+      in_specs=(where, sharding.ROWS, sharding.EVERYWHERE),
+      out_specs=sharding.ROWS,
+    )(frozen, ids, empty)
+
+  return encode
+
+
+def make_sample(
   model: StableDiffusion,
   schedule: ddim.Schedule,
   mesh: Mesh,
   *,
   microbatch: int = 0,
   **settings: Any,
-) -> Callable[..., tuple[Trajectory, jax.Array, Guidance]]:
+) -> Callable[..., tuple[Trajectory, jax.Array]]:
   """`generate` for the images of all devices, each of which draws its own.
 
   Args:
@@ -133,25 +192,25 @@ def make_program(
     **settings: as in `generate`.
 
   Returns:
-    `(weights, frozen, ids, empty, keys) -> (trajectory, images, text)`, to be jitted; `ids` and
-    `keys` are spread over the devices, and so is all that is returned.
+    `(weights, vae_params, text, keys) -> (trajectory, images)`, to be jitted; `text` and `keys`
+    are spread over the devices, and so is all that is returned.
   """
 
-  def sample(weights, frozen, ids, empty, keys):
-    where = sharding.specs(mesh, (weights, frozen))
+  def sample(weights, vae_params, text, keys):
+    where = sharding.specs(mesh, (weights, vae_params))
 
-    def local(weights, frozen, ids, empty, keys):
+    def local(weights, vae_params, text, keys):
       weights = dataclasses.replace(weights, unet=cast(weights.unet, model.unet.dtype))
-      whole = sharding.gather((weights, frozen), where)
+      whole = sharding.gather((weights, vae_params), where)
       size = microbatch_lib.size(microbatch, len(keys), mesh, model.unet.dtype)
-      return generate(model, schedule, *whole, ids, empty, keys, microbatch=size, **settings)
+      return generate(model, schedule, *whole, text, keys, microbatch=size, **settings)
 
     return sharding.on_each(
       mesh,
       local,
-      in_specs=(*where, sharding.ROWS, sharding.EVERYWHERE, sharding.ROWS),
-      out_specs=(sharding.COLUMNS, sharding.ROWS, sharding.ROWS),
-    )(weights, frozen, ids, empty, keys)
+      in_specs=(*where, sharding.ROWS, sharding.ROWS),
+      out_specs=(sharding.COLUMNS, sharding.ROWS),
+    )(weights, vae_params, text, keys)
 
   return sample
 
@@ -192,8 +251,11 @@ class Sampler:
     )
     self._weights = None
     self._empty = model.tokenize([""])[0][0]
-    self._generate = sharding.jit(
-      make_program(model, self._schedule, self._mesh, guidance_scale=guidance_scale, **settings)
+    self._encode = sharding.jit(
+      make_encode(model, self._mesh, guidance_scale=guidance_scale), static_argnums=3
+    )
+    self._sample = sharding.jit(
+      make_sample(model, self._schedule, self._mesh, guidance_scale=guidance_scale, **settings)
     )
 
   def rollout(
@@ -213,7 +275,10 @@ class Sampler:
     if len(ids) % self._mesh.size:  # The images of a prompt are on several devices.
       ids = np.repeat(ids, len(keys) // len(ids), axis=0)
     ids = sharding.put(ids, sharding.batch(self._mesh))
-    return self._generate(weights, self._frozen, ids, self._empty, keys)
+    encoders = {name: tree for name, tree in self._frozen.items() if name != "vae"}
+    text = self._encode(encoders, ids, self._empty, len(keys))
+    path, images = self._sample(weights, self._frozen["vae"], text, keys)
+    return path, images, text
 
   def initial_noise(self, count: int, seed: int) -> np.ndarray:
     """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""

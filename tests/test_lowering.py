@@ -62,11 +62,11 @@ def test_every_program_lowers_for_every_platform(mesh, variant):
   config = dataclasses.replace(CONFIG, **VARIANTS[variant])
   calls = AbstractRun.of(config, mesh, model(config)).calls()
   others = ["pretrain", "average"] if config.pretrain_weight else []
-  assert [call.name for call in calls] == ["sample", "update", *others]
+  assert [call.name for call in calls] == ["encode", "sample", "update", *others]
   for call in calls:
     traced = call.program.trace(*call.args)
     for platform in ("tpu", "cuda"):
       text = traced.lower(lowering_platforms=(platform,)).as_text()
       assert "callback" not in text
-      runs_unet = call.name != "average"
+      runs_unet = call.name in ("sample", "update", "pretrain")
       assert ("tpu_custom_call" in text) == (platform == "tpu" and runs_unet), call.name
