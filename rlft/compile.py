@@ -40,7 +40,9 @@ class CompileConfig:
   architecture: str = option(
     "sd1.5, sd2-base, sd2.1 or sdxl-base, in the place of --pretrained: needs no weights", ""
   )
-  programs: str = option("only these, with commas between: encode, sample, update, pretrain, average", "")
+  programs: str = option(
+    "only these, with commas between: encode, sample, update, pretrain, average", ""
+  )
   json: str = option("file for the results", "")
   cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", _CACHE)
 
