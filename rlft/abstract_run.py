@@ -119,7 +119,8 @@ class AbstractRun:
 
   def _sample(self, program: Any, encoded: Call, size: int) -> Call:
     weights = state_lib.sampling_weights(self.config, self.state.params, self.frozen)
-    text = self._spread(jax.eval_shape(encoded.program, *encoded.args))
+    text = jax.eval_shape(encoded.program, *encoded.args)
+    text = _placed(text, sharding.batch(self.mesh))
     args = (weights, self.frozen["vae"], text, self._rows((size,), _KEY.dtype))
     decoder = _without(self.frozen["vae"], "encoder")
     gathered = (self._computed(weights.unet), weights.adapter, decoder)
@@ -169,9 +170,6 @@ class AbstractRun:
   def _computed(self, tree: Any) -> Any:
     """The shapes in the type that the UNet computes in, in which they are gathered."""
     return jax.tree.map(lambda x: x.update(dtype=self.model.unet.dtype), tree)
-
-  def _spread(self, shapes: Any) -> Any:
-    return _placed(shapes, sharding.batch(self.mesh))
 
   def _rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(self.mesh))
