@@ -62,8 +62,9 @@ norm = functools.partial(ops.group_norm, groups=4, epsilon=1e-5)
 plain_attention = functools.partial(attention.attention, implementation="xla")
 
 CASES = {
-  # As many pixels and channels as it takes to have rows in fours, and in pairs in both ways.
-  "conv of fours": (conv, direct, (normal(0, 9, 8, 15, 130), normal(1, 3, 3, 130, 140))),
+  # As many pixels and channels as it takes to have rows in fours and in pairs, each in both ways.
+  "conv of fours": (conv, direct, (normal(0, 9, 8, 15, 130), normal(1, 3, 3, 130, 256))),
+  "narrow conv of fours": (conv, direct, (normal(0, 9, 8, 15, 130), normal(1, 3, 3, 130, 140))),
   "conv of pairs": (conv, direct, (normal(0, 3, 8, 11, 60), normal(1, 3, 3, 60, 50))),
   "wide conv of pairs": (conv, direct, (normal(0, 3, 10, 9, 140), normal(1, 3, 3, 140, 130))),
   "conv of few pixels in fours": (

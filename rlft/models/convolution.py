@@ -20,6 +20,7 @@ _WIDTH = ((0, 0), (1, 1))  # padding of one by a row of its kernel
 # Where which form is faster (experiments/cpu_kernels.md): numbers of channels, and of pixels.
 _NARROW, _WIDE = 48, 128
 _SOME, _MANY = 256, 1024
+_UNDIVIDED = 2**15  # weights of a pixel, with more of which a convolution takes all threads
 # Of F(4, 3) these points have half the error of 0, 1, -1, 2, -2 (experiments/cpu_kernels.md).
 _PAIRS, _FOURS = winograd.form(0, 1, -1), winograd.form(0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
 
@@ -50,7 +51,8 @@ def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) 
   """
   few = _is_few(stride, padding, x, kernel)
   if form := _rows_together(stride, padding, x, kernel):
-    return _winograd(form, _row_product if few else _row_convolution, x, kernel)
+    by_products = few or form is _FOURS and math.prod(kernel.shape[2:]) <= _UNDIVIDED
+    return _winograd(form, _row_product if by_products else _row_convolution, x, kernel)
   return _columns_product(x, kernel) if few else _conv2d(stride, padding, x, kernel)
 
 
@@ -151,10 +153,11 @@ def _rows_together(
   if not _is_whole(stride, padding, kernel):
     return None
   pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
-  for form, narrowest, fewest in ((_FOURS, _WIDE, _MANY), (_PAIRS, _NARROW, _SOME)):
-    if channels >= narrowest and pixels >= fewest and _divides(form, x):
-      return form
-  return None
+  if channels < _NARROW or pixels < _SOME:
+    return None
+  if channels >= _WIDE and (pixels <= channels or pixels >= _MANY) and _divides(_FOURS, x):
+    return _FOURS
+  return _PAIRS if _divides(_PAIRS, x) else None
 
 
 def _divides(form: winograd.Form, x: jax.Array) -> bool:
@@ -183,9 +186,9 @@ def _row_convolution(x: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _row_product(x: jax.Array, row: jax.Array) -> jax.Array:
-  """As `_row_convolution`."""
-  seen = _shifted(x)
-  return sum(seen[i] @ row[i] for i in range(3)).reshape(*x.shape[:3], -1)
+  """As `_row_convolution`; one product that reads the row as it lies."""
+  seen = jnp.concatenate(_shifted(x), -1)
+  return (seen @ row.reshape(-1, row.shape[-1])).reshape(*x.shape[:3], -1)
 
 
 def _row_gradient(d: jax.Array, row: jax.Array) -> jax.Array:
