@@ -170,7 +170,8 @@ def _winograd(
   x: jax.Array,
   kernel: jax.Array,
 ) -> jax.Array:
-  factors = zip(winograd.input_sums(form, x), winograd.kernel_sums(form, kernel), strict=True)
+  rows = map(ops.made_once, winograd.kernel_sums(form, kernel))
+  factors = zip(winograd.input_sums(form, x), rows, strict=True)
   return winograd.output(form, [convolve(x, row) for x, row in factors])
 
 
@@ -235,7 +236,7 @@ def _upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _upsample_conv_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Multiplies the small map by each of the nine matrices, a quarter of the work, then adds up."""
-  taps = [[x @ kernel[i, j] for j in range(3)] for i in range(3)]
+  taps = [[x @ ops.made_once(kernel[i, j]) for j in range(3)] for i in range(3)]
   return _double(*(_double(*row, axis=2) for row in taps), axis=1)
 
 
