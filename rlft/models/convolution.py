@@ -155,7 +155,8 @@ def _rows_together(
   pixels, channels = math.prod(x.shape[:3]), min(kernel.shape[2:])
   if channels < _NARROW or pixels < _SOME:
     return None
-  if channels >= _WIDE and (pixels <= channels or pixels >= _MANY) and _divides(_FOURS, x):
+  pays = pixels >= _MANY or _is_few(stride, padding, x, kernel)
+  if channels >= _WIDE and pays and _divides(_FOURS, x):
     return _FOURS
   return _PAIRS if _divides(_PAIRS, x) else None
 
