@@ -26,22 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft import (
-  charts,
-  cli,
-  ddim,
-  evaluate,
-  files,
-  inference,
-  results,
-  rollout,
-  sampler,
-  sharding,
-  tasks,
-)
-from rlft import prompts as prompts_lib
-from rlft.metrics import METRICS_FILE
-from rlft.models import pretrained, text
+from rlft.config import flags as cli
+from rlft.config import tasks
+from rlft.data import prompts as prompts_lib
+from rlft.diffusion import ddim, rollout, sampler
+from rlft.evaluation import evaluate, results
+from rlft.inference import draw as inference
+from rlft.models import text
+from rlft.models.files import pretrained
+from rlft.parallel import sharding
+from rlft.report import charts
+from rlft.report.metrics import METRICS_FILE
+from rlft.storage import files
 from rlft.types import Guidance, UserError
 
 _ROOT = pathlib.Path(__file__).parents[1]

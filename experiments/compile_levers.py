@@ -17,12 +17,13 @@ import json
 
 from absl import flags
 
-from rlft import cli, targets
-from rlft import compile as compile_lib
-from rlft.abstract_run import AbstractRun, device_bytes, open_model
-from rlft.config import Config, TaskConfig
+from rlft.config import flags as cli
+from rlft.config.settings import Config, TaskConfig
 from rlft.models import architectures
-from rlft.targets import GIB
+from rlft.performance.compile import ahead as compile_lib
+from rlft.performance.compile import targets
+from rlft.performance.compile.abstract_run import AbstractRun, device_bytes, open_model
+from rlft.performance.compile.targets import GIB
 
 _JSON = flags.DEFINE_string("json", "", "file for the results")
 _CACHE = flags.DEFINE_string("cache_dir", "runs/compile_cache", "directory for compiled programs")

@@ -2,7 +2,7 @@
 
     python experiments/cpu_kernels.py
 
-The forms of `rlft/models/convolution.py` and `ops.py` beside XLA's plain ones, Winograd's
+The forms of `rlft/models/cpu/convolution.py` and `ops.py` beside XLA's plain ones, Winograd's
 F(2x2, 3x3), which is not built in, and PyTorch where it is installed; forms of an operation take
 turns. Prints milliseconds, and the largest difference from the plain form. The result, and what
 followed from it, is in `cpu_kernels.md`.
@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft import cli
-from rlft.models import attention, convolution, ops, winograd
+from rlft.config import flags as cli
+from rlft.models import attention
+from rlft.models.cpu import convolution, ops, winograd
 
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each form", lower_bound=1)
 

@@ -24,9 +24,13 @@ import sys
 from absl import flags
 import numpy as np
 
-from rlft import charts, cli, evaluate, files, results, tasks
-from rlft.config import TaskConfig
+from rlft.config import flags as cli
+from rlft.config import tasks
+from rlft.config.settings import TaskConfig
+from rlft.evaluation import evaluate, results
+from rlft.report import charts
 from rlft.rewards import sets
+from rlft.storage import files
 from rlft.types import UserError
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -3,8 +3,9 @@
 python launch/benchmark.py --what=rewards --port=clip-score,yolov3-tiny --batch_size=4
 """
 
-from rlft import cli, fieldflags
-from rlft.benchmark import BenchmarkConfig, run
+from rlft.config import fieldflags
+from rlft.config import flags as cli
+from rlft.performance.benchmark.contest import BenchmarkConfig, run
 
 fieldflags.define(BenchmarkConfig)
 

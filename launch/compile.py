@@ -3,8 +3,9 @@
 python launch/compile.py --flagfile=experiments/sd2_preference.flags --target=v6e:8x16
 """
 
-from rlft import cli, fieldflags
-from rlft.compile import CompileConfig, compile_run
+from rlft.config import fieldflags
+from rlft.config import flags as cli
+from rlft.performance.compile.ahead import CompileConfig, compile_run
 
 cli.define_flags()
 fieldflags.define(CompileConfig)

@@ -5,7 +5,9 @@ python launch/evaluate.py --model=runs/emoji_joint --eval=emoji --output=eval.js
 
 from absl import flags
 
-from rlft import cli, fieldflags, inference
+from rlft.config import fieldflags
+from rlft.config import flags as cli
+from rlft.inference import draw as inference
 
 fieldflags.define(inference.Drawing)
 cli.define_flags("eval", "reward_timeout_s", "reward_threads")

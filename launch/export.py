@@ -6,8 +6,9 @@ python launch/export.py --workdir=runs/emoji_joint --output=exported
 from absl import flags
 import numpy as np
 
-from rlft import cli, lora_files
-from rlft.export import export
+from rlft.config import flags as cli
+from rlft.inference.export import export
+from rlft.models.files import lora_files
 from rlft.types import UserError
 
 cli.define_flags("workdir")

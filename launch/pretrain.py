@@ -3,8 +3,9 @@
 python launch/pretrain.py --flagfile=experiments/emoji_pretrain.flags
 """
 
-from rlft import cli, fieldflags
-from rlft.pretrain import PretrainConfig, run
+from rlft.config import fieldflags
+from rlft.config import flags as cli
+from rlft.emoji.base_model import PretrainConfig, run
 
 fieldflags.define(PretrainConfig)
 

@@ -5,7 +5,10 @@ python launch/sample.py --model=runs/emoji_joint --prompt="a dog and a car" --ou
 
 from absl import flags
 
-from rlft import cli, fieldflags, inference, prompts
+from rlft.config import fieldflags
+from rlft.config import flags as cli
+from rlft.data import prompts
+from rlft.inference import draw as inference
 
 fieldflags.define(inference.Drawing)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")

@@ -3,7 +3,7 @@
 python launch/train.py --flagfile=experiments/emoji_joint.flags
 """
 
-from rlft import cli
+from rlft.config import flags as cli
 from rlft.train import train
 
 cli.define_flags()

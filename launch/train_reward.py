@@ -3,8 +3,9 @@
 python launch/train_reward.py --flagfile=experiments/reward_tone.flags
 """
 
-from rlft import cli, fieldflags
-from rlft.reward_training import RewardConfig, run
+from rlft.config import fieldflags
+from rlft.config import flags as cli
+from rlft.emoji.reward_training import RewardConfig, run
 
 fieldflags.define(RewardConfig)
 

@@ -25,33 +25,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlft import advantages as advantages_lib
-from rlft import config as config_lib
-from rlft import (
-  ddim,
-  files,
-  gradients,
-  iteration_metrics,
-  losses,
-  order,
-  report,
-  results,
-  rollout,
-  sharding,
-)
-from rlft import lora as lora_lib
-from rlft import microbatch as microbatch_lib
-from rlft import pairs as pairs_lib
-from rlft import sampler as sampler_lib
-from rlft.config import Config
-from rlft.metrics import MetricsWriter, Progress
+from rlft.algorithms import advantages as advantages_lib
+from rlft.algorithms import losses
+from rlft.algorithms.optimizer import full_precision
+from rlft.config import settings as config_lib
+from rlft.config.settings import Config
+from rlft.data import pairs as pairs_lib
+from rlft.data import shuffle as order
+from rlft.diffusion import ddim, rollout
+from rlft.diffusion import sampler as sampler_lib
+from rlft.evaluation import results
+from rlft.models import lora as lora_lib
 from rlft.models import text as text_lib
-from rlft.models.pretrained import StableDiffusion
-from rlft.optimizer import full_precision
-from rlft.preemption import Stop
-from rlft.rewards.scoring import RewardError
-from rlft.run import Run, measure, open_run
-from rlft.state import TrainState, initial_state, optimizer_of, sampling_weights
+from rlft.models.files.pretrained import StableDiffusion
+from rlft.parallel import gradients, sharding
+from rlft.parallel import microbatch as microbatch_lib
+from rlft.report import iteration as iteration_metrics
+from rlft.report import page as report
+from rlft.report.metrics import MetricsWriter, Progress
+from rlft.rewards.scoring.scorer import RewardError
+from rlft.run.open import Run, measure, open_run
+from rlft.run.preemption import Stop
+from rlft.run.state import TrainState, initial_state, optimizer_of, sampling_weights
+from rlft.storage import files
 from rlft.types import UserError
 
 _log = logging.getLogger(__name__)

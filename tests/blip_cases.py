@@ -21,7 +21,8 @@ import numpy as np
 import towers_cases
 import transformers
 
-from rlft.models import blip, image_reward, torch_layout
+from rlft.models import blip, image_reward
+from rlft.models.files import torch_layout
 from rlft.rewards import image_reward as image_reward_reward
 from rlft.types import Reward
 

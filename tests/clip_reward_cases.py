@@ -19,7 +19,8 @@ import numpy as np
 import safetensors.numpy
 import torch_files
 
-from rlft.models import clip, clip_weights, torch_layout
+from rlft.models import clip
+from rlft.models.files import clip_weights, torch_layout
 
 NUMBERS = models_cases.FIXTURES / "clip_rewards.npz"
 OPEN_CLIP_KEYS = models_cases.FIXTURES / "open_clip.json"

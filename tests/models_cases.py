@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import transformers
 
-from rlft.models import architectures, clip, pretrained, torch_layout, unet, vae
+from rlft.models import architectures, clip, unet, vae
+from rlft.models.files import pretrained, torch_layout
 from rlft.types import Conditioning
 
 # Compiles in half the time; what is compared is the networks, not the compiler.

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import models_cases
 import numpy as np
 
-from rlft import ddim, rollout, sampler
-from rlft.models import pretrained, text
+from rlft.diffusion import ddim, rollout, sampler
+from rlft.models import text
+from rlft.models.files import pretrained
 from rlft.types import Guidance
 
 KINDS = ("epsilon", "v_prediction", "sdxl")

@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 import transformers
 
-from rlft.models import clip, pretrained, torch_layout, unet, vae
+from rlft.models import clip, unet, vae
+from rlft.models.files import pretrained, torch_layout
 
 # A commit, as a hub's repository is pinned to.
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from rlft import lora
-from rlft.models import pretrained
-from rlft.sampler import Sampler
+from rlft.diffusion.sampler import Sampler
+from rlft.models import lora
+from rlft.models.files import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, GUIDANCE = 4, 3.0

@@ -17,7 +17,8 @@ import zipfile
 from absl import flags
 import pytest
 
-from rlft import checks, cli
+from rlft.config import flags as cli
+from rlft.run import checks
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -152,7 +153,7 @@ def test_flagfile(path, tmp_path, monkeypatch, parsed):
 _PARSE = """
 import json, os, runpy, sys
 from absl import app
-import rlft.reward_training, rlft.export, rlft.inference, rlft.pretrain, rlft.train
+import rlft.emoji.base_model, rlft.emoji.reward_training, rlft.inference.export, rlft.train
 
 app.run = lambda main, flags_parser: flags_parser(sys.argv)
 for command in json.load(sys.stdin):

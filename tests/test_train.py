@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import train_cases as cases
 
-from rlft import ddim, finetuned, rollout
-from rlft.config import EvalConfig
-from rlft.models import pretrained
+from rlft.config.settings import EvalConfig
+from rlft.diffusion import ddim, rollout
+from rlft.inference import load as finetuned
+from rlft.models.files import pretrained
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import train_cases as cases
 
-from rlft.config import EvalConfig
-from rlft.models import pretrained
-from rlft.run import open_run
+from rlft.config.settings import EvalConfig
+from rlft.models.files import pretrained
+from rlft.run.open import open_run
 from rlft.types import UserError
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import train_cases as cases
 
-from rlft.config import Config
+from rlft.config.settings import Config
 
 SEED = 5  # of the moments at which processes are stopped
 ITERATIONS = 15  # of their run; a slow one takes 0.15 s

@@ -19,7 +19,8 @@ import models_cases
 import numpy as np
 import transformers
 
-from rlft.models import clip, owlvit, torch_layout
+from rlft.models import clip, owlvit
+from rlft.models.files import torch_layout
 
 NUMBERS = models_cases.FIXTURES / "towers.npz"
 TREES = models_cases.FIXTURES / "towers.json"

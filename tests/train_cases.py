@@ -23,10 +23,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from rlft import sharding, train
-from rlft.checkpoint import Checkpointer
-from rlft.config import Config, TaskConfig
-from rlft.models import clip, pretrained, unet, vae
+from rlft import train
+from rlft.config.settings import Config, TaskConfig
+from rlft.models import clip, unet, vae
+from rlft.models.files import pretrained
+from rlft.parallel import sharding
+from rlft.storage.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH = 8

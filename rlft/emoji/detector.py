@@ -17,11 +17,13 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from rlft import files, reward_training
-from rlft.emoji import art, prompts, scenes, world
-from rlft.models import clip, owlvit, torch_layout, weights
-from rlft.models.pretrained import EMOJI_SD_PATH
+from rlft.emoji import art, prompts, reward_training, scenes, world
+from rlft.models import clip, owlvit
+from rlft.models.files import sources as weights
+from rlft.models.files import torch_layout
+from rlft.models.files.pretrained import EMOJI_SD_PATH
 from rlft.rewards import preprocess
+from rlft.storage import files
 
 Params = Mapping[str, Any]
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft import color
 from rlft.emoji import art, templates
+from rlft.rewards import color
 
 CALIBRATION_FILE = art.DATA_DIR / "oracles.json"
 

@@ -1,7 +1,7 @@
 """The oracles as evaluation metrics: `rlft.types.Reward` objects that are never trained on.
 
 The numbers come from `rlft.emoji.measures`, by rules and templates; the rewards that are trained on
-come from networks (`rlft.rewards.emoji`) with mistakes of their own.
+come from networks (`rlft.emoji.rewards`) with mistakes of their own.
 """
 
 from collections.abc import Callable, Mapping

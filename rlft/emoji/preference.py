@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlft import files, reward_training
-from rlft.emoji import art, measures, prompts, scenes, world
-from rlft.models import blip, image_reward, torch_layout, weights
+from rlft.emoji import art, measures, prompts, reward_training, scenes, world
+from rlft.models import blip, image_reward
+from rlft.models.files import sources as weights
+from rlft.models.files import torch_layout
 from rlft.rewards import preprocess
+from rlft.storage import files
 from rlft.types import Prompt
 
 Params = Mapping[str, Any]
@@ -172,8 +174,8 @@ def _some_prompts(rng: np.random.Generator, n: int) -> list[Prompt]:
 
 def _generated(path: Path, texts: Sequence[str], seed: int) -> np.ndarray:
   """`[N, 2, 32, 32, 3]` uint8: two pictures of each prompt by emoji-sd; kept in `path`."""
-  from rlft import sampler
-  from rlft.models import pretrained
+  from rlft.diffusion import sampler
+  from rlft.models.files import pretrained
 
   if path.exists():
     with np.load(path) as file:

@@ -18,8 +18,8 @@ import optax
 import safetensors
 import safetensors.numpy
 
-from rlft import files, reward_training
-from rlft.emoji import art, measures, prompts, scenes, world
+from rlft.emoji import art, measures, prompts, reward_training, scenes, world
+from rlft.storage import files
 from rlft.types import UserError
 
 Params = Mapping[str, Any]
@@ -204,8 +204,8 @@ def measure(params: Params, seed: int, n: int) -> reward_training.Figures:
 
 def generated_portraits(seed: int, n: int) -> np.ndarray:
   """`[n, 32, 32, 3]` in [0, 1]: portraits that emoji-sd draws for the training prompts."""
-  from rlft import sampler
-  from rlft.models import pretrained
+  from rlft.diffusion import sampler
+  from rlft.models.files import pretrained
 
   portraits = prompts.prompts("portrait", "train")
   draw = sampler.Sampler(

@@ -1,1 +1,5 @@
-"""Stable Diffusion 1.x and 2.x in Flax Linen: UNet, VAE, CLIP text encoder, loading and saving."""
+"""Networks in Flax, of policies and of rewards.
+
+May import parallel, config, storage and types; `cpu/` has what only CPUs need, `files/` reads and
+writes weights.
+"""

@@ -13,7 +13,8 @@ from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.models import clip, pretrained, torch_layout, unet, vae
+from rlft.models import clip, unet, vae
+from rlft.models.files import pretrained, torch_layout
 from rlft.types import UserError
 
 

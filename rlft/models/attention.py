@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 import jax.numpy as jnp
 
-from rlft.models import ops
+from rlft.models.cpu import ops
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rlft.types import Conditioning
 
 if TYPE_CHECKING:
-  from rlft.models.pretrained import StableDiffusion
+  from rlft.models.files.pretrained import StableDiffusion
 
 
 def encode(

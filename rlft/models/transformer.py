@@ -11,7 +11,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlft.models import layers, ops
+from rlft.models import layers
+from rlft.models.cpu import ops
 
 # Text `[B, L, D]`, or the keys and values that a module makes of it, under the names of its parts;
 # see `UNet2DCondition.prepare`.

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.models import darknet, layers
+from rlft.models import layers
+from rlft.models.files import darknet
 
 _SLOPE = 0.1  # of the leaky ReLU below 0
 

@@ -2,7 +2,7 @@
 
 To add one, write a file with a factory, a function that returns a `Reward`, and name it in
 `FACTORIES`. Its keyword arguments are what a user may write behind the name; the grammar is in
-rlft/rewards/options.py.
+rlft/rewards/grammar.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import importlib
 
-from rlft.rewards import options, user
+from rlft.rewards import grammar as options
+from rlft.rewards import user
 from rlft.types import Reward, UserError
 
 # 'module:function' by name: a module is imported when one of its rewards is made, and no sooner.
@@ -20,9 +21,9 @@ FACTORIES: Mapping[str, str] = {
   "clip-diversity": "rlft.rewards.diversity:clip_diversity",
   "clip-score": "rlft.rewards.clip:clip_score",
   "clip-vendi": "rlft.rewards.diversity:clip_vendi",
-  "emoji-objects": "rlft.rewards.emoji:objects",
-  "emoji-preference": "rlft.rewards.emoji:preference",
-  "emoji-tone-parity": "rlft.rewards.emoji:tone_parity",
+  "emoji-objects": "rlft.emoji.rewards:objects",
+  "emoji-preference": "rlft.emoji.rewards:preference",
+  "emoji-tone-parity": "rlft.emoji.rewards:tone_parity",
   "hpsv2": "rlft.rewards.clip:hpsv2",
   "image-reward": "rlft.rewards.image_reward:image_reward",
   "jpeg": "rlft.rewards.jpeg:jpeg",
@@ -55,7 +56,7 @@ def make_reward(spec: str) -> Reward:
     return user.user_reward(spec)
   name, given = options.split(spec)
   if name.startswith(("http://", "https://")):
-    from rlft.rewards import remote
+    from rlft.rewards.remote import reward as remote
 
     return options.call(remote.remote_reward, spec, given, spec)
   return dataclasses.replace(options.call(_factory(name), spec, given), name=spec)

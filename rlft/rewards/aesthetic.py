@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.models import weights as weights_lib
+from rlft.models.files import sources as weights_lib
 from rlft.rewards import clip
 from rlft.types import Reward, UserError
 

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlft.rewards import errors, parity, sets, user
+from rlft.rewards import parity, sets, user
+from rlft.rewards.scoring import errors
 from rlft.types import Reward, UserError
 
 # `(images, prompts, metadata) -> probs`, all of length B, called from several threads at once.

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from rlft.models import clip, clip_weights
-from rlft.models import weights as weights_lib
+from rlft.models import clip
+from rlft.models.files import clip_weights
+from rlft.models.files import sources as weights_lib
 from rlft.rewards import preprocess
 from rlft.types import Reward, UserError
 

@@ -10,8 +10,8 @@ import numpy as np
 import transformers
 
 from rlft.models import image_reward as image_reward_model
-from rlft.models import torch_layout
-from rlft.models import weights as weights_lib
+from rlft.models.files import sources as weights_lib
+from rlft.models.files import torch_layout
 from rlft.rewards import preprocess
 from rlft.types import Reward, UserError
 

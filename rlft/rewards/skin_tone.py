@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft import color
-from rlft.rewards import classifiers, parity, preprocess, sets
+from rlft.rewards import classifiers, color, parity, preprocess, sets
 from rlft.types import Reward, UserError
 
 CUTS = "55/28/-30"

@@ -10,7 +10,7 @@
     factory:module:function?key=value&...   or   factory:path/to/file.py:function?key=value&...
         function(key=value, ...) -> rlft.types.Reward, which says its kind; for rewards that hold
         something: weights, a PyTorch model. Called once in a process for the same options, which
-        rlft/rewards/options.py reads as the function's annotations say.
+        rlft/rewards/grammar.py reads as the function's annotations say.
 
 Scores are `[B]`, higher is better, NaN for an image that could not be scored. With
 `function.is_set = True` the function scores the G images of a prompt together: it gets images
@@ -30,7 +30,8 @@ import pathlib
 import sys
 import types
 
-from rlft.rewards import errors, options
+from rlft.rewards import grammar as options
+from rlft.rewards.scoring import errors
 from rlft.types import Reward, UserError
 
 KINDS = ("host", "jax", "factory")

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.models import darknet, yolov3_tiny
+from rlft.models import yolov3_tiny
+from rlft.models.files import darknet
 from rlft.rewards import named
 from rlft.types import Reward, UserError
 
@@ -43,7 +44,7 @@ def yolov3_tiny_reward(
 
   The confidence in an object is the largest product of objectness and class probability over all
   anchors of all cells; no box is suppressed, as that would not change the largest. Needs
-  `metadata['objects']`. Any network of the layers that `rlft.models.darknet` reads will do.
+  `metadata['objects']`. Any network of the layers that `rlft.models.files.darknet` reads will do.
 
   Args:
     weights: a .weights file, with a .cfg file of the same name beside it, or a directory with one

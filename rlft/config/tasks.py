@@ -1,0 +1,110 @@
+"""The values of `--task` and `--eval`: `key=value` pairs joined by commas, and their presets."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from rlft.config.settings import EvalConfig, TaskConfig, suggestion
+from rlft.types import UserError
+
+# The paper's three tasks in the emoji world, in sizes for a few CPU cores. The oracle that judges
+# each reward is watched.
+TASK_PRESETS: Mapping[str, Sequence[TaskConfig]] = {
+  "emoji-skintone": (
+    TaskConfig(
+      name="skintone",
+      prompts="emoji:portrait/train",
+      reward="emoji-tone-parity",
+      batch_size=64,
+      images_per_prompt=16,
+      watch="oracle-parity",
+    ),
+  ),
+  "emoji-composition": (
+    TaskConfig(
+      name="composition",
+      prompts="emoji:pair/train",
+      reward="emoji-objects",
+      batch_size=64,
+      watch="oracle-both",
+    ),
+  ),
+  "emoji-preference": (
+    TaskConfig(
+      name="preference",
+      prompts="emoji:preference/train",
+      reward="emoji-preference",
+      batch_size=64,
+      watch="oracle-preference",
+    ),
+  ),
+}
+
+# The four ground-truth measures, none of which a task is trained on.
+EVAL_PRESETS: Mapping[str, Sequence[EvalConfig]] = {
+  "emoji": (
+    EvalConfig(
+      name="parity", prompts="emoji:portrait/test", metric="oracle-parity", images_per_prompt=16
+    ),
+    EvalConfig(name="both", prompts="emoji:pair/test", metric="oracle-both"),
+    EvalConfig(name="preference", prompts="emoji:preference/test", metric="oracle-preference"),
+    EvalConfig(name="presence", prompts="emoji:single/test", metric="oracle-presence"),
+  ),
+}
+
+
+def parse_task(text: str) -> tuple[TaskConfig, ...]:
+  """The tasks that one `--task=text` stands for.
+
+  Args:
+    text: 'name=a,prompts=b,reward=c,batch_size=32', or a preset's name alone or followed by keys
+      that override it: 'emoji-skintone,batch_size=32' (or 'preset=emoji-skintone,...'); 'watch='
+      takes a preset's watch away.
+
+  Raises:
+    UserError: an unknown preset or key, a missing key, or a value of the wrong type.
+  """
+  return _parse("task", text, TaskConfig, TASK_PRESETS)
+
+
+def parse_eval(text: str) -> tuple[EvalConfig, ...]:
+  """The evaluations that one `--eval=text` stands for; see `parse_task`."""
+  return _parse("eval", text, EvalConfig, EVAL_PRESETS)
+
+
+def _parse(flag: str, text: str, kind: type, presets: Mapping[str, Sequence[Any]]) -> tuple:
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  where = f"--{flag}={text}"
+  values: dict[str, Any] = {}
+  for position, item in enumerate(text.split(",")):
+    key, equals, value = (part.strip() for part in item.partition("="))
+    if not equals and position == 0:
+      key, value = "preset", key
+    elif not equals:
+      raise UserError(f"{where}: '{item}' is not key=value (a value cannot hold a comma)")
+    if key in values:
+      raise UserError(f"{where}: {key} is given twice, remove one")
+    if key != "preset" and key not in fields:
+      raise UserError(f"{where}: unknown key '{key}', {suggestion(key, ('preset', *fields))}")
+    if not value and (key not in fields or fields[key].default != ""):
+      raise UserError(f"{where}: {key} has no value, write {key}=...")
+    if key in fields and fields[key].type is int:
+      try:
+        value = int(value)
+      except ValueError:
+        raise UserError(f"{where}: {key}={value} is not a whole number") from None
+    values[key] = value
+
+  preset = values.pop("preset", None)
+  if preset is not None:
+    if preset not in presets:
+      raise UserError(f"{where}: unknown preset '{preset}', {suggestion(preset, presets)}")
+    return tuple(dataclasses.replace(entry, **values) for entry in presets[preset])
+  missing = [
+    name
+    for name, field in fields.items()
+    if field.default is dataclasses.MISSING and name not in values
+  ]
+  if missing:
+    raise UserError(f"{where}: add {', '.join(f'{name}=...' for name in missing)}")
+  return (kind(**values),)

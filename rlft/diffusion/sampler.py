@@ -1,0 +1,340 @@
+"""From prompts to images: tokens, text embeddings, reverse diffusion, decoding.
+
+Texts have a program of their own, so that how many images each has does not make another program
+of the large one.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+import tqdm
+
+from rlft.diffusion import ddim, rollout
+from rlft.models import lora
+from rlft.models import text as text_lib
+from rlft.models.files.pretrained import StableDiffusion
+from rlft.models.precision import cast
+from rlft.parallel import microbatch as microbatch_lib
+from rlft.parallel import sharding
+from rlft.types import Guidance, Trajectory, UserError
+
+
+def decode(model: StableDiffusion, vae_params: Any, latents: jax.Array) -> jax.Array:
+  """Scaled latents `[B, h, w, C]` to images `[B, H, W, 3]` float32 in [0, 1]."""
+  factor = model.vae.config.scaling_factor
+  images = model.vae.apply({"params": vae_params}, latents / factor, method="decode")
+  return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def encode(model: StableDiffusion, vae_params: Any, images: jax.Array) -> jax.Array:
+  """Images `[B, H, W, 3]` in [0, 1] to scaled latents `[B, h, w, C]` (the mean)."""
+  mean, _ = model.vae.apply({"params": vae_params}, 2.0 * images - 1.0, method="encode")
+  return mean.astype(jnp.float32) * model.vae.config.scaling_factor
+
+
+def latent_shape(model: StableDiffusion) -> tuple[int, int, int]:
+  """(H, W, C) of the latents that the UNet was made for."""
+  size = model.unet.config.sample_size
+  height, width = (size, size) if isinstance(size, int) else size
+  return height, width, model.unet.config.in_channels
+
+
+def image_size(model: StableDiffusion) -> tuple[int, int]:
+  """(H, W) of the images, in pixels."""
+  height, width, _ = latent_shape(model)
+  return height * model.vae.config.downscale, width * model.vae.config.downscale
+
+
+def condition(
+  model: StableDiffusion,
+  frozen: Any,
+  ids: jax.Array,
+  empty: jax.Array,
+  count: int,
+  *,
+  guidance_scale: float,
+) -> Guidance:
+  """What the policy is conditioned on; pure, to be jitted. The images of a prompt are neighbours.
+
+  Args:
+    model: the modules.
+    frozen: parameters of the text encoders, whole.
+    ids: `[P, E, L]` int32 tokens; a text is encoded once for all of its images.
+    empty: `[E, L]` int32 tokens of the empty prompt.
+    count: B, images; a multiple of P.
+    guidance_scale: classifier-free guidance; 1 is none.
+
+  Returns:
+    Leaves `[B, ...]`.
+  """
+  size = image_size(model)
+
+  def repeat(conditioning):
+    return jax.tree.map(lambda x: jnp.repeat(x, count // len(x), axis=0), conditioning)
+
+  return Guidance(
+    prompt=repeat(text_lib.encode(model, frozen, ids, size)),
+    empty=None
+    if guidance_scale == 1.0
+    else repeat(text_lib.empty(model, frozen, empty[None], size)),
+  )
+
+
+def generate(
+  model: StableDiffusion,
+  schedule: ddim.Schedule,
+  weights: lora.Weights,
+  vae_params: Any,
+  text: Guidance,
+  keys: jax.Array,
+  *,
+  guidance_scale: float,
+  lora_scale: float = 0.0,
+  microbatch: int = 0,
+  decode_chunk: int = 0,
+) -> tuple[Trajectory, jax.Array]:
+  """Samples images; pure, to be jitted.
+
+  Args:
+    model: the modules.
+    schedule: T reverse steps.
+    weights: of the UNet, whole.
+    vae_params: whole.
+    text: `[B, ...]`, see `condition`.
+    keys: `[B]`, consumed; each image depends on its own key alone.
+    guidance_scale: as for `condition`.
+    lora_scale: alpha / rank, if `weights` have an adapter.
+    microbatch: images at once in the UNet; 0 for all.
+    decode_chunk: images at once in the VAE; 0 for all.
+
+  Returns:
+    The trajectory, and images `[B, H, W, 3]` in [0, 1].
+  """
+  network = (model.unet, weights, lora_scale)
+
+  def walk(rows):
+    text, keys = rows
+    noise = rollout.normal(keys, len(schedule.timesteps), latent_shape(model))
+    path = rollout.sample(
+      lora.denoiser(*network),
+      schedule,
+      noise,
+      text,
+      keys,
+      guidance_scale=guidance_scale,
+      prepare=functools.partial(lora.prepare, *network),
+    )
+    return _swap(path)
+
+  path = _swap(microbatch_lib.mapped(walk, (text, keys), microbatch))
+  images = microbatch_lib.mapped(
+    functools.partial(decode, model, vae_params), path.latents[-1], decode_chunk
+  )
+  return path, images
+
+
+def _swap(path: Trajectory) -> Trajectory:
+  """Exchanges the axes of time and of the batch."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), path)
+
+
+def make_encode(
+  model: StableDiffusion, mesh: Mesh, *, guidance_scale: float
+) -> Callable[..., Guidance]:
+  """`condition` for the images of all devices, each of which encodes the texts of its own.
+
+  Args:
+    model: the modules.
+    mesh: all devices; frozen parameters are laid out as `sharding.parameters` says.
+    guidance_scale: as in `condition`.
+
+  Returns:
+    `(frozen, ids, empty, count) -> text`, to be jitted with `count` static; `ids` are spread over
+    the devices, and so is what is returned.
+  """
+
+  def encode(frozen, ids, empty, count):
+    where = sharding.specs(mesh, frozen)
+
+    def local(frozen, ids, empty):
+      whole = sharding.gather(frozen, where)
+      images = count // mesh.size
+      return condition(model, whole, ids, empty, images, guidance_scale=guidance_scale)
+
+    return sharding.on_each(
+      mesh,
+      local,
+      in_specs=(where, sharding.ROWS, sharding.EVERYWHERE),
+      out_specs=sharding.ROWS,
+    )(frozen, ids, empty)
+
+  return encode
+
+
+def make_sample(
+  model: StableDiffusion,
+  schedule: ddim.Schedule,
+  mesh: Mesh,
+  *,
+  microbatch: int = 0,
+  **settings: Any,
+) -> Callable[..., tuple[Trajectory, jax.Array]]:
+  """`generate` for the images of all devices, each of which draws its own.
+
+  Args:
+    model, schedule: as in `generate`.
+    mesh: all devices; weights and frozen parameters are laid out as `sharding.parameters` says.
+    microbatch: images at once on a device, see `microbatch.size`.
+    **settings: as in `generate`.
+
+  Returns:
+    `(weights, vae_params, text, keys) -> (trajectory, images)`, to be jitted; `text` and `keys`
+    are spread over the devices, and so is all that is returned.
+  """
+
+  def sample(weights, vae_params, text, keys):
+    where = sharding.specs(mesh, (weights, vae_params))
+
+    def local(weights, vae_params, text, keys):
+      weights = dataclasses.replace(weights, unet=cast(weights.unet, model.unet.dtype))
+      whole = sharding.gather((weights, vae_params), where)
+      size = microbatch_lib.size(microbatch, len(keys), mesh, model.unet.dtype)
+      return generate(model, schedule, *whole, text, keys, microbatch=size, **settings)
+
+    return sharding.on_each(
+      mesh,
+      local,
+      in_specs=(*where, sharding.ROWS, sharding.ROWS),
+      out_specs=(sharding.COLUMNS, sharding.ROWS),
+    )(weights, vae_params, text, keys)
+
+  return sample
+
+
+class Sampler:
+  """Draws images in batches of one size; compiled once."""
+
+  def __init__(
+    self,
+    model: StableDiffusion,
+    *,
+    batch_size: int,
+    sampling_steps: int,
+    guidance_scale: float,
+    eta: float = 1.0,
+    mesh: Mesh | None = None,
+    frozen: Any = None,
+    **settings: Any,
+  ):
+    """Places the frozen weights on the mesh (all devices if None), unless they are given.
+
+    `settings` are those of `generate`.
+
+    Raises:
+      UserError: the batch cannot be spread over the devices.
+    """
+    self._mesh = mesh or sharding.make_mesh()
+    if batch_size % self._mesh.size:
+      raise UserError(
+        f"batch size {batch_size} cannot be spread over {self._mesh.size} devices: choose a"
+        " multiple"
+      )
+    self._model = model
+    self._batch_size = batch_size
+    self._schedule = ddim.make_schedule(model.scheduler, sampling_steps, eta=eta)
+    self._frozen = frozen or sharding.place(
+      self._mesh, {name: tree for name, tree in model.params.items() if name != "unet"}
+    )
+    self._weights = None
+    self._empty = model.tokenize([""])[0][0]
+    self._encode = sharding.jit(
+      make_encode(model, self._mesh, guidance_scale=guidance_scale), static_argnums=3
+    )
+    self._sample = sharding.jit(
+      make_sample(model, self._schedule, self._mesh, guidance_scale=guidance_scale, **settings)
+    )
+
+  def rollout(
+    self, weights: lora.Weights, ids: np.ndarray, keys: jax.Array
+  ) -> tuple[Trajectory, jax.Array, Guidance]:
+    """Samples a batch with all that training needs; except on CPUs, returns before it is computed.
+
+    Args:
+      weights: of the UNet, placed on the mesh.
+      ids: `[P, E, L]` int32 tokens, each for as many neighbouring images.
+      keys: `[B]`, consumed; each image depends on its own key alone. B may differ from the batch
+        size, for another compilation.
+
+    Returns:
+      The trajectory, images `[B, H, W, 3]` in [0, 1], what the policy was conditioned on.
+    """
+    if len(ids) % self._mesh.size:  # The images of a prompt are on several devices.
+      ids = np.repeat(ids, len(keys) // len(ids), axis=0)
+    ids = sharding.put(ids, sharding.batch(self._mesh))
+    encoders = {name: tree for name, tree in self._frozen.items() if name != "vae"}
+    text = self._encode(encoders, ids, self._empty, len(keys))
+    path, images = self._sample(weights, self._frozen["vae"], text, keys)
+    return path, images, text
+
+  def initial_noise(self, count: int, seed: int) -> np.ndarray:
+    """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""
+    steps = len(self._schedule.timesteps)
+    return np.asarray(rollout.normal(_keys(seed, 0, count), steps, latent_shape(self._model)))
+
+  def __call__(
+    self,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    weights: lora.Weights | None = None,
+    progress: str = "",
+  ) -> np.ndarray:
+    """Draws one image for each prompt.
+
+    Args:
+      prompts: N texts.
+      seed: image i depends on (seed, i, its prompt) alone, whatever the batch size.
+      weights: of the UNet, placed on the mesh; the model's own if None.
+      progress: label of a progress bar; '' shows none.
+
+    Returns:
+      `[N, H, W, 3]` float32 in [0, 1], on every process.
+    """
+    if weights is None:
+      if self._weights is None:
+        self._weights = lora.Weights(sharding.place(self._mesh, self._model.params["unet"]))
+      weights = self._weights
+    ids, _ = self._model.tokenize(list(prompts))
+    size, count = self._batch_size, len(prompts)
+    ids = np.concatenate([ids, np.broadcast_to(self._empty, (-count % size, *ids.shape[1:]))])
+    images = []
+    starts = range(0, count, size)
+    for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
+      batch = self.rollout(weights, ids[start : start + size], _keys(seed, start, size))[1]
+      images.append(fetch(batch))
+    return np.concatenate(images)[:count]
+
+
+def _keys(seed: int, start: int, count: int) -> jax.Array:
+  return image_keys(jax.random.key(seed), start, count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def image_keys(key: jax.Array, start: jax.Array, count: int) -> jax.Array:
+  """`[count]` keys of images start, start + 1, ...; `key` is consumed."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(count))
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """A sharded array as a numpy array on every process."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(x, tiled=True)

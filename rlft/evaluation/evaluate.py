@@ -1,0 +1,156 @@
+"""Held-out evaluation: the same prompts and seeds before, during and after training.
+
+Knows no models: the caller brings a function that samples and one that scores.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from rlft.evaluation import results
+from rlft.evaluation.results import EvalResult
+from rlft.types import Prompt, Reward, UserError
+
+# Metrics of which less is better, by name. Of all others more is better, as of any Reward.
+LOWER_IS_BETTER = frozenset({"oracle-parity"})
+
+Images = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+  """A metric and the held-out prompts on which it is measured.
+
+  Attributes:
+    name: of the evaluation, in tables and file names.
+    metric: scores the images.
+    prompts: held-out list; an evaluation takes the first `images / images_per_prompt` and starts
+      again at the first (with other noise) if there are fewer.
+    images: N, in all; a multiple of `images_per_prompt`.
+    images_per_prompt: G; the set size of a set metric.
+    lower_is_better: None: as `LOWER_IS_BETTER` says.
+    trained_on: the metric is also a reward of the run, so that its rise may be reward hacking.
+  """
+
+  name: str
+  metric: Reward
+  prompts: Sequence[Prompt]
+  images: int
+  images_per_prompt: int = 1
+  lower_is_better: bool | None = None
+  trained_on: bool = False
+
+
+class Sample(Protocol):
+  """Samples an image for each prompt."""
+
+  def __call__(self, prompts: list[Prompt], seed: int) -> Images:
+    """N prompts -> images `[N, H, W, 3]` float32 in [0, 1]; noise depends on (seed, position)."""
+
+
+class Score(Protocol):
+  """Applies a metric."""
+
+  def __call__(
+    self, reward: Reward, images: Images, prompts: list[Prompt], images_per_prompt: int
+  ) -> np.ndarray:
+    """Scores `[N]`, or `[N / G]` for a set metric, of images `[N, H, W, 3]`.
+
+    `prompts` has length N; the `images_per_prompt` images of one set follow each other.
+    """
+
+
+def evaluate(
+  specs: Sequence[EvalSpec],
+  *,
+  sample: Sample,
+  score: Score,
+  seed: int,
+  keep: Callable[[EvalSpec, Images, list[Prompt]], None] | None = None,
+) -> dict[str, EvalResult]:
+  """Samples and scores every evaluation.
+
+  Evaluations with the same prompts, images and images_per_prompt share their images.
+
+  Args:
+    specs: evaluations with different names.
+    sample: draws the images.
+    score: applies a metric to them.
+    seed: of the noise; the same every time, so that results can be compared image by image.
+    keep: called once for each shared set of images, with the first of its evaluations; for the
+      report's grids.
+
+  Returns:
+    A result by name, in the order of `specs`.
+
+  Raises:
+    UserError: no prompts, repeated names, sizes that do not divide, scores of the wrong shape.
+  """
+  _check(specs)
+  shared: dict[tuple[Any, ...], list[EvalSpec]] = {}
+  for spec in specs:
+    # Metadata may hold lists, which have no hash; their representation tells them apart as well.
+    key = (spec.images, spec.images_per_prompt, repr(_prompts_of(spec)))
+    shared.setdefault(key, []).append(spec)
+  measured = {}
+  for group in shared.values():
+    prompts = _prompts_of(group[0])
+    images = sample(prompts, seed)
+    if keep is not None:
+      keep(group[0], images, prompts)
+    for spec in group:
+      scores = score(spec.metric, images, prompts, spec.images_per_prompt)
+      measured[spec.name] = _result(spec, np.asarray(scores, np.float32))
+  return {spec.name: measured[spec.name] for spec in specs}
+
+
+def _check(specs: Sequence[EvalSpec]) -> None:
+  names = [spec.name for spec in specs]
+  for spec in specs:
+    where, size, per_prompt = f"--eval=name={spec.name}", spec.images, spec.images_per_prompt
+    if names.count(spec.name) > 1:
+      raise UserError(f"two of --eval have the name {spec.name}: give each its own with name=...")
+    if not spec.prompts:
+      raise UserError(f"{where} has no prompts: give a source that has some with prompts=...")
+    if size < 1 or per_prompt < 1 or size % per_prompt:
+      raise UserError(
+        f"{where}: images={size} is not a positive multiple of images_per_prompt={per_prompt}:"
+        " change one of them"
+      )
+
+
+def _prompts_of(spec: EvalSpec) -> list[Prompt]:
+  """The prompt of each of the N images."""
+  return [
+    spec.prompts[place % len(spec.prompts)]
+    for place in range(spec.images // spec.images_per_prompt)
+    for _ in range(spec.images_per_prompt)
+  ]
+
+
+def _result(spec: EvalSpec, scores: np.ndarray) -> EvalResult:
+  expected = spec.images // spec.images_per_prompt if spec.metric.is_set else spec.images
+  if scores.shape != (expected,):
+    raise UserError(
+      f"--eval=name={spec.name}: metric {spec.metric.name} returned scores of shape"
+      f" {list(scores.shape)}: expected [{expected}], one for each"
+      f" {'set' if spec.metric.is_set else 'image'}; correct the metric"
+    )
+  lower = spec.lower_is_better
+  lower = spec.metric.name in LOWER_IS_BETTER if lower is None else lower
+  low, high = results.bootstrap_interval(scores)
+  return EvalResult(
+    name=spec.name,
+    metric=spec.metric.name,
+    mean=results.mean(scores),
+    low=low,
+    high=high,
+    images=spec.images,
+    prompts=min(len(spec.prompts), spec.images // spec.images_per_prompt),
+    scores=scores,
+    lower_is_better=lower,
+    trained_on=spec.trained_on,
+  )

@@ -1,0 +1,307 @@
+"""What evaluations found: intervals, comparisons, and the files and table that hold them.
+
+Every mean comes with a bootstrap interval. Before and after are compared image by image, on the
+same prompts and seeds, which is what makes small changes visible: the spread between prompts
+cancels.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from rlft.storage import files
+from rlft.types import UserError
+
+EVAL_FILE = "eval.json"
+HISTORY_FILE = "eval_history.jsonl"
+
+LEVEL = 0.95
+_SEED = 0  # of all resampling
+_CHUNK = 2**22  # resampled values held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+  """One metric, measured.
+
+  Attributes:
+    name: of the evaluation.
+    metric: name of the metric.
+    mean: of the scores that are not NaN; NaN if all are.
+    low, high: 95 % bootstrap interval of `mean`.
+    images: N, how many were sampled.
+    prompts: how many different prompts they were sampled for.
+    scores: `[N]` float32, or `[N / G]` for a set metric; NaN: could not be scored.
+    lower_is_better: direction of improvement.
+    trained_on: the metric is also a reward of the run.
+  """
+
+  name: str
+  metric: str
+  mean: float
+  low: float
+  high: float
+  images: int
+  prompts: int
+  scores: np.ndarray
+  lower_is_better: bool = False
+  trained_on: bool = False
+
+  @property
+  def unscored(self) -> int:
+    """How many scores are NaN: images, or sets for a set metric."""
+    return int(np.isnan(self.scores).sum())
+
+  def summary(self) -> dict[str, Any]:
+    """The result without its scores, for JSON: NaN is None."""
+    return {
+      "mean": files.finite(self.mean),
+      "low": files.finite(self.low),
+      "high": files.finite(self.high),
+      "images": self.images,
+      "prompts": self.prompts,
+      "metric": self.metric,
+      "unscored": self.unscored,
+      "lower_is_better": self.lower_is_better,
+      "trained_on": self.trained_on,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """How a metric changed between two evaluations of the same prompts and seeds.
+
+  Attributes:
+    mean: of the pairwise differences after - before; NaN if no pair was scored.
+    low, high: its 95 % bootstrap interval, over the pairs.
+    relative: `mean` as a share of the size of the mean before; NaN if that is 0.
+    verdict: 'better' or 'worse' if the interval excludes 0, else 'unclear'.
+  """
+
+  mean: float
+  low: float
+  high: float
+  relative: float
+  verdict: str
+
+
+History = Sequence[tuple[int, Mapping[str, EvalResult]]]
+
+
+def mean(values: np.ndarray) -> float:
+  """The mean of what is not NaN; NaN if there is nothing."""
+  values = np.asarray(values, np.float64)
+  values = values[~np.isnan(values)]
+  return float(values.mean()) if len(values) else float("nan")
+
+
+def bootstrap_interval(
+  values: np.ndarray, *, seed: int = _SEED, level: float = LEVEL, samples: int = 2000
+) -> tuple[float, float]:
+  """Bootstrap confidence interval of a mean: expanded percentile method.
+
+  The plain percentile interval is too narrow for few values (it has neither Student's t nor the
+  n - 1 of a variance). Its tails alpha / 2 are replaced by Phi(-sqrt(n / (n - 1)) t), with t the
+  1 - alpha / 2 quantile of Student's distribution with n - 1 degrees of freedom.
+  Source: T. Hesterberg, "What Teachers Should Know About the Bootstrap" (2015).
+
+  Args:
+    values: `[N]`, independent; NaN is left out.
+    seed: of the resampling.
+    level: confidence in (0, 1).
+    samples: resamples.
+
+  Returns:
+    (low, high); both NaN if there are fewer than two values, which say nothing of their spread.
+  """
+  values = np.asarray(values, np.float64)
+  values = values[~np.isnan(values)]
+  count = len(values)
+  if count < 2:
+    return float("nan"), float("nan")
+  rng = np.random.default_rng(seed)
+  chunk = max(_CHUNK // count, 1)
+  means = np.concatenate(
+    [
+      values[rng.integers(count, size=(min(chunk, samples - start), count))].mean(axis=1)
+      for start in range(0, samples, chunk)
+    ]
+  )
+  t = scipy.special.stdtrit(count - 1, (1 + level) / 2)
+  tail = scipy.special.ndtr(-t * np.sqrt(count / (count - 1)))
+  low, high = np.quantile(means, [tail, 1 - tail])
+  return float(low), float(high)
+
+
+def paired_difference(before: EvalResult, after: EvalResult) -> Difference:
+  """The change of a metric, from its scores on the same prompts and seeds.
+
+  Pairs of which one was not scored are left out, so `mean` need not be the difference of the
+  means.
+
+  Raises:
+    UserError: the two are not measured on as many images, or not with one metric.
+  """
+  if before.scores.shape != after.scores.shape or before.metric != after.metric:
+    raise UserError(
+      f"evaluation {before.name} cannot be compared with its start: {before.metric} on"
+      f" {before.images} images before, {after.metric} on {after.images} after;"
+      " keep --eval as it was, or give another --workdir"
+    )
+  pairs = after.scores.astype(np.float64) - before.scores.astype(np.float64)
+  change = mean(pairs)
+  low, high = bootstrap_interval(pairs)
+  size = abs(mean(np.where(np.isnan(pairs), np.nan, before.scores)))
+  verdict = "unclear"
+  if low > 0 or high < 0:
+    verdict = "worse" if (change > 0) == after.lower_is_better else "better"
+  return Difference(change, low, high, change / size if size else float("nan"), verdict)
+
+
+def append_history(
+  workdir: str | os.PathLike[str], iteration: int, results: Mapping[str, EvalResult]
+) -> None:
+  """Adds an evaluation, with all scores, to `eval_history.jsonl`.
+
+  Replaces what the file has of this iteration and later: a resumed run repeats them.
+
+  Raises:
+    UserError: the file is damaged or cannot be written.
+  """
+  path = pathlib.Path(workdir) / HISTORY_FILE
+  kept = files.keep_before(path, iteration)
+  entry = {
+    "iteration": iteration,
+    "results": {
+      # Nine digits give back a float32 exactly.
+      name: result.summary() | {"scores": [files.finite(f"{score:.9g}") for score in result.scores]}
+      for name, result in results.items()
+    },
+  }
+  files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
+
+
+def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, EvalResult]]]:
+  """The evaluations so far as (iteration, result by name), oldest first; empty if none.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = pathlib.Path(workdir) / HISTORY_FILE
+  history = []
+  for entry in files.read_jsonl(path):
+    try:
+      results = {
+        name: EvalResult(
+          name=name,
+          metric=result["metric"],
+          mean=_nan_if_none(result["mean"]),
+          low=_nan_if_none(result["low"]),
+          high=_nan_if_none(result["high"]),
+          images=result["images"],
+          prompts=result["prompts"],
+          scores=np.array([_nan_if_none(score) for score in result["scores"]], np.float32),
+          lower_is_better=result["lower_is_better"],
+          trained_on=result["trained_on"],
+        )
+        for name, result in entry["results"].items()
+      }
+      history.append((entry["iteration"], results))
+    except (KeyError, TypeError, AttributeError) as error:
+      raise UserError(f"{path} holds no evaluations ({error!r}): move the file away") from error
+  return history
+
+
+def _nan_if_none(value: float | None) -> float:
+  return float("nan") if value is None else value
+
+
+def write_eval_json(
+  workdir: str | os.PathLike[str],
+  before: Mapping[str, EvalResult],
+  after: Mapping[str, EvalResult],
+  history: History = (),
+  config: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes `eval.json`: results before and after, their difference, and how they developed.
+
+  Args:
+    workdir: the run's directory.
+    before: of the base model, by name.
+    after: of the fine-tuned model, by name.
+    history: as `read_history` returns it; only means are written.
+    config: the run's settings, for the reader.
+
+  Raises:
+    UserError: the results cannot be compared, or the file cannot be written.
+  """
+  differences = {n: paired_difference(before[n], after[n]) for n in before if n in after}
+  content = {
+    "before": {name: result.summary() for name, result in before.items()},
+    "after": {name: result.summary() for name, result in after.items()},
+    "difference": {
+      name: {
+        "mean": files.finite(d.mean),
+        "low": files.finite(d.low),
+        "high": files.finite(d.high),
+        "relative": files.finite(d.relative),
+        "verdict": d.verdict,
+      }
+      for name, d in differences.items()
+    },
+    "level": LEVEL,
+    "history": [
+      {"iteration": iteration, "means": {n: files.finite(r.mean) for n, r in results.items()}}
+      for iteration, results in history
+    ],
+    "config": dict(config or {}),
+  }
+  path = pathlib.Path(workdir) / EVAL_FILE
+  files.write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | None = None) -> str:
+  """A text table for the terminal; with `after`, also the differences and their intervals.
+
+  After a mean stands half the width of its interval.
+
+  Args:
+    before: results by name.
+    after: results of the fine-tuned model; a name that is missing is left blank.
+  """
+  header = ["evaluation", "metric", "better", "mean" if after is None else "before"]
+  if after is not None:
+    header += ["after", "change", f"{LEVEL:.0%} interval", "relative", ""]
+  rows = [[*header, "images"]]
+  for name, old in before.items():
+    row = [name, old.metric, "lower" if old.lower_is_better else "higher", _mean_text(old)]
+    last = old
+    if after is not None and name in after:
+      last = after[name]
+      change = paired_difference(old, last)
+      interval = f"[{change.low:+.4f}, {change.high:+.4f}]"
+      relative = "" if np.isnan(change.relative) else f"{change.relative:+.1%}"
+      row += [_mean_text(last), f"{change.mean:+.4f}", interval, relative, change.verdict]
+    row += [""] * (len(header) - len(row))
+    unscored = f", {last.unscored} unscored" if last.unscored else ""
+    rows.append([*row, f"{last.images} ({last.prompts} prompts{unscored})"])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    # Numbers to the right, words to the left.
+    cells = [
+      cell.rjust(width) if 3 <= column <= 7 and column < len(header) else cell.ljust(width)
+      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)
+
+
+def _mean_text(result: EvalResult) -> str:
+  return f"{result.mean:.4f} ±{(result.high - result.low) / 2:.4f}"

@@ -1,0 +1,325 @@
+"""A model as it is, without training: a grid of what it draws, and its held-out measures."""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+
+from rlft.config.settings import Config, EvalConfig, TaskConfig, check_fields, option
+from rlft.data import prompts as prompts_lib
+from rlft.diffusion import sampler
+from rlft.evaluation import evaluate as evaluate_lib
+from rlft.evaluation import results
+from rlft.inference import load as finetuned
+from rlft.parallel import sharding
+from rlft.rewards import make_reward
+from rlft.rewards.scoring import task as combine
+from rlft.rewards.scoring.scorer import Scorer
+from rlft.storage import files
+from rlft.storage import images as images_lib
+from rlft.types import Prompt, Reward, UserError
+
+_SHOWN_SIZE = 128  # pixels; smaller images are enlarged in a grid, to be seen at all
+_SCORED_AT_ONCE = 256  # images; metrics may be large networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """Which model draws, and how; each field is a flag of the same name.
+
+  Where a field is None, the value is the run's own, else the default of training: guidance and
+  noise are part of what was trained, and other values give other pictures.
+  """
+
+  model: str = option("a run's directory, a model in the diffusers layout, or emoji-sd")
+  ema: bool = option("the averaged weights, where the run has them", default=True)
+  seed: int | None = option(
+    "of the noise; if not given, that of the run's evaluations",
+    default=None,
+    least=0,
+    most=2**32 - 1,
+  )
+  sampling_steps: int | None = option(
+    "DDIM steps per image; if not given, the run's", default=None, least=1
+  )
+  guidance_scale: float | None = option(
+    "classifier-free guidance, 1 is none; if not given, the run's", default=None, least=0.0
+  )
+  eta: float | None = option(
+    "noise of the DDIM steps, 0 is none, 1 as DDPM; if not given, the run's",
+    default=None,
+    least=0.0,
+    most=1.0,
+  )
+  batch_size: int = option(
+    "images drawn at once, rounded up to a multiple of the devices", default=16, least=1
+  )
+
+
+class Drawer:
+  """A loaded model and its sampler, on all devices.
+
+  Attributes:
+    found: the model, and the settings of the run that trained it, if one did.
+    settings: what is used of seed, sampling_steps, guidance_scale and eta.
+  """
+
+  def __init__(self, drawing: Drawing):
+    """Loads the model.
+
+    Raises:
+      UserError: it cannot be read, or cannot be sampled in this way.
+    """
+    self.found = finetuned.load(drawing.model, ema=drawing.ema)
+    trained = self.found.config or Config()
+
+    def setting(name, own):
+      value = getattr(drawing, name)
+      return getattr(trained, own) if value is None else value
+
+    policy = {name: setting(name, name) for name in ("sampling_steps", "guidance_scale", "eta")}
+    if not math.isfinite(policy["guidance_scale"]):
+      raise UserError("--guidance_scale is not a finite number: give one, e.g. 7")
+    self.settings = {"seed": setting("seed", "eval_seed"), **policy}
+    devices = jax.device_count()
+    size = math.ceil(drawing.batch_size / devices) * devices
+    self._sampler = sampler.Sampler(self.found.model, batch_size=size, **policy)
+
+  def __call__(self, texts: Sequence[str], *, progress: str) -> np.ndarray:
+    """`[N, H, W, 3]` float32 in [0, 1]; image i depends on (seed, i, its prompt) alone."""
+    return self._sampler(texts, self.settings["seed"], progress=progress)
+
+
+def save_grid(
+  drawing: Drawing,
+  texts: Sequence[str],
+  output: str | os.PathLike[str],
+  *,
+  images_per_prompt: int,
+) -> str:
+  """Draws images and writes them as one PNG: a row for each prompt.
+
+  Where there is one image for each prompt, the grid is as good as square.
+
+  Args:
+    drawing: the model, and how it draws.
+    texts: P prompts.
+    output: the PNG file.
+    images_per_prompt: G.
+
+  Returns:
+    A line that says what was drawn.
+
+  Raises:
+    UserError: no prompts, a model that cannot be read, or a file that cannot be written.
+  """
+  if not texts:
+    raise UserError("there is nothing to draw: give --prompt or --prompts")
+  _check_output(output)
+  draw = Drawer(drawing)
+  # Only for its warning about prompts that are too long.
+  draw.found.model.tokenize(texts, source="--prompt and --prompts")
+  images = draw([text for text in texts for _ in range(images_per_prompt)], progress="sampling")
+  columns = images_per_prompt if images_per_prompt > 1 else math.ceil(len(texts) ** 0.5)
+  scale = max(1, _SHOWN_SIZE // images.shape[1])
+  images_lib.save_png(output, images_lib.grid(images, columns, scale=scale))
+  how = ", ".join(f"{name} {value:g}" for name, value in draw.settings.items())
+  return f"{output}: {len(texts)} prompts, {images_per_prompt} images each ({how})"
+
+
+def measure(
+  drawing: Drawing,
+  evals: Sequence[EvalConfig],
+  *,
+  reward_timeout_s: float,
+  reward_threads: int,
+  output: str | os.PathLike[str] | None = None,
+) -> str:
+  """Measures a model on held-out prompts.
+
+  Args:
+    drawing: the model, and how it draws.
+    evals: what to measure; if empty, what the run measured itself.
+    reward_timeout_s: deadline in seconds for a batch of a host metric.
+    reward_threads: threads for host metrics.
+    output: JSON file for the figures.
+
+  Returns:
+    The table.
+
+  Raises:
+    UserError: nothing to measure, a model or prompts that cannot be read, a metric that fails.
+  """
+  given = Config(
+    eval=tuple(evals), reward_timeout_s=reward_timeout_s, reward_threads=reward_threads
+  )
+  check_fields(given)
+  if output:
+    _check_output(output)
+  specs = make_specs(evals)
+  draw = Drawer(drawing)
+  trained = draw.found.config
+  if trained is not None:
+    specs = make_specs(evals or trained.eval, trained_on=trained.task)
+  if not specs:
+    raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
+  rows = sharding.batch(sharding.make_mesh())
+
+  def sample(prompts, seed):
+    return draw([prompt.text for prompt in prompts], progress="evaluating")
+
+  with MetricScorer(rows=rows, timeout_s=reward_timeout_s, threads=reward_threads) as score:
+    measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
+  if output:
+    content = {
+      "model": drawing.model,
+      "settings": draw.settings,
+      "results": {name: result.summary() for name, result in measured.items()},
+    }
+    files.write_atomic(output, json.dumps(content, indent=2) + "\n")
+  return results.table(measured)
+
+
+def make_specs(
+  evals: Sequence[EvalConfig],
+  *,
+  trained_on: Sequence[TaskConfig] = (),
+  make: Callable[[str], Reward] = make_reward,
+) -> list[evaluate_lib.EvalSpec]:
+  """Opens the prompts and metrics of evaluations.
+
+  Args:
+    evals: from the flags.
+    trained_on: tasks that the model was trained with.
+    make: what makes a metric of its name; one that remembers loads large weights once.
+
+  Raises:
+    UserError: an unknown metric, or prompts that cannot be read.
+  """
+  is_trained_on = combine.trained_on(trained_on)
+  metrics = {}
+  for entry in evals:
+    if entry.metric not in metrics:
+      metrics[entry.metric] = _metric(entry, make)
+  return [
+    evaluate_lib.EvalSpec(
+      name=entry.name,
+      metric=metrics[entry.metric],
+      prompts=prompts_lib.load_prompts(entry.prompts),
+      images=entry.images,
+      images_per_prompt=entry.images_per_prompt,
+      trained_on=is_trained_on(entry.metric),
+    )
+    for entry in evals
+  ]
+
+
+def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
+  """The reward that an evaluation names, if its scores mean the same in every batch."""
+  if combine.is_combination(entry.metric):
+    raise UserError(
+      f"--eval=name={entry.name}: metric={entry.metric} adds up rewards relative to their batch,"
+      " which measures nothing: give an evaluation for each of them"
+    )
+  metric = make(entry.metric)
+  if not metric.is_measure:
+    raise UserError(
+      f"--eval=name={entry.name}: metric={entry.metric} is the credit of images within their set,"
+      " not a measure of the set: use it with credit=set"
+    )
+  return metric
+
+
+class MetricScorer:
+  """Applies metrics to any number of images; what it compiled for one evaluation serves the next.
+
+  Between them, no weights are on the devices.
+  """
+
+  def __init__(self, *, rows: NamedSharding, timeout_s: float, threads: int):
+    """Keeps the settings.
+
+    Args:
+      rows: how a batch is spread over the mesh.
+      timeout_s: deadline in seconds for a batch of a host metric.
+      threads: for a host metric, see `Scorer`.
+    """
+    self._settings = {"batch_sharding": rows, "timeout_s": timeout_s, "threads": threads}
+    self._rows = rows
+    self._scorers: dict[tuple[int, int, int], Scorer] = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self) -> None:
+    """Ends the threads of host metrics once they are idle."""
+    with contextlib.ExitStack() as stack:
+      for scorer in self._scorers.values():
+        stack.callback(scorer.close)
+
+  def __call__(
+    self, reward: Reward, images: np.ndarray, prompts: Sequence[Prompt], images_per_prompt: int
+  ) -> np.ndarray:
+    """Scores any number of images: `[N]`, or `[N / G]` for a set reward.
+
+    Args:
+      reward: the metric; the same object each time, to be compiled once.
+      images: `[N, H, W, 3]` float32 in [0, 1], on every process.
+      prompts: N; the images of a set follow each other.
+      images_per_prompt: G, which divides N.
+
+    Raises:
+      UserError: a set reward gives the images of a set different scores.
+    """
+    count, unit = len(images), math.lcm(images_per_prompt, self._rows.mesh.size)
+    size = math.ceil(min(count, _SCORED_AT_ONCE) / unit) * unit
+    # Padded by copies of the last set, so that every batch has the same size.
+    places = np.arange(math.ceil(count / size) * size)
+    last_set = count - images_per_prompt + places % images_per_prompt
+    places = np.where(places < count, places, last_set).reshape(-1, size)
+    scorer = self._scorer(reward, size, images_per_prompt)
+    scores = []
+    for batch in places:
+      placed = sharding.put(np.asarray(images)[batch], self._rows)
+      pending = scorer.submit(placed, [prompts[place] for place in batch])
+      scores.append(sampler.fetch(pending.result()))
+    scorer.free()
+    scores = np.concatenate(scores)[:count]
+    if not reward.is_set:
+      return scores
+    sets = scores.reshape(-1, images_per_prompt)
+    if not np.array_equal(sets, np.broadcast_to(sets[:, :1], sets.shape), equal_nan=True):
+      raise UserError(
+        f"metric {reward.name!r} gives the images of a set different scores, and so no measure of"
+        " the set: make it return one number for each set"
+      )
+    return sets[:, 0]
+
+  def _scorer(self, reward: Reward, size: int, images_per_prompt: int) -> Scorer:
+    key = id(reward), size, images_per_prompt  # Weights have no hash; a scorer keeps its reward.
+    if key not in self._scorers:
+      self._scorers[key] = Scorer(
+        reward, batch_size=size, images_per_prompt=images_per_prompt, **self._settings
+      )
+    return self._scorers[key]
+
+
+def _check_output(path: str | os.PathLike[str]) -> None:
+  """Says before hours of sampling what would be said after them."""
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise UserError(f"{path} is a directory: give the name of a file")
+  with files.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  if not os.access(path.parent, os.W_OK):
+    raise UserError(f"cannot write in {path.parent}: give a file in another directory")

@@ -1,0 +1,233 @@
+"""CLIP models from files: the layout of transformers, and that of OpenAI and open_clip.
+
+The second has one array for query, key and value, and bare parameters for positions and
+projections; `from_open_clip` gives its arrays the names and layouts of the first.
+"""
+
+from collections.abc import Mapping, Sequence
+import os
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.models import clip
+from rlft.models.files import arrays, torch_layout
+from rlft.models.files import sources as weights
+from rlft.models.files.torch_layout import Params
+from rlft.types import UserError
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+# The backbone of HPSv2 (open_clip's ViT-H-14). Its end token is the highest id of the vocabulary.
+VIT_H_14 = clip.CLIPConfig(
+  text_config=clip.CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    hidden_act="gelu",
+    eos_token_id=2,
+  ),
+  vision_config=clip.CLIPVisionConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+  ),
+  projection_dim=1024,
+)
+
+# Applied one after the other to a name of open_clip.
+_RULES = tuple(
+  (re.compile(pattern), name)
+  for pattern, name in (
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^(text\.)?text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"^(text\.)?(?=(transformer|token_embedding|positional_embedding|ln_final)\b)", "text_model."),
+    (r"\.transformer\.resblocks\.", ".encoder.layers."),
+    (r"\.(class_embedding|token_embedding\.weight)$", r".embeddings.\1"),
+    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
+    (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_pre\.", ".pre_layrnorm."),
+    (r"\.ln_post\.", ".post_layernorm."),
+    (r"\.ln_final\.", ".final_layer_norm."),
+    (r"\.ln_(1|2)\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+  )
+)
+_TRANSPOSED = re.compile(r"^(visual\.proj|(text\.)?text_projection)$")
+_FUSED = re.compile(r"\.in_proj_(?=weight$|bias$)")
+
+
+class _OpenClip(Mapping):
+  """The arrays of an open_clip state dict under transformers' names, each read when asked for."""
+
+  def __init__(self, state: Mapping[str, np.ndarray]):
+    self._state = state
+    # {new name: (old name, which third of a fused array or None)}
+    self._sources = {}
+    for old in state:
+      new = old
+      for pattern, name in _RULES:
+        new = pattern.sub(name, new)
+      if _FUSED.search(new):
+        for third, letter in enumerate("qkv"):
+          self._sources[_FUSED.sub(f".{letter}_proj.", new)] = (old, third)
+      else:
+        self._sources[new] = (old, None)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    old, third = self._sources[name]
+    array = self._state[old]
+    if third is not None:
+      size = len(array) // 3
+      return array[third * size : (third + 1) * size]
+    return array.T if _TRANSPOSED.match(old) else array
+
+  def __iter__(self):
+    return iter(self._sources)
+
+  def __len__(self) -> int:
+    return len(self._sources)
+
+
+def from_open_clip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """A state dict of OpenAI's CLIP or open_clip as one of transformers' `CLIPModel`.
+
+  Args:
+    state: names such as 'visual.transformer.resblocks.0.attn.in_proj_weight'. A state dict that
+      already has transformers' names is returned as it is.
+
+  Returns:
+    the same arrays under the names of transformers; names that are not known stay.
+  """
+  return _OpenClip(state) if is_open_clip(state) else state
+
+
+def is_open_clip(state: Mapping[str, np.ndarray]) -> bool:
+  """Whether the names are those of OpenAI's CLIP or open_clip."""
+  return "visual.conv1.weight" in state
+
+
+def open_clip_config(data: Mapping[str, Any], what: str = OPEN_CLIP_CONFIG) -> clip.CLIPConfig:
+  """The config of a model in open_clip's terms.
+
+  Args:
+    data: a parsed open_clip_config.json, or its 'model_cfg'.
+    what: the file, for messages.
+
+  Raises:
+    UserError: an option that would change the network is not implemented.
+  """
+  data = data.get("model_cfg", data)
+  vision = _options(data, "vision_cfg", _VISION, what)
+  text = _options(data, "text_cfg", _TEXT, what)
+  model = _options({"": data}, "", _MODEL, what)
+  act = "quick_gelu" if model["quick_gelu"] else "gelu"
+  return clip.CLIPConfig(
+    text_config=clip.CLIPTextConfig(
+      vocab_size=text["vocab_size"],
+      hidden_size=text["width"],
+      intermediate_size=int(text["width"] * text["mlp_ratio"]),
+      num_hidden_layers=text["layers"],
+      num_attention_heads=text["heads"],
+      max_position_embeddings=text["context_length"],
+      hidden_act=act,
+      # The end of a text is its highest token id.
+      eos_token_id=2,
+    ),
+    vision_config=clip.CLIPVisionConfig(
+      hidden_size=vision["width"],
+      intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
+      num_hidden_layers=vision["layers"],
+      num_attention_heads=vision["width"] // vision["head_width"],
+      image_size=vision["image_size"],
+      patch_size=vision["patch_size"],
+      hidden_act=act,
+    ),
+    projection_dim=model["embed_dim"],
+  )
+
+
+# Options with open_clip's defaults.
+_MODEL = {"embed_dim": 512, "quick_gelu": False, "vision_cfg": {}, "text_cfg": {}}
+_VISION = {
+  "layers": 12,
+  "width": 768,
+  "head_width": 64,
+  "mlp_ratio": 4.0,
+  "patch_size": 16,
+  "image_size": 224,
+}
+_TEXT = {
+  "context_length": 77,
+  "vocab_size": 49408,
+  "width": 512,
+  "heads": 8,
+  "layers": 12,
+  "mlp_ratio": 4.0,
+}
+
+
+def _options(
+  data: Mapping[str, Any], key: str, known: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+  given = data.get(key) or {}
+  if unknown := sorted(set(given) - set(known)):
+    raise UserError(
+      f"{what}: option {unknown[0]!r} of {key or 'the model'} is not supported; use a CLIP model "
+      "with two plain transformers (ViT-B, L, H, g)"
+    )
+  return {**known, **given}
+
+
+def load(
+  source: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.float32,
+  names: Sequence[str] = weights.WEIGHTS,
+  default: clip.CLIPConfig | None = None,
+) -> tuple[clip.CLIPModel, Params]:
+  """Reads a CLIP model with both towers, in either layout.
+
+  Args:
+    source: see `rlft.models.files.sources`; the config is beside the weights, in config.json or
+      open_clip_config.json. A pickled file may keep the weights in 'state_dict' and have 'module.'
+      before each name.
+    dtype: type that the towers compute in.
+    names: files to look for in a directory.
+    default: the config if there is none beside the weights.
+
+  Returns:
+    the module and its parameters, float32 numpy arrays.
+
+  Raises:
+    UserError: something is missing or does not fit.
+  """
+  state = weights.open_weights(source, names=names, key="state_dict")
+  state = arrays.strip_prefix(state, "module.")
+  module = clip.CLIPModel(_config(source, is_open_clip(state), default), dtype)
+  params = torch_layout.from_torch(module, from_open_clip(state), what=str(source))
+  return module, params
+
+
+def _config(
+  source: str | os.PathLike[str], first_open_clip: bool, default: clip.CLIPConfig | None
+) -> clip.CLIPConfig:
+  readers = [(weights.CONFIG, clip.CLIPConfig.from_dict), (OPEN_CLIP_CONFIG, open_clip_config)]
+  for name, reader in reversed(readers) if first_open_clip else readers:
+    if (path := weights.find_file(source, name)) is not None:
+      return reader(weights.read_json(path), what=str(path))
+  if default is None:
+    raise UserError(
+      f"{source}: there is no {weights.CONFIG} or {OPEN_CLIP_CONFIG} in it or beside it; put the "
+      "model's own there"
+    )
+  return default

@@ -1,0 +1,110 @@
+"""What is in a Stable Diffusion directory of diffusers beside the weights, and writing it all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import safetensors.numpy
+
+from rlft.models.files import torch_layout
+
+if TYPE_CHECKING:
+  from rlft.models.files.pretrained import StableDiffusion
+
+INDEX = "model_index.json"
+_DIFFUSERS_VERSION = "0.39.0"
+# The text encoders of each pipeline.
+PIPELINES = {
+  "StableDiffusionPipeline": ("text_encoder",),
+  "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+STEMS = {
+  "unet": _DIFFUSERS_WEIGHTS,
+  "vae": _DIFFUSERS_WEIGHTS,
+  "text_encoder": "model",
+  "text_encoder_2": "model",
+}
+CLASSES = {
+  "unet": "UNet2DConditionModel",
+  "vae": "AutoencoderKL",
+  "text_encoder": "CLIPTextModel",
+  "text_encoder_2": "CLIPTextModelWithProjection",
+}
+# What diffusers' DDIMScheduler takes; it warns about anything else, such as options of the
+# scheduler that a model was published with.
+_DDIM_OPTIONS = (
+  "num_train_timesteps",
+  "beta_start",
+  "beta_end",
+  "beta_schedule",
+  "trained_betas",
+  "clip_sample",
+  "set_alpha_to_one",
+  "steps_offset",
+  "prediction_type",
+  "thresholding",
+  "dynamic_thresholding_ratio",
+  "clip_sample_range",
+  "sample_max_value",
+  "timestep_spacing",
+  "rescale_betas_zero_snr",
+)
+
+
+def _write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
+  """Writes every file of `model` below the existing directory `root`."""
+  names = ("text_encoder", "text_encoder_2")[: len(model.text_encoders)]
+  pipeline = next(name for name, texts in PIPELINES.items() if texts == names)
+  index: dict[str, Any] = {
+    "_class_name": pipeline,
+    "_diffusers_version": _DIFFUSERS_VERSION,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+  }
+  if len(names) == 1:
+    index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+  else:
+    index |= {"force_zeros_for_empty_prompt": model.zero_empty}
+  # Where a scheduler says nothing of it, samples are not clipped; DDIMScheduler would.
+  scheduler = {"clip_sample": False}
+  scheduler |= {key: value for key, value in model.scheduler.items() if key in _DDIM_OPTIONS}
+  scheduler |= {"_class_name": "DDIMScheduler", "_diffusers_version": _DIFFUSERS_VERSION}
+  _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
+
+  modules = {"unet": model.unet, "vae": model.vae}
+  modules |= zip(names, model.text_encoders, strict=True)
+  for name, module in modules.items():
+    config = dataclasses.asdict(module.config)
+    if name in names:
+      # The type to compute in, whatever `dtype` the file has: newer transformers would take the
+      # file's, and a half precision text encoder does not fit the other networks.
+      config |= {"model_type": "clip_text_model", "architectures": [CLASSES[name]]}
+      config |= {"torch_dtype": "float32"}
+    else:
+      config |= {"_class_name": CLASSES[name], "_diffusers_version": _DIFFUSERS_VERSION}
+    _write_json(root / name / "config.json", config)
+    file = root / name / f"{STEMS[name]}.safetensors"
+    # transformers refuses files that do not say which framework's layout they hold.
+    safetensors.numpy.save_file(
+      torch_layout.to_torch(model.params[name], dtype), file, metadata={"format": "pt"}
+    )
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(root / name / "config.json", file)
+    index[name] = ["transformers" if name in names else "diffusers", CLASSES[name]]
+  for name, tokenizer in zip(names, model.tokenizers, strict=True):
+    name = name.replace("text_encoder", "tokenizer")
+    tokenizer.save_pretrained(str(root / name))
+    index[name] = ["transformers", "CLIPTokenizer"]
+  _write_json(root / INDEX, index)

@@ -1,0 +1,277 @@
+"""Stable Diffusion models on disk, in the directory layout of diffusers with safetensors.
+
+    model_index.json
+    unet/          config.json  diffusion_pytorch_model.safetensors
+    vae/           config.json  diffusion_pytorch_model.safetensors
+    text_encoder/  config.json  model.safetensors
+    tokenizer/     vocab.json  merges.txt  tokenizer_config.json  special_tokens_map.json
+    scheduler/     scheduler_config.json
+
+and, for SDXL, `text_encoder_2/` and `tokenizer_2/`. Weights may be in shards with an index, and in
+half precision (`...fp16.safetensors`); other files are not looked at. They are in PyTorch's names
+and layouts; see `torch_layout`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from flax import traverse_util
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import transformers
+
+from rlft.data import prompts
+from rlft.models import clip, diffusers_unet, unet, vae
+from rlft.models import config as config_lib
+from rlft.models.files import arrays, diffusers_layout, hub, streaming
+from rlft.models.files import sources as weights
+from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
+from rlft.models.files.torch_layout import Params
+from rlft.types import UserError
+
+EMOJI_SD = "emoji-sd"
+EMOJI_SD_PATH = pathlib.Path(__file__).parents[2] / "emoji" / "data" / EMOJI_SD
+
+_CONFIGS = {
+  "unet": unet.UNetConfig,
+  "vae": vae.VAEConfig,
+  "text_encoder": clip.CLIPTextConfig,
+  "text_encoder_2": clip.CLIPTextConfig,
+}
+_MODULES = {
+  "unet": unet.UNet2DCondition,
+  "vae": vae.AutoencoderKL,
+  "text_encoder": clip.CLIPTextEncoder,
+  "text_encoder_2": clip.CLIPTextEncoderWithProjection,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+  """A text-to-image model: three networks, their parameters, and what belongs to them.
+
+  Attributes:
+    unet, vae: the Flax modules (with their configs).
+    text_encoders: E modules, two for SDXL.
+    tokenizers: E tokenizers, of as many tokens each.
+    scheduler: the parsed `scheduler_config.json`.
+    params: `{'unet': ..., 'vae': ..., 'text_encoder': ...}`, for SDXL 'text_encoder_2' too; float32
+      trees (numpy after `load`).
+    zero_empty: the embeddings of the empty prompt are zeros (SDXL).
+    fingerprint: of the parameters that `load` has read, where it was asked to; else ''.
+  """
+
+  unet: unet.UNet2DCondition | diffusers_unet.DiffusersUNet
+  vae: vae.AutoencoderKL
+  text_encoders: tuple[clip.CLIPTextEncoder | clip.CLIPTextEncoderWithProjection, ...]
+  tokenizers: tuple[transformers.CLIPTokenizer, ...]
+  scheduler: Mapping[str, Any]
+  params: Params
+  zero_empty: bool = False
+  fingerprint: str = ""
+
+  def tokenize(self, texts: Sequence[str], *, source: str = "") -> tuple[np.ndarray, int]:
+    """Token ids of every text encoder; see `prompts.tokenize`.
+
+    Args:
+      texts: B prompts.
+      source: where they come from; if given, texts that are cut off are logged in one warning.
+
+    Returns:
+      ids `[B, E, L]` int32, each padded as its tokenizer does, and how many texts were cut off.
+    """
+    ids, cut = prompts.tokenize(self.tokenizers[0], texts, source=source)
+    others = [prompts.tokenize(tokenizer, texts)[0] for tokenizer in self.tokenizers[1:]]
+    return np.stack([ids, *others], axis=1), cut
+
+
+def find(path: str | os.PathLike[str]) -> str | pathlib.Path:
+  """Where the model is that a user names: a directory, or a hub's repository as `weights` takes it.
+
+  Args:
+    path: a directory in the diffusers layout, 'org/name@revision', or 'emoji-sd'.
+
+  Raises:
+    UserError: there is no such model; the message begins with `path`.
+  """
+  if str(path) == EMOJI_SD:
+    return EMOJI_SD_PATH
+  source = pathlib.Path(path) if pathlib.Path(path).is_dir() else str(path)
+  if isinstance(source, str):
+    repository = hub.parse(source)
+    if repository is None or repository.file is not None:
+      raise UserError(
+        f"{path} is not a directory: give a Stable Diffusion model in the diffusers layout, a hub's"
+        f" org/name@revision, or {EMOJI_SD}"
+      )
+    if repository.revision is None:
+      raise UserError(
+        f"{path} is not a directory here, and as a hub's repository it needs a revision, since its"
+        f" files may change: write {path}@<commit hash>"
+      )
+  if weights.find_file(source, INDEX) is None:
+    raise UserError(
+      f"{path} has no {INDEX}: give the top directory of a model in the diffusers layout, or"
+      f" {EMOJI_SD}"
+    )
+  return source
+
+
+def _read_json(source: str | pathlib.Path, name: str) -> dict[str, Any]:
+  if (file := weights.find_file(source, name)) is None:
+    raise UserError(f"{source}/{name} does not exist; get the whole model again")
+  return weights.read_json(file)
+
+
+def _check_class(where: str, found: str | None, expected: Collection[str]) -> None:
+  if found not in expected:
+    raise UserError(
+      f"{where}: _class_name is {found!r}, expected {' or '.join(map(repr, expected))}; "
+      f"{config_lib.USE_SUPPORTED}"
+    )
+
+
+def _open_weights(source: str | pathlib.Path, name: str) -> tuple[Mapping[str, np.ndarray], str]:
+  """The arrays of a component, and what to call their file."""
+  # Whole, else in shards; full precision, else half.
+  stem = f"{name}/{STEMS[name]}"
+  names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
+  files = weights.find_files(source, names)
+  if not files:
+    raise UserError(
+      f"{source}/{names[0]} does not exist; a model with .bin files has to be saved again by "
+      "diffusers with safe_serialization=True"
+    )
+  return arrays.read_files(files), str(files[0] if len(files) == 1 else f"{source}/{name}")
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.float32,
+  remat: bool = False,
+  attention: str = "auto",
+  backend: str = "rlft",
+  place: streaming.Place | None = None,
+  identify: bool = False,
+) -> StableDiffusion:
+  """Reads a model in the diffusers layout.
+
+  Args:
+    path: a directory, 'org/name@revision' of a hub, or 'emoji-sd' for the model that comes with
+      the library.
+    dtype: type that the UNet computes in; VAE and text encoders compute in float32.
+    remat, attention: see `UNet2DCondition`.
+    backend: whose UNet, 'rlft' or 'diffusers' (see `diffusers_unet`).
+    place: where each parameter belongs, see `streaming.read`; None leaves them on the host.
+    identify: whether to set the model's `fingerprint`; all processes have to do the same.
+
+  Returns:
+    the model; parameters are float32, also where the files hold half precision: numpy arrays
+    without `place`, else JAX's.
+
+  Raises:
+    UserError: something is missing, is not a Stable Diffusion that is supported, or does not fit.
+  """
+  source = find(path)
+  index = _read_json(source, INDEX)
+  _check_class(f"{source}/{INDEX}", index.get("_class_name"), PIPELINES)
+  texts = PIPELINES[index["_class_name"]]
+  configs = {}
+  for name in ("unet", "vae", *texts):
+    file = f"{name}/config.json"
+    found = _read_json(source, file)
+    if name not in texts:
+      _check_class(f"{source}/{file}", found.get("_class_name"), (CLASSES[name],))
+    configs[name] = _CONFIGS[name].from_dict(found, f"{source}/{file}")
+  scheduler = _read_json(source, "scheduler/scheduler_config.json")
+  tokenizers = tuple(
+    weights.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
+  )
+
+  modules = {name: _MODULES[name](config) for name, config in configs.items()}
+  modules["unet"] = modules["unet"].clone(dtype=dtype, remat=remat, attention=attention)
+  network = modules["unet"]
+  if backend == "diffusers":
+    network = diffusers_unet.make(network)
+  opened = {name: _open_weights(source, name) for name in modules}
+  params, fingerprint = streaming.read(
+    modules,
+    {name: state for name, (state, _) in opened.items()},
+    what={name: file for name, (_, file) in opened.items()},
+    place=place,
+    identify=identify,
+  )
+  return StableDiffusion(
+    unet=network,
+    vae=modules["vae"],
+    text_encoders=tuple(modules[name] for name in texts),
+    tokenizers=tokenizers,
+    scheduler=scheduler,
+    params=params,
+    # As in diffusers, where SDXL's index does not say.
+    zero_empty=len(texts) > 1 and index.get("force_zeros_for_empty_prompt", True),
+    fingerprint=fingerprint,
+  )
+
+
+def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = np.float32) -> None:
+  """Writes a model so that `load` and diffusers' `DiffusionPipeline` read it.
+
+  The scheduler becomes DDIM, which is what the model was trained with, with the same noise.
+
+  Everything is written to a new directory beside `path`, which then takes its place: whoever looks
+  at `path` sees the former model or the whole new one.
+
+  Args:
+    path: the directory; an existing one is replaced if it holds a model or nothing.
+    model: what to write.
+    dtype: of the stored weights, float32 or float16.
+
+  Raises:
+    UserError: `path` holds something else, or cannot be written.
+  """
+  root = pathlib.Path(path).absolute()
+  if root.exists() and not (root / INDEX).exists():
+    if not root.is_dir() or any(root.iterdir()):
+      raise UserError(
+        f"{root} exists and is not a model; give another directory, or remove it first"
+      )
+  try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    workspace = pathlib.Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+  except OSError as error:
+    raise UserError(f"{root} cannot be written ({error}); give another one") from error
+  new, old = workspace / "new", workspace / "old"
+  try:
+    new.mkdir()
+    diffusers_layout.write(new, model, dtype)
+    if root.exists():
+      root.rename(old)
+    try:
+      new.rename(root)
+    except OSError:
+      if old.exists():
+        old.rename(root)
+      raise
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(
+      f"{root} cannot be written ({error}); free some space or give another directory"
+    ) from error
+  finally:
+    shutil.rmtree(workspace, ignore_errors=True)
+
+
+def fingerprint(params: Params) -> str:
+  """Identifies a parameter tree: SHA-256 (hexadecimal) of names, shapes, types and bits."""
+  found = streaming.Fingerprint()
+  for path, array in sorted(traverse_util.flatten_dict(params).items()):
+    found.add(path, np.asarray(array))
+  return found.bytes().hex()

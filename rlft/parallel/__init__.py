@@ -1,0 +1,4 @@
+"""One computation over many devices and processes: shards, collectives, parts of a batch.
+
+May import types only.
+"""

@@ -1,0 +1,70 @@
+"""The gradient of a loss over the images of all devices, with what that takes and sends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlft.models.precision import cast
+from rlft.parallel import microbatch as microbatch_lib
+from rlft.parallel import sharding
+
+# (trained parameters, base parameters, rows [n, ...]) -> (sum over the rows, outputs [n, ...]);
+# the parameters are whole.
+Loss = Callable[..., tuple[jax.Array, Any]]
+
+
+def over_devices(
+  loss: Loss,
+  params: Any,
+  base: Any,
+  rows: Any,
+  *,
+  mesh: Mesh,
+  dtype: Any,
+  microbatch: int,
+) -> tuple[Any, Any]:
+  """Gradient of a loss that is a sum over all rows, and what it returns for each of them.
+
+  Each device gathers the parameters in the type of the computation, goes through its own rows in
+  parts, and adds up gradients in float32; then the sums of all devices are scattered back, each
+  shard to where it belongs. Nothing else of that size is sent, however many steps there are.
+
+  Args:
+    loss: of some rows.
+    params: trained, laid out as `sharding.parameters` says; the gradient is with respect to these.
+    base: further parameters, laid out in the same way.
+    rows: a tree of `[K, B, ...]`: K steps of B images, which are spread over the devices.
+    mesh: all devices.
+    dtype: see `precision.cast`.
+    microbatch: images of a device in a part, see `microbatch.size`.
+
+  Returns:
+    the gradient, float32 and laid out as `params`, and the outputs `[K, B, ...]`.
+  """
+  where, base_where = sharding.specs(mesh, (params, base))
+
+  def local(params, base, rows):
+    steps, images = jax.tree.leaves(rows)[0].shape[:2]
+    part = microbatch_lib.size(microbatch, images, mesh, dtype)
+    part = part or images * microbatch_lib.steps_at_once(images, steps, mesh, dtype)
+    params, base = (
+      sharding.gather(cast(tree, dtype), specs)
+      for tree, specs in ((params, where), (base, base_where))
+    )
+    gradient, outputs = microbatch_lib.summed(
+      lambda part: jax.grad(loss, has_aux=True)(params, base, part),
+      params,
+      jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows),
+      part,
+    )
+    outputs = jax.tree.map(lambda x: x.reshape(steps, images, *x.shape[1:]), outputs)
+    return sharding.scatter(gradient, where), outputs
+
+  return sharding.on_each(
+    mesh,
+    local,
+    in_specs=(where, base_where, sharding.COLUMNS),
+    out_specs=(where, sharding.COLUMNS),
+  )(params, base, rows)

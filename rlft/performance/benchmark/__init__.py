@@ -1,0 +1,4 @@
+"""How fast rlft is, beside what one would use instead.
+
+One run measures all sides in turns.
+"""

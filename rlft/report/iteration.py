@@ -1,0 +1,85 @@
+"""The numbers of an iteration: names and means, from what its parts returned."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlft.rewards.scoring.task import Scored
+
+
+def of_task(
+  name: str, scored: Scored, fetch: Callable[[jax.Array], np.ndarray]
+) -> dict[str, float]:
+  """What a task's images scored.
+
+      reward/<task>/...           what is trained on
+      reward/<task>/<label>/...   a term of a sum, before it is normalised
+      veto/<task>/...             the veto's reward, and `share`: of the images that it vetoed
+      watch/<task>/...            the judge
+
+  Each with `mean`, `std`, `min`, `max` of the images that could be scored, and `unscored`, the
+  share of the others.
+
+  Args:
+    name: of the task.
+    scored: its images.
+    fetch: gets a whole array from the devices.
+  """
+  parts = {f"reward/{name}": scored.scores}
+  parts |= {f"reward/{name}/{label}": scores for label, scores in scored.terms.items()}
+  if scored.veto is not None:
+    parts[f"veto/{name}"] = scored.veto
+  if scored.watch is not None:
+    parts[f"watch/{name}"] = scored.watch
+  metrics = {}
+  for prefix, scores in parts.items():
+    metrics |= _statistics(prefix, fetch(scores))
+  if scored.vetoed is not None:
+    metrics[f"veto/{name}/share"] = float(fetch(scored.vetoed).mean())
+  return metrics
+
+
+def _statistics(prefix: str, scores: np.ndarray) -> dict[str, float]:
+  """Of `[B]` scores; NaN is counted and left out."""
+  valid = scores[np.isfinite(scores)]
+  statistics = {key: float("nan") for key in ("mean", "std", "min", "max")}
+  if len(valid):
+    statistics = {key: float(getattr(valid, key)()) for key in statistics}
+  metrics = {f"{prefix}/{key}": value for key, value in statistics.items()}
+  return metrics | {f"{prefix}/unscored": 1.0 - len(valid) / len(scores)}
+
+
+def of_updates(name: str, updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The ratio before the first update; of everything else the mean over the updates."""
+  metrics = {}
+  for key in updates[0]:
+    values = [float(update[key]) for update in updates]
+    metrics[f"{key}/{name}"] = values[0] if key.startswith("ratio/") else float(np.mean(values))
+  return metrics
+
+
+def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:
+  """Puts the figures of the whole iteration before those of its tasks.
+
+  Args:
+    metrics: `<key>/<task>` of all tasks.
+    images: sampled in the iteration.
+  """
+
+  def of(key):
+    return [value for name, value in metrics.items() if name.startswith(f"{key}/")]
+
+  times = {
+    f"time/{phase}_s": sum(of(f"time/{phase}_s")) for phase in ("sample", "reward", "update")
+  }
+  seconds = sum(times.values())
+  return {
+    "ratio/max_abs_deviation": max(of("ratio/max_abs_deviation")),
+    **{key: float(np.mean(of(key))) for key in ("clip_fraction", "approx_kl", "grad_norm")},
+    **times,
+    "time/iteration_s": seconds,
+    "images_per_second": images / seconds,
+    **metrics,
+  }

@@ -1,0 +1,200 @@
+"""What a run reports while it goes on: metrics.jsonl, TensorBoard event files, a progress bar."""
+
+from collections.abc import Iterable, Mapping
+import contextlib
+import json
+import math
+import operator
+import os
+import pathlib
+import re
+import sys
+import time
+from typing import Any, TextIO
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+import tqdm
+
+from rlft.storage import files
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+  """Appends each iteration's numbers to `metrics.jsonl` and to TensorBoard's event files.
+
+  A run that was stopped and goes on at iteration n must be opened with `first_iteration=n`: lines
+  of iteration n and later, and a half-written last line, are dropped, so that the file has each
+  iteration once. On a run of several processes only one may write.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str], *, first_iteration: int):
+    """Opens the files.
+
+    Args:
+      workdir: made where it is missing; event files go to its `tensorboard/`.
+      first_iteration: the iteration that will be written first; 0 drops every old line.
+
+    Raises:
+      UserError: an unreadable old file, or a directory that cannot be written.
+    """
+    self._path = pathlib.Path(workdir) / METRICS_FILE
+    self._events_directory = pathlib.Path(workdir) / "tensorboard"
+    files.keep_before(self._path, first_iteration)
+    with files.writing(self._path):
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      # Unbuffered: a line is with the operating system when `write` returns, so that a killed
+      # process loses none.
+      self._file = open(self._path, "ab", buffering=0)
+    with files.writing(self._events_directory):
+      self._events_directory.mkdir(exist_ok=True)
+      # Not tensorboardX's SummaryWriter: it writes in a thread, which dies silently when the disk
+      # is full and then blocks the run for ever. Its names repeat within a second, hence ours.
+      suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+      self._events = EventsWriter(str(self._events_directory / "events"), suffix)
+      # Tells TensorBoard to forget what an earlier process wrote from this step on.
+      start = SessionLog(status=SessionLog.START)
+      self._events.write_event(
+        Event(wall_time=time.time(), step=first_iteration, session_log=start)
+      )
+      self._events.flush()
+
+  def write(self, iteration: int, values: Mapping[str, Any]) -> None:
+    """Writes one iteration.
+
+    Args:
+      iteration: at least 0.
+      values: numbers by name: Python's, NumPy's or scalar arrays, which are fetched from the device
+        here. In the file, NaN and infinities are null.
+
+    Raises:
+      UserError: the disk is full; the line is then in the file as a whole or not at all.
+    """
+    numbers = {name: _number(value) for name, value in values.items()}
+    shown = {name: files.finite(v) if isinstance(v, float) else v for name, v in numbers.items()}
+    line = (json.dumps({"iteration": iteration} | shown) + "\n").encode()
+    with files.writing(self._path):
+      size = os.fstat(self._file.fileno()).st_size
+      try:
+        if self._file.write(line) != len(line):
+          raise OSError("no space left on the device")
+      except OSError:
+        with contextlib.suppress(OSError):
+          os.ftruncate(self._file.fileno(), size)
+        raise
+    self.write_tensorboard(iteration, numbers)
+
+  def write_tensorboard(self, iteration: int, values: Mapping[str, Any]) -> None:
+    """Writes numbers to TensorBoard only, such as those of an evaluation; see `write`."""
+    numbers = {name: _number(value) for name, value in values.items()}
+    summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
+    with files.writing(self._events_directory):
+      self._events.write_event(Event(wall_time=time.time(), step=iteration, summary=summary))
+      self._events.flush()
+
+  def close(self) -> None:
+    """Closes the files; everything was flushed before."""
+    self._file.close()
+    # After a write that failed, closing tries it again.
+    with contextlib.suppress(OSError):
+      self._events.close()
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+
+def trained_curves(names: Iterable[str]) -> list[str]:
+  """The `<task>` or, where a task is trained on a sum, the `<task>/<label>` in metric names.
+
+  The mean of a sum of normalised rewards is 0 but for a veto; its terms show how it goes.
+  """
+  matches = (re.fullmatch("reward/(.+)/mean", name) for name in names)
+  found = [match[1] for match in matches if match]
+  return [one for one in found if not any(other.startswith(f"{one}/") for other in found)]
+
+
+def _number(value: Any) -> int | float:
+  """A Python number: int if `value` is integral (a bool too), else float."""
+  try:
+    return operator.index(value)
+  except TypeError:
+    return float(value)
+
+
+class Progress:
+  """A run's progress on stderr: a bar on a terminal, else (a log file) one line an iteration."""
+
+  def __init__(self, total: int, initial: int = 0, *, stream: TextIO | None = None):
+    """Starts the clock.
+
+    Args:
+      total: iterations of the whole run.
+      initial: iterations that an earlier process did.
+      stream: stderr if None.
+    """
+    self._total, self._initial, self._done = total, initial, initial
+    self._stream = stream or sys.stderr
+    self._start = time.monotonic()
+    self._bar = None
+    if self._stream.isatty():
+      self._bar = tqdm.tqdm(
+        total=total, initial=initial, unit="it", dynamic_ncols=True, file=self._stream
+      )
+
+  def update(self, values: Mapping[str, Any]) -> None:
+    """Counts one iteration.
+
+    Args:
+      values: the iteration's metrics; shows `reward/<task>/mean` (of a sum, of its terms), the
+        judge's mean and `images_per_second`.
+    """
+    self._done += 1
+    parts = []
+    for name in trained_curves(values):
+      parts.append(f"{name} {float(values[f'reward/{name}/mean']):.4g}")
+      judge = f"watch/{name.partition('/')[0]}/mean"
+      if judge in values:
+        parts[-1] += f" (judge {float(values[judge]):.4g})"
+    if "images_per_second" in values:
+      parts.append(f"{float(values['images_per_second']):.3g} images/s")
+    if self._bar is not None:
+      self._bar.set_postfix_str(", ".join(parts), refresh=False)
+      self._bar.update()
+      return
+    seconds = time.monotonic() - self._start
+    left = seconds / (self._done - self._initial) * (self._total - self._done)
+    where = f"{self._done:{len(str(self._total))}}/{self._total}"
+    self._print("  ".join([where, *parts, f"{_clock(left)} left"]))
+
+  def say(self, message: str) -> None:
+    """Prints a line without tearing the bar."""
+    if self._bar is not None:
+      self._bar.write(message, file=self._stream)
+    else:
+      self._print(message)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def _print(self, line: str) -> None:
+    print(line, file=self._stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+  """Seconds as h:mm:ss or m:ss."""
+  minutes, seconds = divmod(math.ceil(max(seconds, 0)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,200 @@
+"""Samples kept during training: the same prompts and seeds at every evaluation, for the report."""
+
+import base64
+from collections.abc import Sequence
+import dataclasses
+import html
+import io
+import itertools
+import json
+import os
+import pathlib
+
+import numpy as np
+import PIL.Image
+
+from rlft.storage import files
+from rlft.storage import images as images_lib
+from rlft.types import Prompt
+
+GRIDS_DIRECTORY = "grids"
+
+_PICTURE_BYTES = 4_000_000  # of all pictures together, in base64
+_PIXELATED = 64  # images up to this height are enlarged as squares, larger ones are reduced
+_REDUCED = 128
+_ACROSS = 4  # images side by side for one prompt
+_PAD = 1
+_SET_COLUMNS = 4  # sets are wide: more would not fit a screen
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+  """The samples of one evaluation at one iteration.
+
+  Attributes:
+    iteration: when they were drawn.
+    prompts: one text for each cell.
+    cells: uint8 `[h, w, 3]` each; a cell holds all kept images of its prompt.
+    image_size: height of one image in pixels.
+    across: images side by side in a cell.
+  """
+
+  iteration: int
+  prompts: tuple[str, ...]
+  cells: tuple[np.ndarray, ...]
+  image_size: int
+  across: int
+
+
+def save_samples(
+  workdir: str | os.PathLike[str],
+  name: str,
+  iteration: int,
+  images: np.ndarray,
+  prompts: Sequence[Prompt],
+  *,
+  max_prompts: int = 8,
+  images_per_prompt: int = 8,
+) -> None:
+  """Keeps the first images of some of the prompts as `grids/<name>/<iteration>.png`.
+
+  The prompts are evenly spread over the list, always the same; they go to a `.json` beside it.
+
+  Args:
+    workdir: the run's directory.
+    name: of the evaluation.
+    iteration: number of finished iterations; at least 0.
+    images: `[N, H, W, 3]`, uint8 or float in [0, 1].
+    prompts: N prompts; equal ones that follow each other share a cell.
+    max_prompts: cells to keep at most; 0 keeps nothing.
+    images_per_prompt: images in a cell at most.
+
+  Raises:
+    UserError: the files cannot be written.
+    ValueError: images and prompts differ in number.
+  """
+  if len(images) != len(prompts):
+    raise ValueError(f"got {len(images)} images for {len(prompts)} prompts: expected one for each")
+  if not len(prompts) or max_prompts < 1:
+    return
+  runs = itertools.groupby(range(len(prompts)), key=lambda place: prompts[place].text)
+  runs = [(text, list(places)) for text, places in runs]
+  spread = np.linspace(0, len(runs) - 1, min(max_prompts, len(runs)))
+  cells = [runs[place] for place in spread.astype(int)]
+  # Every cell has the same size, that of the shortest run.
+  count = min(images_per_prompt, *(len(places) for _, places in cells))
+  chosen = images_lib.to_uint8(images[np.concatenate([places[:count] for _, places in cells])])
+  across = min(count, _ACROSS)
+  sheet = np.concatenate(
+    [
+      images_lib.grid(cell, across, pad=_PAD)
+      for cell in chosen.reshape(len(cells), count, *chosen.shape[1:])
+    ]
+  )
+  path = _directory(workdir) / name / f"{iteration:06d}.png"
+  about = {"prompts": [text for text, _ in cells], "image_size": chosen.shape[1], "across": across}
+  # The picture comes last: where it is, its text is too.
+  files.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")
+  images_lib.save_png(path, sheet)
+
+
+def read_samples(workdir: str | os.PathLike[str]) -> dict[str, list[Sheet]]:
+  """The kept samples by evaluation, oldest first.
+
+  Only those of the newest prompts, if they changed during the run. A file that cannot be read is
+  left out: a report without a picture is better than none.
+  """
+  found = {}
+  for directory in sorted(path for path in _directory(workdir).glob("*") if path.is_dir()):
+    sheets = [sheet for path in sorted(directory.glob("*.png")) if (sheet := _read(path))]
+    if sheets:
+      found[directory.name] = [s for s in sheets if s.prompts == sheets[-1].prompts]
+  return found
+
+
+def _directory(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  return pathlib.Path(workdir) / GRIDS_DIRECTORY
+
+
+def _read(path: pathlib.Path) -> Sheet | None:
+  try:
+    about = json.loads(path.with_suffix(".json").read_text())
+    with PIL.Image.open(path) as picture:
+      pixels = np.asarray(picture.convert("RGB"))
+    prompts = tuple(about["prompts"])
+    cells = tuple(np.split(pixels, len(prompts)))
+    return Sheet(int(path.stem), prompts, cells, about["image_size"], about["across"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def to_html(workdir: str | os.PathLike[str]) -> str:
+  """One table of pictures for each evaluation: a row for each prompt, a column for each time.
+
+  Args:
+    workdir: the run's directory.
+
+  Returns:
+    HTML that needs no other file.
+  """
+  sheets = read_samples(workdir)
+  if not sheets:
+    return "<p>No samples have been kept yet.</p>"
+  # Fewer columns until the page is small enough to be sent by mail.
+  for columns in (6, 4, 3, 2):
+    encoded = {
+      name: [_encode(s) for s in _spread(found, columns)] for name, found in sheets.items()
+    }
+    size = sum(len(data) for found in encoded.values() for cells in found for data in cells)
+    if size <= _PICTURE_BYTES:
+      break
+  parts = []
+  for name, found in sheets.items():
+    chosen = _spread(found, columns)
+    head = "".join(f"<th>iteration {sheet.iteration}" for sheet in chosen)
+    body = []
+    for row, prompt in enumerate(chosen[0].prompts):
+      text = html.escape(prompt)
+      pictures = "".join(
+        f"<td>{_picture(sheet, cells[row], f'{text}, iteration {sheet.iteration}')}"
+        for sheet, cells in zip(chosen, encoded[name], strict=True)
+      )
+      body.append(f"<tr><th>{text}{pictures}</tr>")
+    parts.append(
+      f"<h3>{html.escape(name)}</h3>"
+      f'<div class="scroll"><table class="grid"><tr><th>{head}</tr>{"".join(body)}</table></div>'
+    )
+  return "".join(parts)
+
+
+def _spread(sheets: Sequence[Sheet], count: int) -> list[Sheet]:
+  """At most `count` of the sheets, evenly spread, with the first and the last."""
+  count = min(count, len(sheets), count if sheets[0].across == 1 else _SET_COLUMNS)
+  chosen = np.unique(np.linspace(0, len(sheets) - 1, count).round().astype(int))
+  return [sheets[index] for index in chosen]
+
+
+def _encode(sheet: Sheet) -> list[str]:
+  """The cells as data URIs: small pictures exactly, larger ones reduced."""
+  if sheet.image_size <= _PIXELATED:
+    return [_data_uri("png", images_lib.encode_png(cell)) for cell in sheet.cells]
+  encoded = []
+  for cell in sheet.cells:
+    picture, buffer = PIL.Image.fromarray(cell), io.BytesIO()
+    factor = min(_REDUCED / sheet.image_size, 1)
+    size = [max(round(side * factor), 1) for side in picture.size]
+    picture.resize(size, PIL.Image.Resampling.LANCZOS).save(buffer, format="JPEG", quality=85)
+    encoded.append(_data_uri("jpeg", buffer.getvalue()))
+  return encoded
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+  return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _picture(sheet: Sheet, data: str, description: str) -> str:
+  # In a cell of several images each is smaller, so that a phone shows a whole set.
+  per_image = 96 if sheet.across == 1 else 48
+  width = per_image * sheet.across
+  style = "image-rendering:pixelated" if sheet.image_size <= _PIXELATED else ""
+  return f'<img src="{data}" width="{width}" style="{style}" alt="{description}">'

@@ -1,0 +1,148 @@
+"""The options of a reward, as a user writes them: `name?key=value&key=value`.
+
+Everything before the first '?' names the reward. What follows are keyword arguments of its factory,
+whose annotations say how to read them: str, int, float, bool (true or false), pathlib.Path, a
+`Literal` of strings, or one of these `| None`; an argument without annotation is text. In values,
+%XX stands for a byte of UTF-8: %26 for '&', %25 for '%', and %2C for the comma, at which `--task`
+and `--eval` are cut. All else stands for itself, also '?', '=', '+' and ':'.
+
+In a shell, quote the flag: '&' and '?' have meanings there.
+"""
+
+from collections.abc import Callable, Mapping
+import inspect
+import math
+import pathlib
+import re
+import types
+import typing
+from typing import Any
+import urllib.parse
+
+from rlft.config.settings import suggestion
+from rlft.types import UserError
+
+_NUMBERS = {int: "a whole number", float: "a number"}
+_TEXT = (str, pathlib.Path)
+
+
+def split(spec: str) -> tuple[str, dict[str, str]]:
+  """Takes 'name?key=value&...' apart.
+
+  Args:
+    spec: what the user wrote.
+
+  Returns:
+    The name, and the options as text, decoded, in the order given.
+
+  Raises:
+    UserError: an option without '=', twice, or with a '%' that starts no byte.
+  """
+  name, _, query = spec.partition("?")
+  options: dict[str, str] = {}
+  for item in query.split("&") if query else ():
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+      raise UserError(f"reward {spec!r}: '{item}' is not key=value (write & in a value as %26)")
+    if key in options:
+      raise UserError(f"reward {spec!r}: {key} is given twice, remove one")
+    if re.search("%(?![0-9A-Fa-f]{2})", value):
+      raise UserError(f"reward {spec!r}: write % as %25 in {key}={value}")
+    options[key] = urllib.parse.unquote(value)
+  return name, options
+
+
+def call(
+  factory: Callable[..., Any], spec: str, options: Mapping[str, str], *positional: Any
+) -> Any:
+  """Calls a factory with a user's options.
+
+  Args:
+    factory: its signature says which options there are.
+    spec: what the user wrote, for messages.
+    options: from `split`.
+    *positional: arguments that are no options.
+
+  Returns:
+    What the factory returns.
+
+  Raises:
+    UserError: an unknown option, one that is missing, or a value of the wrong type.
+  """
+  return factory(*positional, **_convert(factory, spec, options, len(positional)))
+
+
+def _convert(
+  factory: Callable, spec: str, options: Mapping[str, str], positional: int
+) -> dict[str, Any]:
+  """The options as keyword arguments of the factory."""
+  parameters, others = _parameters(factory, positional)
+  values = {}
+  for key, text in options.items():
+    if key in parameters:
+      values[key] = _read(spec, key, text, parameters[key].annotation)
+    elif others:
+      values[key] = text
+    else:
+      remedy = suggestion(key, parameters) if parameters else "it takes none"
+      raise UserError(f"reward {spec!r}: unknown option '{key}', {remedy}")
+  missing = [
+    name
+    for name, parameter in parameters.items()
+    if parameter.default is parameter.empty and name not in values
+  ]
+  if missing:
+    join = "&" if options else "?"
+    raise UserError(f"reward {spec!r}: add {join}{'&'.join(f'{name}=...' for name in missing)}")
+  return values
+
+
+def _parameters(factory: Callable, positional: int) -> tuple[dict[str, inspect.Parameter], bool]:
+  """The options of a factory, and whether it takes others (`**kwargs`)."""
+  try:
+    try:
+      signature = inspect.signature(factory, eval_str=True)
+    except NameError:  # An annotation that exists only for type checkers.
+      signature = inspect.signature(factory)
+  except (TypeError, ValueError):  # Written in C.
+    return {}, True
+  parameters = list(signature.parameters.values())[positional:]
+  named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+  others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+  return {parameter.name: parameter for parameter in parameters if parameter.kind in named}, others
+
+
+def _read(spec: str, key: str, text: str, annotation: Any) -> Any:
+  """Reads one value as its annotation says."""
+  where = f"reward {spec!r}: {key}={text}"
+  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    # Of several kinds the text is kept, where it may be text.
+    annotation = kinds[0] if len(kinds) == 1 else str if str in kinds else annotation
+  if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
+    return text
+  if typing.get_origin(annotation) is typing.Literal:
+    choices = typing.get_args(annotation)
+    if text not in choices:
+      raise UserError(f"{where} is not known: {suggestion(text, choices)}")
+    return text
+  if annotation in _TEXT:
+    if not text:
+      raise UserError(f"{where} has no value, write {key}=...")
+    return annotation(text)
+  if annotation is bool:
+    if text.lower() not in ("true", "false"):
+      raise UserError(f"{where} is neither true nor false")
+    return text.lower() == "true"
+  if annotation in _NUMBERS:
+    try:
+      value = annotation(text)
+    except ValueError:
+      value = math.nan
+    if not math.isfinite(value):
+      raise UserError(f"{where} is not {_NUMBERS[annotation]}")
+    return value
+  raise UserError(
+    f"reward {spec!r}: {key} cannot be given as text, as its factory takes {annotation}: annotate"
+    " it with str, int, float or bool there"
+  )

@@ -1,0 +1,323 @@
+"""Several rewards for one task: a weighted sum, a veto, and a judge that is only watched.
+
+    reward=0.7*NAME + 0.3*NAME    a sum of rewards, each normalised over the batch of the task
+    veto=NAME>=NUMBER             images of which this does not hold get less than all others
+    watch=NAME                    measured on the same images, never trained on
+
+NAME is any reward with its options (a '+' between spaces within a value is written %2B).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from rlft.algorithms.advantages import normalise
+from rlft.config.settings import TaskConfig
+from rlft.parallel import sharding
+from rlft.rewards import grammar as options
+from rlft.rewards.scoring.scorer import Pending, Scorer
+from rlft.types import Prompt, Reward, UserError
+
+_PLUS = re.compile(r"\s\+\s")
+_WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
+_VETO = re.compile(r"(.+?)\s*(>=|<=)\s*(\S+)")
+_EQUAL = 1e-6  # Scores that spread less count as equal, as for advantages.
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """A reward in a sum.
+
+  Attributes:
+    label: its part of metric names, unlike those of the other terms.
+    weight: its factor.
+    reward: what it measures.
+  """
+
+  label: str
+  weight: float
+  reward: Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Veto:
+  """A condition on images: that `reward` is at least (or, if not `least`, at most) `bound`."""
+
+  reward: Reward
+  bound: float
+  least: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReward:
+  """All that the images of a task are scored by.
+
+  Attributes:
+    terms: one reward as it is, or a sum.
+    is_sum: whether terms are normalised and added up.
+    veto: None if there is none.
+    watch: the judge; None if there is none.
+  """
+
+  terms: Sequence[Term]
+  is_sum: bool
+  veto: Veto | None = None
+  watch: Reward | None = None
+
+  @property
+  def rewards(self) -> list[Reward]:
+    """Every reward, in the order in which they are submitted."""
+    veto = [self.veto.reward] if self.veto else []
+    return [*(term.reward for term in self.terms), *veto, *([self.watch] if self.watch else [])]
+
+  @property
+  def same_in_set(self) -> bool:
+    """Whether all images of a set have the same score for certain."""
+    trained = [*(term.reward for term in self.terms), *([self.veto.reward] if self.veto else [])]
+    return all(reward.is_set and reward.is_measure for reward in trained)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """A batch of B images, scored; all arrays are float32 and sharded like the batch.
+
+  Attributes:
+    scores: `[B]`, what is trained on; NaN where a part of it could not be scored.
+    terms: `[B]` by label; the parts of a sum, empty if there is none.
+    veto: `[B]` scores of the veto's reward, or None.
+    vetoed: `[B]` 1 where an image was vetoed, else 0; or None.
+    watch: `[B]` scores of the judge, or None.
+  """
+
+  scores: jax.Array
+  terms: dict[str, jax.Array]
+  veto: jax.Array | None = None
+  vetoed: jax.Array | None = None
+  watch: jax.Array | None = None
+
+
+# ---------------------------------------------------------------------------- what a user writes
+
+
+def is_combination(spec: str) -> bool:
+  """Whether `spec` is a sum, and not the name of one reward."""
+  return len(_PLUS.split(spec)) > 1 or _WEIGHT.match(spec) is not None
+
+
+def terms(spec: str) -> list[tuple[float, str]]:
+  """The weights and names in a sum; a weight is 1 where none is given.
+
+  Raises:
+    UserError: an empty term, or one without effect.
+  """
+  found = []
+  for part in _PLUS.split(spec):
+    weight = _WEIGHT.match(part)
+    name = part[weight.end() if weight else 0 :].strip()
+    if not name:
+      raise UserError(f"reward={spec}: a term has no name: write NUMBER*NAME + NUMBER*NAME")
+    value = float(weight[1]) if weight else 1.0
+    if value == 0 or not math.isfinite(value):
+      raise UserError(
+        f"reward={spec}: the weight of {name} is {value:g}: give another, or watch={name} to"
+        " measure it without training on it"
+      )
+    found.append((value, name))
+  return found
+
+
+def parse_veto(text: str) -> tuple[str, bool, float]:
+  """The name, whether it must be at least the bound (else at most), and the bound.
+
+  Raises:
+    UserError: it is not of the form NAME>=NUMBER or NAME<=NUMBER.
+  """
+  match = _VETO.fullmatch(text.strip())
+  try:
+    bound = float(match[3]) if match else math.nan
+  except ValueError:
+    bound = math.nan
+  if not math.isfinite(bound):
+    raise UserError(
+      f"veto={text}: write NAME>=NUMBER, or NAME<=NUMBER where less is better, for what must hold"
+    )
+  return match[1], match[2] == ">=", bound
+
+
+def trained_on(tasks: Iterable[TaskConfig]) -> Callable[[str], bool]:
+  """A function that says whether any task is trained on the reward with this name.
+
+  It does not matter how credit is given within a set.
+  """
+  names = [name for task in tasks for _, name in terms(task.reward)]
+  names += [parse_veto(task.veto)[0] for task in tasks if task.veto]
+  known = {_measured(name) for name in names}
+  return lambda name: _measured(name) in known
+
+
+def _measured(spec: str) -> tuple[str, frozenset]:
+  name, given = options.split(spec)
+  return name, frozenset((key, value) for key, value in given.items() if key != "credit")
+
+
+def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
+  """Makes the rewards that a task names.
+
+  Args:
+    task: its settings.
+    make: `rlft.rewards.make_reward`, or what keeps the rewards that it has made.
+
+  Raises:
+    UserError: a mistake in the settings, or in what a reward needs.
+  """
+  parts, labels = [], []
+  for weight, name in terms(task.reward):
+    labels.append(_label(name, labels))
+    parts.append(Term(labels[-1], weight, make(name)))
+  veto = watch = None
+  if task.veto:
+    name, least, bound = parse_veto(task.veto)
+    veto = Veto(_measure("veto", task, name, make), bound, least)
+  if task.watch:
+    watch = _measure("watch", task, task.watch, make)
+  return TaskReward(parts, is_combination(task.reward), veto, watch)
+
+
+def _measure(key: str, task: TaskConfig, spec: str, make: Callable[[str], Reward]) -> Reward:
+  where = f"--task=name={task.name}: {key}={spec}"
+  if is_combination(spec):
+    raise UserError(f"{where} is a sum, which measures nothing by itself: give one reward")
+  reward = make(spec)
+  if not reward.is_measure:
+    raise UserError(
+      f"{where} is the credit of images within their set, not a measure: use it with credit=set"
+    )
+  return reward
+
+
+def _label(spec: str, taken: Sequence[str]) -> str:
+  """A name for metrics: of a function or model its last part; numbered if it is taken."""
+  name = re.split(r"[:/]", spec.partition("?")[0].rstrip("/"))[-1]
+  name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+  numbered = (f"{name}-{number}" for number in itertools.count(2))
+  return next(label for label in itertools.chain([name], numbered) if label not in taken)
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def combine(
+  scores: Sequence[jax.Array],
+  veto: jax.Array | None = None,
+  *,
+  weights: Sequence[float] | None,
+  bound: float = 0.0,
+  least: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+  """The sum of normalised rewards, and the veto.
+
+      sum_k weight_k (r_k - mean(r_k)) / std(r_k),   statistics over the finite r_k of the batch
+
+  so that a weight says how much a reward matters, whatever its scale. What is vetoed gets the least
+  of these sums minus their standard deviation (minus 1 if they are all equal): less than every
+  other image, and no further away than a bad image, so that it does not swamp the statistics of
+  what follows. An image with a NaN in its sum is NaN. One that the veto's reward could not score is
+  NaN as well: it is neither rewarded nor punished, and counted as unscored.
+
+  Args:
+    scores: K rewards, each `[B]`, the global batch.
+    veto: `[B]` scores of the veto's reward, or None.
+    weights: K factors; None takes the only reward as it is, without normalising it.
+    bound: an image is vetoed if its `veto` is on the wrong side of this.
+    least: whether less than `bound` is wrong; else more is.
+
+  Returns:
+    `[B]` float32 scores, and `[B]` float32 which is 1 where an image was vetoed.
+  """
+  if weights is None:
+    (total,) = scores
+  else:
+    normal = [jnp.where(jnp.isfinite(r), normalise(r, clip=jnp.inf), jnp.nan) for r in scores]
+    total = sum(weight * r for weight, r in zip(weights, normal, strict=True))
+  if veto is None:
+    return total, jnp.zeros_like(total)
+  # Comparisons with NaN are False.
+  vetoed = veto < bound if least else veto > bound
+  valid = jnp.isfinite(total)
+  count = jnp.maximum(valid.sum(), 1)
+  mean = jnp.sum(total, where=valid) / count
+  std = jnp.sqrt(jnp.sum((total - mean) ** 2, where=valid) / count)
+  lowest = jnp.where(valid.any(), jnp.min(total, where=valid, initial=jnp.inf), 0.0)
+  floor = lowest - jnp.where(std > _EQUAL, std, 1.0)
+  total = jnp.where(vetoed, floor, jnp.where(jnp.isfinite(veto), total, jnp.nan))
+  return total, vetoed.astype(jnp.float32)
+
+
+class TaskScorer:
+  """Applies all rewards of a task to its batches, all in flight at once."""
+
+  def __init__(
+    self, reward: TaskReward, *, batch_sharding: jax.sharding.NamedSharding, **settings: int | float
+  ):
+    """Places weights and starts threads.
+
+    Args:
+      reward: of the task.
+      batch_sharding: how B is spread over the mesh.
+      **settings: of each `rlft.rewards.scoring.Scorer`.
+    """
+    self._reward = reward
+    self._scorers = [
+      Scorer(one, batch_sharding=batch_sharding, **settings) for one in reward.rewards
+    ]
+    self._combine = None
+    if reward.is_sum or reward.veto:
+      veto = reward.veto
+      self._combine = sharding.jit(
+        lambda scores, vetoing: combine(
+          scores,
+          vetoing,
+          weights=[term.weight for term in reward.terms] if reward.is_sum else None,
+          bound=veto.bound if veto else 0.0,
+          least=veto.least if veto else True,
+        ),
+        out_shardings=batch_sharding,
+      )
+
+  def close(self) -> None:
+    """Ends the threads of host rewards."""
+    with contextlib.ExitStack() as stack:
+      for scorer in self._scorers:
+        stack.callback(scorer.close)
+
+  def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> Callable[[], Scored]:
+    """Starts to score a batch; see `Scorer.submit`.
+
+    Returns:
+      A function that waits for the scores: call it once, in the same order on every process.
+    """
+    pending = [scorer.submit(images, prompts) for scorer in self._scorers]
+    return lambda: self._finish(pending)
+
+  def _finish(self, pending: Sequence[Pending]) -> Scored:
+    found = iter([one.result() for one in pending])
+    reward = self._reward
+    terms = {term.label: next(found) for term in reward.terms}
+    veto = next(found) if reward.veto else None
+    watch = next(found) if reward.watch else None
+    if self._combine is None:
+      return Scored(next(iter(terms.values())), {}, watch=watch)
+    scores, vetoed = self._combine(list(terms.values()), veto)
+    return Scored(
+      scores,
+      terms if reward.is_sum else {},
+      veto=veto,
+      vetoed=vetoed if reward.veto else None,
+      watch=watch,
+    )

@@ -1,0 +1,213 @@
+"""Checks of a run before it starts: contradictions, missing files, sizes that do not divide.
+
+Each raises a UserError of one line that ends with the remedy. All are cheap and none touches an
+accelerator, so that a mistake is reported before anything is compiled.
+"""
+
+from collections.abc import Iterator, Sequence
+import math
+import os
+import re
+import tempfile
+
+from rlft.config.settings import EMOJI_SD, Config, TaskConfig, check_fields
+from rlft.data import pairs, prompts
+from rlft.models.files import pretrained
+from rlft.types import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
+
+
+def validate(config: Config) -> None:
+  """Checks a whole run before it starts; creates the working directory.
+
+  Raises:
+    UserError: a value out of range, a contradiction, or a missing file or directory.
+  """
+  for name, remedy in (
+    ("pretrained", f"give a model directory in the diffusers layout, or {EMOJI_SD}"),
+    ("workdir", "give a directory for the run's files"),
+    ("task", "give at least one, e.g. --task=emoji-skintone"),
+  ):
+    if not getattr(config, name):
+      raise UserError(f"--{name} is missing: {remedy}")
+  validate_settings(config)
+
+  # What is on this machine; the working directory last, so that no mistake above leaves one behind.
+  validate_pretrained(config.pretrained)
+  for entry in (*config.task, *config.eval):
+    prompts.check_source(entry.prompts)
+  if config.pretrain_weight:
+    pairs.check_source(config.pretrain_data)
+  _make_workdir(config.workdir)
+
+
+def validate_settings(config: Config) -> None:
+  """Checks what can be seen from the settings alone.
+
+  Raises:
+    UserError: a value out of range, or a contradiction.
+  """
+  check_fields(config)
+  for message in _contradictions(config):
+    raise UserError(message)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+  """One line for every pair of settings that cannot both be meant."""
+  for flag, entries in (("task", config.task), ("eval", config.eval)):
+    names = [entry.name for entry in entries]
+    for name in names:
+      if not _NAME.fullmatch(name):
+        yield f"--{flag}=name={name}: use letters, digits, '_', '-' and '.' in the name"
+      if names.count(name) > 1:
+        yield f"two of --{flag} have the name {name}: give each its own with name=..."
+  for task in config.task:
+    where, size, per_prompt = f"--task=name={task.name}", task.batch_size, task.images_per_prompt
+    if size % per_prompt:
+      yield (
+        f"{where}: batch_size={size} is not a multiple of images_per_prompt={per_prompt}: "
+        f"{_nearest_multiples('batch_size', size, per_prompt)}"
+      )
+    if config.advantage == "group" and per_prompt == 1:
+      yield (
+        f"{where}: with --advantage=group and images_per_prompt=1 every advantage is 0: "
+        "give images_per_prompt of 2 or more, or --advantage=batch"
+      )
+  for entry in config.eval:
+    if entry.images % entry.images_per_prompt:
+      yield (
+        f"--eval=name={entry.name}: images={entry.images} is not a multiple of "
+        f"images_per_prompt={entry.images_per_prompt}: "
+        f"{_nearest_multiples('images', entry.images, entry.images_per_prompt)}"
+      )
+  if config.train_timesteps > config.sampling_steps:
+    yield (
+      f"--train_timesteps={config.train_timesteps} is more than "
+      f"--sampling_steps={config.sampling_steps}: train at most as many as are sampled"
+    )
+  if config.prompt_history_min > config.prompt_history:
+    yield (
+      f"--prompt_history_min={config.prompt_history_min} is more than "
+      f"--prompt_history={config.prompt_history}: the history would never be full enough, lower it"
+    )
+  if config.pretrain_weight and not config.pretrain_data:
+    yield (
+      f"--pretrain_weight={config.pretrain_weight} needs data: give --pretrain_data=emoji or a "
+      "folder with metadata.jsonl, or --pretrain_weight=0 to go without"
+    )
+  if config.lora_alpha and not config.lora_rank:
+    yield f"--lora_alpha={config.lora_alpha} has no effect without LoRA: give --lora_rank too"
+  if config.param_dtype != config.compute_dtype and config.param_dtype == "bfloat16":
+    yield (
+      "--param_dtype=bfloat16 would round what --compute_dtype=float32 computes with: use"
+      " --compute_dtype=bfloat16 too, or --param_dtype=float32"
+    )
+  if config.eval_every and not config.eval:
+    yield f"--eval_every={config.eval_every} has nothing to evaluate: give --eval too"
+
+
+def _nearest_multiples(name: str, value: int, step: int) -> str:
+  below = value // step * step
+  return f"use {name}={below + step}" + (f" or {below}" if below else "")
+
+
+def validate_pretrained(path: str) -> None:
+  """Checks that there is a model: the shipped one, a diffusers directory, or a hub's repository."""
+  try:
+    pretrained.find(path)
+  except UserError as error:
+    raise UserError(f"--pretrained={error}") from error
+
+
+def _make_workdir(path: str) -> None:
+  if "://" in path:
+    raise UserError(f"--workdir={path} is not a local path: mount the bucket and give its path")
+  try:
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path) as probe:
+      probe.write(b"rlft")
+  except OSError as error:
+    raise UserError(
+      f"cannot write in --workdir={path} ({error.strerror}): give a directory that you can write to"
+    ) from error
+
+
+def validate_devices(config: Config, *, device_count: int, process_count: int) -> None:
+  """Checks that batches and parameters divide evenly.
+
+  Args:
+    config: the run.
+    device_count: devices of all processes.
+    process_count: processes; the images of one prompt stay on one, where host rewards see them.
+  """
+  if device_count % config.fsdp:
+    raise UserError(
+      f"--fsdp={config.fsdp} does not divide the {device_count} devices: use a divisor of them"
+    )
+  for task in config.task:
+    step = math.lcm(device_count, process_count * task.images_per_prompt)
+    if task.batch_size % step:
+      raise UserError(
+        f"--task=name={task.name}: batch_size={task.batch_size} cannot be divided among "
+        f"{device_count} devices of {process_count} processes with images_per_prompt="
+        f"{task.images_per_prompt}: {_nearest_multiples('batch_size', task.batch_size, step)}"
+      )
+    where = f"--task=name={task.name}: batch_size={task.batch_size}"
+    _check_parts(config, where, task.batch_size // device_count)
+  size = config.pretrain_batch_size
+  if config.pretrain_weight and size % device_count:
+    raise UserError(
+      f"--pretrain_batch_size={size} is not a multiple of the {device_count} devices: "
+      f"{_nearest_multiples('pretrain_batch_size', size, device_count)}"
+    )
+  if config.pretrain_weight:
+    _check_parts(config, f"--pretrain_batch_size={size}", size // device_count)
+
+
+def _check_parts(config: Config, where: str, images: int) -> None:
+  """Checks that a device's images can be taken in parts."""
+  for name in ("microbatch", "decode_chunk"):
+    part = getattr(config, name)
+    if part and images % part:
+      raise UserError(
+        f"{where} is {images} images on each device, which is no multiple of --{name}={part}:"
+        f" use a divisor of {images}, or 0"
+      )
+
+
+def validate_set_reward(
+  config: Config, task: TaskConfig, *, on_sets: Sequence[str], same_in_set: bool
+) -> None:
+  """Checks that there are sets for the rewards on sets, and that advantages can differ from 0.
+
+  Args:
+    config: the run.
+    task: one of its tasks.
+    on_sets: the rewards of the task that score sets.
+    same_in_set: whether all images of a set have the same score.
+  """
+  where = f"--task=name={task.name}: {', '.join(on_sets)} scores the images of a prompt as a set"
+  if on_sets and task.images_per_prompt == 1:
+    raise UserError(f"{where}: give images_per_prompt, e.g. 16")
+  if not same_in_set:
+    return
+  if config.advantage == "group":
+    raise UserError(
+      f"{where}, so with --advantage=group every advantage is 0: use --advantage=batch"
+    )
+  if config.advantage == "batch" and task.batch_size == task.images_per_prompt:
+    raise UserError(
+      f"{where}, and a batch of a single set has advantages of 0: "
+      f"use batch_size={2 * task.images_per_prompt} or more"
+    )
+
+
+def validate_prompt_count(config: Config, task: TaskConfig, count: int) -> None:
+  """Checks that a task with `count` prompts can fill its per-prompt histories."""
+  seen = config.iterations * task.batch_size / count
+  if config.advantage == "prompt" and seen < config.prompt_history_min:
+    raise UserError(
+      f"--task=name={task.name}: {count} prompts are seen {seen:.2g} times each, fewer than "
+      f"--prompt_history_min={config.prompt_history_min}: use --advantage=batch"
+    )

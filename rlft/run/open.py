@@ -1,0 +1,235 @@
+"""What a training run is made of, opened once: model, tasks, evaluations, data, checkpoints.
+
+Nothing here is the algorithm (that is rlft/train.py), and nothing here changes during a run.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from rlft.algorithms.advantages import PromptHistory
+from rlft.config.settings import Config, TaskConfig
+from rlft.data import pairs as pairs_lib
+from rlft.data import prompts as prompts_lib
+from rlft.diffusion import ddim
+from rlft.diffusion import sampler as sampler_lib
+from rlft.evaluation import evaluate as evaluate_lib
+from rlft.evaluation import results
+from rlft.inference.draw import MetricScorer, make_specs
+from rlft.models import lora
+from rlft.models.files import pretrained
+from rlft.parallel import sharding
+from rlft.report import samples
+from rlft.rewards import make_reward
+from rlft.rewards.scoring import task as combine
+from rlft.rewards.scoring.task import TaskScorer
+from rlft.run import checks
+from rlft.storage.checkpoint import Checkpointer
+from rlft.types import Prompt, UserError
+
+_COUNTED_PROMPTS = 100_000  # of a list, in which those that are too long are counted at the start
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A task of the run, made from its `TaskConfig`; `history` where advantages are per prompt."""
+
+  config: TaskConfig
+  prompts: Sequence[Prompt]
+  scorer: TaskScorer
+  history: PromptHistory | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything that a run holds apart from its state.
+
+  Attributes:
+    config: the settings.
+    workdir: where everything is written.
+    mesh: all devices.
+    rows: the sharding of a batch.
+    model: modules, tokenizer and base parameters.
+    fingerprint: identity of the base parameters.
+    schedule: T reverse steps.
+    tasks: in the order in which an iteration does them.
+    evals: held-out evaluations.
+    metrics: applies their metrics.
+    pairs: pretraining images with captions; None where they have no weight.
+    frozen: parameters that no update changes, on the devices: 'vae', 'text_encoder' (and
+      'text_encoder_2'), and 'unet' (of the base model) where LoRA or the KL divergence needs it.
+    sampler: draws the evaluations' images.
+    checkpointer: keeps the state.
+  """
+
+  config: Config
+  workdir: Path
+  mesh: Mesh
+  rows: NamedSharding
+  model: pretrained.StableDiffusion
+  fingerprint: str
+  schedule: ddim.Schedule
+  tasks: Sequence[Task]
+  evals: Sequence[evaluate_lib.EvalSpec]
+  metrics: MetricScorer
+  pairs: pairs_lib.Pairs | None
+  frozen: dict[str, Any]
+  sampler: sampler_lib.Sampler
+  checkpointer: Checkpointer
+
+  @property
+  def writes(self) -> bool:
+    """Whether this process writes metrics and pictures."""
+    return jax.process_index() == 0
+
+  def close(self) -> None:
+    """Waits for pending saves and ends the threads of host rewards."""
+    for task in self.tasks:
+      task.scorer.close()
+    self.metrics.close()
+    self.checkpointer.close()
+
+
+def open_run(config: Config, devices: int = 0) -> Run:
+  """Checks everything that can be checked before compiling, cheapest first, and loads the model.
+
+  Args:
+    config: the settings.
+    devices: to run on, the first of all; 0 takes all.
+
+  Raises:
+    UserError: a mistake in the settings or in the files that they name.
+  """
+  checks.validate(config)
+  checks.validate_devices(
+    config, device_count=devices or jax.device_count(), process_count=jax.process_count()
+  )
+  mesh = sharding.make_mesh(config.fsdp, devices)
+  made_once = functools.cache(make_reward)
+  rewards = [combine.task_reward(task, made_once) for task in config.task]
+  for task, reward in zip(config.task, rewards, strict=True):
+    checks.validate_set_reward(
+      config,
+      task,
+      on_sets=[one.name for one in reward.rewards if one.is_set],
+      same_in_set=reward.same_in_set,
+    )
+  prompts = [prompts_lib.load_prompts(task.prompts) for task in config.task]
+  for task, entries in zip(config.task, prompts, strict=True):
+    checks.validate_prompt_count(config, task, len(entries))
+  evals = make_specs(config.eval, trained_on=config.task, make=made_once)
+
+  def place(path, shape):
+    return NamedSharding(mesh, sharding.spec(mesh, shape))
+
+  model = pretrained.load(
+    config.pretrained,
+    dtype=jnp.dtype(config.compute_dtype),
+    remat=config.remat,
+    attention=config.attention,
+    backend=config.backend,
+    place=place,
+    identify=True,
+  )
+  schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
+  if len(schedule.trainable) < config.train_timesteps:
+    raise UserError(
+      f"--train_timesteps={config.train_timesteps}: only {len(schedule.trainable)} of the"
+      f" {config.sampling_steps} sampling steps are random; lower it"
+    )
+  for task, entries in zip(config.task, prompts, strict=True):
+    texts = [entry.text for entry in entries[:_COUNTED_PROMPTS]]
+    model.tokenize(texts, source=task.prompts)
+  pairs = None
+  if config.pretrain_weight:
+    size = sampler_lib.latent_shape(model)[0] * model.vae.config.downscale
+    pairs = pairs_lib.load_pairs(config.pretrain_data, size=size, seed=config.seed)
+
+  kept = config.lora_rank or config.kl_weight
+  frozen = {name: tree for name, tree in model.params.items() if name != "unet" or kept}
+  rows = sharding.batch(mesh)
+  return Run(
+    config=config,
+    workdir=Path(config.workdir),
+    mesh=mesh,
+    rows=rows,
+    model=model,
+    fingerprint=model.fingerprint,
+    schedule=schedule,
+    tasks=[
+      Task(
+        config=task,
+        prompts=entries,
+        scorer=TaskScorer(
+          reward,
+          batch_sharding=rows,
+          batch_size=task.batch_size,
+          images_per_prompt=task.images_per_prompt,
+          timeout_s=config.reward_timeout_s,
+          threads=config.reward_threads,
+        ),
+        history=PromptHistory(length=config.prompt_history, minimum=config.prompt_history_min)
+        if config.advantage == "prompt"
+        else None,
+      )
+      for task, entries, reward in zip(config.task, prompts, rewards, strict=True)
+    ],
+    evals=evals,
+    metrics=MetricScorer(
+      rows=rows, timeout_s=config.reward_timeout_s, threads=config.reward_threads
+    ),
+    pairs=pairs,
+    frozen=frozen,
+    sampler=sampler_lib.Sampler(
+      model,
+      batch_size=max(task.batch_size for task in config.task),
+      sampling_steps=config.sampling_steps,
+      guidance_scale=config.guidance_scale,
+      eta=config.eta,
+      mesh=mesh,
+      frozen={name: tree for name, tree in frozen.items() if name != "unet"},
+      **sampling_settings(config),
+    ),
+    checkpointer=Checkpointer(Path(config.workdir, "checkpoints"), keep=config.keep_checkpoints),
+  )
+
+
+def sampling_settings(config: Config) -> dict[str, Any]:
+  """Settings of `sampler.generate` that a run has and a plain model has not."""
+  return {
+    "lora_scale": lora.scale(config.lora_rank, config.lora_alpha),
+    "microbatch": config.microbatch,
+    "decode_chunk": config.decode_chunk,
+  }
+
+
+def measure(run: Run, weights: lora.Weights, iteration: int) -> None:
+  """Measures the held-out evaluations; keeps their results and pictures in the workdir.
+
+  Args:
+    run: the run.
+    weights: of the UNet, on the devices.
+    iteration: number of iterations done; 0 is the base model.
+  """
+
+  def sample(prompts, seed):
+    texts = [prompt.text for prompt in prompts]
+    return run.sampler(texts, seed, weights=weights, progress="evaluating" if run.writes else "")
+
+  def keep(spec, images, prompts):
+    if run.writes and run.config.report_images:
+      samples.save_samples(
+        run.workdir, spec.name, iteration, images, prompts, max_prompts=run.config.report_images
+      )
+
+  measured = evaluate_lib.evaluate(
+    run.evals, sample=sample, score=run.metrics, seed=run.config.eval_seed, keep=keep
+  )
+  if run.writes:
+    results.append_history(run.workdir, iteration, measured)

@@ -1,0 +1,4 @@
+"""Files that survive a crash: atomic writes, checkpoints, pictures.
+
+May import types only.
+"""

@@ -1,0 +1,97 @@
+"""Images with captions for the pretraining loss."""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from rlft.data import pairs
+from rlft.types import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Four images: wide, tall, transparent and turned by its EXIF tag."""
+  wide = np.zeros((4, 12, 3), np.uint8)
+  wide[:, :4], wide[:, 4:8], wide[:, 8:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+  Image.fromarray(wide).save(tmp_path / "wide.png")
+  (tmp_path / "more").mkdir()
+  Image.fromarray(wide).rotate(90, expand=True).save(tmp_path / "more" / "tall.png")
+  Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+  exif = Image.Exif()
+  exif[0x0112] = 3  # upside down
+  halves = np.zeros((8, 8, 3), np.uint8)
+  halves[:4] = 255
+  Image.fromarray(halves).save(tmp_path / "turned.png", exif=exif)
+  names = ["wide.png", "more/tall.png", "clear.png", "turned.png"]
+  describe(tmp_path, *({"file_name": name, "text": f"a {name}"} for name in names))
+  return tmp_path
+
+
+def describe(folder, *rows):
+  (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refusal(spec, size=8) -> str:
+  with pytest.raises(UserError) as caught:
+    pairs.load_pairs(str(spec), size=size)
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+def test_a_folder_is_cut_to_squares_of_the_size(folder):
+  loaded = pairs.load_pairs(str(folder), size=4)
+  assert len(loaded) == 4
+  assert loaded.captions[1] == "a more/tall.png"
+  images = loaded.images([0, 1, 2, 3, 0])
+  assert images.shape == (5, 4, 4, 3)
+  assert images.dtype == np.uint8
+  # The middle third of the stripes is green.
+  np.testing.assert_array_equal(images[0], np.full((4, 4, 3), (0, 255, 0)))
+  np.testing.assert_array_equal(images[1], np.full((4, 4, 3), (0, 255, 0)))
+  np.testing.assert_array_equal(images[2], np.full((4, 4, 3), 255))
+  assert images[3, 0].max() == 0 and images[3, 3].min() == 255
+  np.testing.assert_array_equal(images[4], images[0])
+  assert loaded.images([]).shape == (0, 4, 4, 3)
+
+
+def test_images_are_scaled(folder):
+  images = pairs.load_pairs(str(folder), size=16).images(np.array([2]))
+  np.testing.assert_array_equal(images, np.full((1, 16, 16, 3), 255))
+
+
+def test_a_damaged_image_is_named(folder):
+  loaded = pairs.load_pairs(str(folder), size=4)
+  (folder / "wide.png").write_bytes((folder / "wide.png").read_bytes()[:40])
+  with pytest.raises(UserError, match=r"wide\.png cannot be decoded .*: replace it or remove"):
+    loaded.images([0])
+
+
+def test_a_bad_folder_is_refused(folder, tmp_path):
+  describe(folder, {"file_name": "wide.png", "text": "a"}, {"file_name": "x.png", "text": "b"})
+  assert "names 1 of 2 images that do not exist" in refusal(folder)
+  describe(folder, {"file": "wide.png", "text": "a"})
+  assert 'line 1 is not of the form {"file_name": "...", "text": "...", ...}' in refusal(folder)
+  (folder / "metadata.jsonl").write_bytes(b"\xff\xfe\n")
+  assert "is not UTF-8 text" in refusal(folder)
+  describe(folder)
+  assert "metadata.jsonl is empty" in refusal(folder)
+  assert "has no metadata.jsonl" in refusal(folder / "more")
+  assert "has no metadata.jsonl" in refusal(tmp_path / "none")
+
+
+def test_emoji_pairs_are_a_function_of_the_seed():
+  loaded = pairs.load_pairs("emoji", size=32, seed=3, count=8)
+  assert len(loaded) == 8
+  assert loaded.images([5, 0]).shape == (2, 32, 32, 3)
+  again = pairs.load_pairs("emoji", size=32, seed=3, count=8)
+  np.testing.assert_array_equal(again.images(range(8)), loaded.images(range(8)))
+  assert list(again.captions) == list(loaded.captions)
+  assert "images of 32 pixels but the model draws 64" in refusal("emoji", size=64)
+
+
+def test_the_order_of_pairs_is_a_pure_function():
+  batches = [pairs.pair_indices(7, i, count=5, size=10) for i in range(2)]
+  assert sorted(np.concatenate(batches)) == list(range(10))
+  np.testing.assert_array_equal(pairs.pair_indices(7, 1, count=5, size=10), batches[1])

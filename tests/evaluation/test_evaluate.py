@@ -1,0 +1,119 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlft.evaluation import evaluate
+from rlft.types import Prompt, Reward, UserError
+
+THREE = [Prompt("a", {"objects": ["x"]}), Prompt("b"), Prompt("c")]
+
+
+def metric(name="m", *, is_set=False):
+  return Reward(name, "host", lambda *_: None, is_set=is_set)
+
+
+class Model:
+  """Paints the position of each image; remembers what it was asked for."""
+
+  def __init__(self):
+    self.asked = []
+
+  def __call__(self, prompts, seed):
+    self.asked.append(([prompt.text for prompt in prompts], seed))
+    return jnp.broadcast_to(jnp.arange(len(prompts))[:, None, None, None], (len(prompts), 2, 2, 3))
+
+
+def painted(reward, images, prompts, images_per_prompt):
+  values = np.asarray(images)[:, 0, 0, 0].astype(np.float32)
+  return values.reshape(-1, images_per_prompt).sum(axis=1) if reward.is_set else values
+
+
+def test_scores_of_images_and_of_sets():
+  specs = [
+    evaluate.EvalSpec("images", metric(), THREE, 2),
+    evaluate.EvalSpec("sets", metric("oracle-parity", is_set=True), THREE, 6, 2),
+  ]
+  model = Model()
+  got = evaluate.evaluate(specs, sample=model, score=painted, seed=5)
+  assert model.asked == [(["a", "b"], 5), (["a", "a", "b", "b", "c", "c"], 5)]
+  assert list(got) == ["images", "sets"]
+  np.testing.assert_array_equal(got["images"].scores, [0, 1])
+  np.testing.assert_array_equal(got["sets"].scores, [0 + 1, 2 + 3, 4 + 5])
+  assert (got["sets"].mean, got["sets"].images, got["sets"].prompts) == (5.0, 6, 3)
+  assert got["sets"].low <= 5.0 <= got["sets"].high
+  assert (got["sets"].name, got["sets"].metric) == ("sets", "oracle-parity")
+
+
+def test_a_short_list_of_prompts_is_repeated():
+  model = Model()
+  got = evaluate.evaluate(
+    [evaluate.EvalSpec("a", metric(), THREE, 10, 2)], sample=model, score=painted, seed=0
+  )
+  assert model.asked[0][0] == list("aabbccaabb")
+  assert (got["a"].images, got["a"].prompts) == (10, 3)
+
+
+def test_images_are_sampled_once_for_evaluations_that_share_them():
+  specs = [
+    evaluate.EvalSpec("one", metric("m1"), THREE, 4),
+    evaluate.EvalSpec("other", metric(), THREE[::-1], 4),
+    evaluate.EvalSpec("two", metric("m2"), tuple(THREE), 4),
+    evaluate.EvalSpec("sets", metric("m1"), THREE, 4, 2),
+    evaluate.EvalSpec("metadata", metric("m1"), [Prompt("a"), *THREE[1:]], 4),
+  ]
+  model, kept = Model(), []
+  got = evaluate.evaluate(
+    specs,
+    sample=model,
+    score=painted,
+    seed=0,
+    keep=lambda spec, images, prompts: kept.append((spec.name, images.shape[0], prompts[0].text)),
+  )
+  assert [texts for texts, _ in model.asked] == [list("abca"), list("cbac"), list("aabb")] + [
+    list("abca")
+  ]
+  assert kept == [("one", 4, "a"), ("other", 4, "c"), ("sets", 4, "a"), ("metadata", 4, "a")]
+  assert list(got) == ["one", "other", "two", "sets", "metadata"]
+
+
+def test_unscored_images_are_left_out_and_counted():
+  def score(reward, images, prompts, images_per_prompt):
+    return np.array([1.0, np.nan, 3.0, np.nan])
+
+  spec = evaluate.EvalSpec("a", metric(), THREE, 4)
+  got = evaluate.evaluate([spec], sample=Model(), score=score, seed=0)["a"]
+  assert (got.mean, got.unscored) == (2.0, 2)
+
+
+def test_direction():
+  specs = [
+    evaluate.EvalSpec("known", metric("oracle-parity"), THREE, 2),
+    evaluate.EvalSpec("other", metric("emoji-tone-parity"), THREE, 2, trained_on=True),
+    evaluate.EvalSpec("given", metric("mine"), THREE, 2, lower_is_better=True),
+  ]
+  got = evaluate.evaluate(specs, sample=Model(), score=painted, seed=0)
+  assert [one.lower_is_better for one in got.values()] == [True, False, True]
+  assert [one.trained_on for one in got.values()] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+  ("specs", "message"),
+  [
+    ([evaluate.EvalSpec("a", metric(), [], 2)], "has no prompts: give a source"),
+    ([evaluate.EvalSpec("a", metric(), THREE, 3, 2)], "images=3 is not a positive multiple"),
+    ([evaluate.EvalSpec("a", metric(), THREE, 0)], "images=0 is not a positive multiple"),
+    ([evaluate.EvalSpec("a", metric(), THREE, 2)] * 2, "two of --eval have the name a"),
+  ],
+)
+def test_bad_evaluations_are_refused_before_sampling(specs, message):
+  model = Model()
+  with pytest.raises(UserError, match=message):
+    evaluate.evaluate(specs, sample=model, score=painted, seed=0)
+  assert not model.asked
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_scores_of_the_wrong_shape(is_set):
+  spec = evaluate.EvalSpec("a", metric("mine", is_set=is_set), THREE, 4, 2)
+  with pytest.raises(UserError, match=r"metric mine returned scores of shape \[3\]: expected \["):
+    evaluate.evaluate([spec], sample=Model(), score=lambda *_: np.zeros(3), seed=0)

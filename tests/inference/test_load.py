@@ -1,0 +1,108 @@
+"""What sampling, evaluation and export read is what was trained."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import train_cases as cases
+
+from rlft.inference import load as finetuned
+from rlft.models import lora
+from rlft.models.files import pretrained
+from rlft.types import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = cases.folder(tmp_path_factory)
+  with cases.fast_compilation(folder / "cache"):
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+  return pretrained.load(folder / "model").params
+
+
+@pytest.fixture(scope="module")
+def lora_run(folder, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("lora")
+  cases.run(
+    cases.config(
+      folder,
+      workdir,
+      task=(cases.task(folder),),
+      pretrain_weight=0.0,
+      train_timesteps=1,
+      lora_rank=2,
+      kl_weight=0.1,
+      ema_decay=0.5,
+    )
+  )
+  return workdir
+
+
+def assert_equal(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_directory_of_a_model(folder, base):
+  found = finetuned.load(str(folder / "model"))
+  assert_equal(found.model.params, base)
+  assert found.config is None and found.lora is None and found.iteration == 0
+
+
+def test_a_run(folder, base):
+  workdir = cases.uninterrupted(folder)
+  found = finetuned.load(str(workdir))
+  assert_equal(found.model.params["unet"], cases.final_state(workdir)["params"])
+  assert_equal(found.model.params["vae"], base["vae"])
+  assert found.iteration == 3 and found.lora is None
+  assert found.config == cases.config(folder, workdir, iterations=3)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_run_of_lora(lora_run, base, ema):
+  found = finetuned.load(str(lora_run), ema=ema)
+  state = cases.final_state(lora_run)
+  adapter = state["ema" if ema else "params"]
+  assert_equal(found.lora, adapter)
+  assert found.lora_scale == 1.0 and found.iteration == 2
+  unet = found.model.params["unet"]
+  for path, shape in lora.targets(base["unet"]).items():
+    new, old = unet, base["unet"]
+    for name in (*path.split("/"), "kernel"):
+      new, old = new[name], old[name]
+    change = adapter[path]["a"] @ adapter[path]["b"]
+    assert change.shape == shape and np.abs(change).max() > 1e-6
+    np.testing.assert_allclose(new, old + change, rtol=1e-6, atol=1e-7)
+  assert_equal(unet["conv_in"], base["unet"]["conv_in"])
+
+
+def test_a_run_that_has_no_checkpoint_yet(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(UserError, match="has no checkpoint yet: wait for the run's first"):
+    finetuned.load(str(tmp_path))
+
+
+def test_a_checkpoint_that_cannot_be_read(lora_run, tmp_path):
+  run = shutil.copytree(lora_run, tmp_path / "run")
+  (step,) = (run / "checkpoints").iterdir()
+  for path in (step / "state").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[:1000])
+  with pytest.raises(UserError, match=f"checkpoint {step.name} in .* cannot be read") as error:
+    finetuned.load(str(run))
+  assert "\n" not in str(error.value)
+  assert step.exists()  # Only the run itself sets it aside.
+
+
+def test_a_base_model_that_has_changed(lora_run, folder, tmp_path):
+  kept = (folder / "model").rename(tmp_path / "kept")
+  try:
+    pretrained.save(folder / "model", cases.tiny_model(seed=3))
+    with pytest.raises(UserError, match="was trained from another .*model than is there now"):
+      finetuned.load(str(lora_run))
+  finally:
+    shutil.rmtree(folder / "model")
+    kept.rename(folder / "model")

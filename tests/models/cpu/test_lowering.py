@@ -1,0 +1,73 @@
+"""Every program of an iteration can be lowered for TPUs and GPUs on a machine that has neither.
+
+What fails here would fail on the first accelerator: a host callback, a kernel that does not take
+its shapes, an operation without a rule for the platform.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+import train_cases
+
+from rlft.config.settings import Config, TaskConfig
+from rlft.models import unet
+from rlft.models.files import torch_layout
+from rlft.performance.compile import targets
+from rlft.performance.compile.abstract_run import AbstractRun
+
+CONFIG = Config(
+  task=(TaskConfig(name="a", prompts="-", reward="-", batch_size=16, images_per_prompt=2),),
+  sampling_steps=3,
+  train_timesteps=2,
+  guidance_scale=3.0,
+  pretrain_batch_size=8,
+  ema_decay=0.9,
+  fsdp=4,
+)
+_RL_ONLY = {"pretrain_weight": 0.0, "ema_decay": 0.0}  # `full` has the other programs
+VARIANTS = {
+  "full": {},
+  "lora": {"lora_rank": 2, "kl_weight": 0.1, "moments_dtype": "bfloat16"} | _RL_ONLY,
+  "accumulated": {
+    "accumulate_timesteps": True,
+    "microbatch": 1,
+    "decode_chunk": 1,
+    "param_dtype": "bfloat16",
+    "guidance_scale": 1.0,
+    "remat": False,
+  }
+  | _RL_ONLY,
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return targets.open_target("cpu:8", 4).mesh
+
+
+def model(config):
+  """32 x 32 latents: as many tokens as TPUs have a kernel for."""
+  tiny = train_cases.tiny_model(channels=16)
+  network = unet.UNet2DCondition(
+    dataclasses.replace(tiny.unet.config, sample_size=32),
+    dtype=jnp.dtype(config.compute_dtype),
+    remat=config.remat,
+  )
+  params = tiny.params | {"unet": torch_layout.param_shapes(network)}
+  return dataclasses.replace(tiny, unet=network, params=params)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_program_lowers_for_every_platform(mesh, variant):
+  config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+  calls = AbstractRun.of(config, mesh, model(config)).calls()
+  others = ["pretrain", "average"] if config.pretrain_weight else []
+  assert [call.name for call in calls] == ["encode", "sample", "update", *others]
+  for call in calls:
+    traced = call.program.trace(*call.args)
+    for platform in ("tpu", "cuda"):
+      text = traced.lower(lowering_platforms=(platform,)).as_text()
+      assert "callback" not in text
+      runs_unet = call.name in ("sample", "update", "pretrain")
+      assert ("tpu_custom_call" in text) == (platform == "tpu" and runs_unet), call.name

@@ -1,0 +1,101 @@
+"""Adapters under the names of PEFT and of Kohya's scripts."""
+
+import models_cases
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rlft.models import lora
+from rlft.models.files import lora_files, torch_layout
+from rlft.types import UserError
+
+PATH = "down_blocks_1/attentions_0/transformer_blocks_0/attn2/to_out_0"
+# One module of rank 2, from 3 features to 1.
+ADAPTER = {
+  PATH: {
+    "a": np.array([[1.0, -1.0], [2.0, 0.0], [3.0, 5.0]], np.float32),
+    "b": np.array([[4.0], [6.0]], np.float32),
+  }
+}
+SCALE = 0.5
+
+
+@pytest.fixture(scope="module")
+def base():
+  return models_cases.tiny_pipeline().params["unet"]
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+  rng = np.random.RandomState(0)
+  return {
+    path: {
+      "a": rng.standard_normal((fan_in, 2)).astype(np.float32),
+      "b": 0.3 * rng.standard_normal((2, fan_out)).astype(np.float32),
+    }
+    for path, (fan_in, fan_out) in lora.targets(base).items()
+  }
+
+
+def test_names_and_layout_of_peft():
+  state = lora_files.peft_state(ADAPTER, scale=SCALE, dtype=np.float16)
+  name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0"
+  assert set(state) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+  np.testing.assert_array_equal(state[f"{name}.lora_A.weight"], [[1, 2, 3], [-1, 0, 5]])
+  # B times the scale: 0.5 * 4, 0.5 * 6.
+  np.testing.assert_array_equal(state[f"{name}.lora_B.weight"], [[2, 3]])
+  assert {array.dtype for array in state.values()} == {np.dtype(np.float16)}
+
+
+def test_names_and_layout_of_kohya():
+  state = lora_files.kohya_state(ADAPTER, scale=SCALE, dtype=np.float16)
+  name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_out_0"
+  assert set(state) == {f"{name}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+  np.testing.assert_array_equal(state[f"{name}.lora_down.weight"], [[1, 2, 3], [-1, 0, 5]])
+  np.testing.assert_array_equal(state[f"{name}.lora_up.weight"], [[4, 6]])
+  assert state[f"{name}.lora_up.weight"].dtype == np.float16
+  # 0.5 times the rank 2.
+  alpha = state[f"{name}.alpha"]
+  assert alpha.shape == () and alpha == 1.0
+
+
+def read_peft(state):
+  """Reads as PEFT does: `{module: B A}`, alpha being the rank."""
+  end = ".lora_A.weight"
+  modules = [name.removesuffix(end) for name in state if name.endswith(end)]
+  return {
+    module.removeprefix("unet."): state[f"{module}.lora_B.weight"] @ state[f"{module}{end}"]
+    for module in modules
+  }
+
+
+def read_kohya(state):
+  """Reads as Kohya's scripts do: `{module: alpha / rank * up down}`."""
+  end = ".lora_down.weight"
+  updates = {}
+  for name in (name.removesuffix(end) for name in state if name.endswith(end)):
+    down, up = state[f"{name}{end}"], state[f"{name}.lora_up.weight"]
+    updates[name.removeprefix("lora_unet_")] = state[f"{name}.alpha"] / len(down) * up @ down
+  return updates
+
+
+@pytest.mark.parametrize(("format", "read"), [("peft", read_peft), ("kohya", read_kohya)])
+def test_a_file_holds_what_is_merged(base, adapter, tmp_path, format, read):
+  path = tmp_path / "new" / "lora.safetensors"
+  lora_files.save(path, adapter, scale=SCALE, format=format)
+  updates = read(safetensors.numpy.load_file(path))
+  before = torch_layout.to_torch(base)
+  after = torch_layout.to_torch(lora.merge(base, adapter, SCALE))
+  changed = {name for name in after if not np.array_equal(before[name], after[name])}
+  assert len(changed) == len(adapter)
+  for name in changed:
+    module = name.removesuffix(".weight")
+    update = updates.pop(module.replace(".", "_") if format == "kohya" else module)
+    np.testing.assert_allclose(before[name] + update, after[name], atol=1e-5)
+  assert not updates
+
+
+def test_a_lora_file_needs_its_suffix(adapter, tmp_path):
+  with pytest.raises(UserError, match="end it with .safetensors"):
+    lora_files.save(tmp_path / "lora.bin", adapter, scale=1.0)
+  assert not list(tmp_path.iterdir())

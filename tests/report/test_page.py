@@ -1,0 +1,177 @@
+import html.parser
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from rlft.evaluation import results
+from rlft.report import metrics, samples
+from rlft.report import page as report
+from rlft.types import Prompt, UserError
+
+
+def result(name, scores, **rest):
+  scores = np.array(scores, np.float32)
+  low, high = results.bootstrap_interval(scores)
+  return results.EvalResult(
+    name, "m", results.mean(scores), low, high, len(scores), len(scores), scores, **rest
+  )
+
+
+def evaluation(shift):
+  return {
+    "up": result("up", np.arange(20) + shift, trained_on=True),
+    "down": result("down", np.arange(20) + shift, lower_is_better=True),
+    "same <b>": result("same <b>", np.arange(20)),
+  }
+
+
+def iteration_metrics(iteration):
+  return {
+    "reward/tone/mean": 0.1 * iteration,
+    "reward/tone/std": 0.2,
+    "ratio/max_abs_deviation": 0.0,
+    "clip_fraction/tone": 0.2,
+    "clip_fraction/objects": 0.3,
+    "approx_kl": float("nan") if iteration == 1 else 1e-6,
+    "loss/pretrain": 0.1,
+    "grad_norm": 1.0,
+    "time/sample_s": 60.0,
+    "time/reward_s": 6.0,
+    "time/update_s": 54.0,
+    "images_per_second": 20.0,
+    "mine/curve": 1.0,
+  }
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  task = {"name": "tone", "prompts": "p.txt", "reward": "r", "batch_size": 64}
+  config = {"iterations": 5, "pretrained": "emoji-sd", "task": [task], "seed": 12345}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+    for iteration in range(4):
+      writer.write(iteration, iteration_metrics(iteration))
+  for iteration in (0, 2, 4):
+    results.append_history(tmp_path, iteration, evaluation(iteration))
+    images = np.full((2, 8, 8, 3), iteration / 4, np.float32)
+    prompts = [Prompt("<script>alert(1)</script>"), Prompt("a dog")]
+    samples.save_samples(tmp_path, "up", iteration, images, prompts)
+  return tmp_path
+
+
+class Checker(html.parser.HTMLParser):
+  """Collects tags and every reference to something outside of the page."""
+
+  def __init__(self):
+    super().__init__()
+    self.tags, self.outside = [], []
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    for key, value in attrs:
+      if key in ("src", "href", "srcset", "data") and not value.startswith("data:"):
+        self.outside.append(value)
+
+
+def test_page_is_self_contained_and_well_formed(workdir):
+  page = report.write_report(workdir).read_text()
+  checker = Checker()
+  checker.feed(page)
+  assert checker.outside == []
+  assert not re.search(r"https?://|@import|url\(", page)
+  assert "script" not in checker.tags and "link" not in checker.tags
+  assert "&lt;script&gt;" in page and "same &lt;b&gt;" in page
+  pictures = re.findall(r"<svg.*?</svg>", page)
+  for picture in pictures:
+    ElementTree.fromstring(picture)
+  # 3 held-out metrics, 1 reward, 6 panels, the times, and 2 more curves.
+  assert len(pictures) == 13 and "2 more curves" in page
+  assert 'name="viewport"' in page
+
+
+def test_page_says_what_was_run(workdir):
+  page = report.write_report(workdir, command="train --x='<y>'").read_text()
+  # 4 iterations of 64 images; 4 * (60 + 6 + 54) s = 8 minutes.
+  assert "4 of 5 iterations, 256 images sampled, 8.0 minutes" in page
+  assert "train --x=&#x27;&lt;y&gt;&#x27;" in page
+  assert "emoji-sd" in page and "reward r, prompts p.txt" in page and "12345" in page
+
+
+def test_table_shows_direction_and_significance(workdir):
+  page = report.write_report(workdir).read_text()
+  rows = re.findall(r'<tr class="(\w+)"><td><b>(.*?)</b>', page)
+  assert rows == [("better", "up"), ("worse", "down"), ("unclear", "same &lt;b&gt;")]
+  assert "+4.0000" in page and "+42.1%, ▲ better" in page  # 4 / 9.5
+  assert page.count("<em>trained on</em></") + page.count("<em>trained on</em><br>") == 1
+  assert "iteration 4" in page
+
+
+def test_pictures_of_every_evaluation(workdir):
+  page = report.write_report(workdir).read_text()
+  assert page.count("<img ") == 2 * 3
+  assert 'alt="a dog, iteration 2"' in page
+
+
+def test_a_run_with_nothing_yet(tmp_path):
+  page = report.write_report(tmp_path).read_text()
+  for sentence in ("No iteration has finished", "No evaluation has finished", "No samples"):
+    assert sentence in page
+
+
+def test_a_run_that_was_stopped_early(workdir):
+  (workdir / "config.json").write_text('{"half')
+  (workdir / "eval_history.jsonl").unlink()
+  results.append_history(workdir, 0, evaluation(0))
+  with open(workdir / "metrics.jsonl", "a") as file:
+    file.write('{"iteration": 4, "reward')
+  page = report.write_report(workdir).read_text()
+  assert "4 iterations" in page and "evaluated once" in page
+  assert "better</b>" not in page and "held out" not in page.split("<h2>")[2]
+  assert '<tr class=""><td><b>up</b>' in page
+
+
+def test_a_damaged_file_is_named(workdir):
+  with open(workdir / "metrics.jsonl", "a") as file:
+    file.write("rubbish\n{}\n")
+  with pytest.raises(UserError, match="line 5 of .*metrics.jsonl"):
+    report.write_report(workdir)
+
+
+def test_a_reward_is_drawn_with_its_judge(tmp_path):
+  def task(name, watch):
+    return {"name": name, "prompts": "p", "reward": "r<1>", "batch_size": 8, "watch": watch}
+
+  tasks = [
+    task("tone", "oracle-parity"),
+    task("sum", "oracle-both"),
+    {**task("x", ""), "veto": "v"},
+  ]
+  (tmp_path / "config.json").write_text(json.dumps({"iterations": 3, "task": tasks}))
+  names = ["reward/tone", "watch/tone", "reward/sum", "reward/sum/a", "reward/sum/b", "watch/sum"]
+  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+    for iteration in range(3):
+      writer.write(iteration, {f"{name}/mean": iteration for name in [*names, "reward/x"]})
+  page = report.write_report(tmp_path).read_text()
+  charts = dict(re.findall(r"<figcaption>(.*?)</figcaption><svg(.*?)</svg>", page))
+  tone, *terms, plain, total = charts
+  assert tone == (
+    "Reward: tone, and oracle-parity, never trained on (right scale, lower is better, drawn upside"
+    " down)"
+  )
+  # Both are 0, 1, 2, but less is better of one.
+  reward, judge = (
+    [float(y) for y in re.findall(r'cy="(.*?)"', circles)]
+    for circles in charts[tone].split("stroke-linejoin")[1:]
+  )
+  assert reward == sorted(reward, reverse=True) and judge == sorted(judge)
+  # Of a sum, the terms are shown; its own mean says nothing and is folded away.
+  assert [title[: title.index(" (")] for title in terms] == [
+    f"Reward: sum/{term}, and oracle-both, never trained on" for term in "ab"
+  ]
+  assert all("higher is better)" in title for title in terms)
+  assert plain == "Reward: x" and total == "reward/sum/mean" and "1 more curves" in page
+  assert "watch oracle-parity," in page and "veto v, prompts p" in page and "r&lt;1&gt;" in page
+  assert "the reward is being exploited" in page

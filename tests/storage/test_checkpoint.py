@@ -1,0 +1,228 @@
+"""Checkpoints: what was saved comes back, whatever a crash or a full disk left beside it."""
+
+import logging
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_cases
+
+from rlft.parallel import sharding
+from rlft.storage.checkpoint import Checkpointer
+from rlft.types import UserError
+
+
+def state(value):
+  """A tree as the trainer's: a nested dict whose names may hold slashes, and a None."""
+  return {
+    "params": {
+      "a/b": {"kernel": jax.random.normal(jax.random.key(0), (64, 64)) + value},
+      "bias": jnp.arange(3.0) + value,
+    },
+    "count": jnp.asarray(7, jnp.int32),
+    "ema": None,
+  }
+
+
+def save(folder, *steps, keep=2):
+  """Saves `state(step)` for each step."""
+  checkpointer = Checkpointer(folder, keep=keep)
+  for step in steps:
+    checkpointer.save(step, state(float(step)), {"step": step})
+  checkpointer.close()
+
+
+def restore(folder, template=None):
+  checkpointer = Checkpointer(folder)
+  try:
+    return checkpointer.restore(state(0.0) if template is None else template)
+  finally:
+    checkpointer.close()
+
+
+def assert_equal(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_comes_back(tmp_path):
+  meta = {"third": 1 / 3, "nan": float("nan"), "list": [1, None], "text": "é"}
+  checkpointer = Checkpointer(tmp_path)
+  assert checkpointer.restore(state(0.0)) is None
+  checkpointer.save(3, state(0.1), meta)
+  checkpointer.wait()
+  step, found, found_meta = checkpointer.restore(state(0.0))
+  checkpointer.close()
+  assert step == 3
+  assert_equal(found, state(0.1))
+  assert found["count"].dtype == jnp.int32 and found["ema"] is None
+  assert np.isnan(found_meta.pop("nan")) and np.isnan(meta.pop("nan"))
+  assert found_meta == meta
+
+
+def test_the_state_is_placed_as_the_template_says(tmp_path):
+  save(tmp_path, 1)
+  mesh = sharding.make_mesh(4)
+  template = sharding.put(state(0.0), sharding.parameters(mesh, state(0.0)))
+  _, found, _ = restore(tmp_path, template)
+  kernel = found["params"]["a/b"]["kernel"]
+  assert [shard.data.shape for shard in kernel.addressable_shards] == [(16, 64)] * 8
+  assert found["params"]["bias"].sharding == template["params"]["bias"].sharding
+  assert_equal(found, state(1.0))
+
+
+def test_a_save_is_of_the_state_at_the_time_of_the_call(tmp_path):
+  checkpointer = Checkpointer(tmp_path)
+  following = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+  current = state(1.0)
+  checkpointer.save(1, current, {})
+  for _ in range(3):  # Writes where `current` was, while it is being saved.
+    current = following(current)
+  checkpointer.close()
+  assert_equal(restore(tmp_path)[1], state(1.0))
+
+
+def test_the_newest_are_kept(tmp_path):
+  save(tmp_path, 1, 2, 3, 4, keep=2)
+  assert names(tmp_path) == ["3", "4"]
+  assert restore(tmp_path)[0] == 4
+
+
+def test_a_step_is_saved_once(tmp_path):
+  checkpointer = Checkpointer(tmp_path)
+  checkpointer.save(1, state(1.0), {})
+  checkpointer.save(1, state(2.0), {})
+  checkpointer.close()
+  assert_equal(restore(tmp_path)[1], state(1.0))
+
+
+def cut(path):
+  """Damages the file by leaving its first half."""
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+
+
+def cut_arrays(step):
+  for path in (step / "state").rglob("d/*"):
+    cut(path)
+
+
+DAMAGE = {
+  "arrays": cut_arrays,
+  "tree": lambda step: cut(step / "state" / "_METADATA"),
+  "state": lambda step: shutil.rmtree(step / "state"),
+  "meta": lambda step: cut(step / "meta" / "metadata"),
+  "no meta": lambda step: shutil.rmtree(step / "meta"),
+  "everything": lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_an_unreadable_one_is_set_aside_and_the_one_before_it_used(tmp_path, caplog, damage):
+  save(tmp_path, 1, 2)
+  damage(tmp_path / "2")
+  checkpointer = Checkpointer(tmp_path)
+  with caplog.at_level(logging.WARNING, "rlft"):
+    step, found, meta = checkpointer.restore(state(0.0))
+  assert step == 1 and meta == {"step": 1}
+  assert_equal(found, state(1.0))
+  assert names(tmp_path) == ["1", "2.unreadable"]
+  assert "checkpoint 2" in caplog.text and "moved to 2.unreadable" in caplog.text
+  # The run goes on, and comes to the same step again.
+  checkpointer.save(2, state(5.0), {"step": 2})
+  checkpointer.close()
+  assert_equal(restore(tmp_path)[1], state(5.0))
+
+
+def test_a_save_that_a_crash_cut_short_is_no_checkpoint(tmp_path):
+  save(tmp_path, 1)
+  # Orbax writes to a directory of such a name and renames it at the end.
+  shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+  assert restore(tmp_path)[0] == 1
+  assert names(tmp_path) == ["1"]
+
+
+def test_no_run_starts_afresh_beside_checkpoints_that_cannot_be_read(tmp_path):
+  save(tmp_path, 1, 2)
+  for step in (1, 2):
+    cut_arrays(tmp_path / str(step))
+  for _ in range(2):  # The second time everything has been set aside already.
+    with pytest.raises(UserError, match="no checkpoint in .* can be read .*start afresh") as error:
+      restore(tmp_path)
+    assert "\n" not in str(error.value)
+  assert names(tmp_path) == ["1.unreadable", "2.unreadable"]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"count": jnp.zeros(2)}, r"count has shape \(\) there, expected \(2,\)"),
+    ({"ema": jnp.zeros(2)}, r"ema has shape nothing there, expected \(2,\)"),
+    ({"count": None}, r"count has shape \(\) there, expected nothing"),
+  ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_stays(tmp_path, change, message):
+  save(tmp_path, 1, 2)
+  with pytest.raises(UserError, match="of another model: " + message) as error:
+    restore(tmp_path, state(0.0) | change)
+  assert "\n" not in str(error.value)
+  assert names(tmp_path) == ["1", "2"]
+
+
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, caplog, capfd):
+  save(tmp_path, 1)
+  checkpointer = Checkpointer(tmp_path)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # No file may become larger; that a write fails with another number than on a full disk plays no
+  # part here.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+  try:
+    checkpointer.save(2, state(2.0), {"step": 2})
+    message = r"checkpoint 2 could not be written in .* \(File too large\).*free some space"
+    with pytest.raises(UserError, match=message) as error:
+      checkpointer.save(3, state(3.0), {"step": 3})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "\n" not in str(error.value)
+  assert not caplog.records and not capfd.readouterr().err  # Nothing of Orbax's.
+  checkpointer.close()
+  assert restore(tmp_path)[0] == 1
+  save(tmp_path, 2)
+  assert restore(tmp_path)[0] == 2
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write checkpoints in .*--workdir"):
+    Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+def test_a_reader_leaves_the_save_of_a_running_trainer_alone(tmp_path):
+  save(tmp_path, 1)
+  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+  reader = Checkpointer(tmp_path, read_only=True)
+  found, meta = reader.restore_numpy()
+  reader.close()
+  assert names(tmp_path) == ["1", "2.orbax-checkpoint-tmp"]
+  assert_equal({"ema": None} | found, state(1.0))
+  assert isinstance(found["params"]["bias"], np.ndarray) and meta == {"step": 1}
+
+
+def test_a_save_compiles_nothing(tmp_path):
+  mesh = sharding.make_mesh(4)
+  placed = {
+    "replicated": jax.device_put(jnp.ones((16, 24)), sharding.replicated(mesh)),
+    "sharded": jax.device_put(jnp.ones((16, 24)), sharding.batch(mesh)),
+  }
+  checkpointer = Checkpointer(tmp_path)
+  with train_cases.compilations() as names:
+    checkpointer.save(1, placed, {})
+    checkpointer.close()
+  assert not names
+  assert_equal(restore(tmp_path, placed)[1], placed)
