@@ -32,34 +32,87 @@ def strip_prefix(state: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, n
   """The arrays under names without `prefix`, if every name has it ('module.' of DataParallel)."""
   if not all(name.startswith(prefix) for name in state):
     return state
-  return Renamed(state, {name.removeprefix(prefix): name for name in state})
+  return Pieces(state, {name.removeprefix(prefix): Piece(name) for name in state})
+
+
+class _Lazy(Mapping):
+  """A mapping that knows shapes without reading, and reads parts; `()` is the whole."""
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    raise NotImplementedError
+
+  def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    raise NotImplementedError
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self.read_part(name, ())
 
 
 @dataclasses.dataclass(frozen=True)
-class Renamed(Mapping):
-  """Some arrays of `state` under other names: `names` is `{new name: name in state}`."""
+class Piece:
+  """What an array in a file is to be, before its parts are read.
 
-  state: Mapping[str, np.ndarray]
-  names: Mapping[str, str]
+  Attributes:
+    name: of the array in the file.
+    third: 0, 1 or 2, of its rows; None for all. Query, key and value may be one array.
+    transposed: whether rows and columns change places.
+    flat: whether `[O, I, 1, 1]` becomes `[O, I]`, as a 1x1 convolution is a dense layer.
+  """
 
-  def __getitem__(self, name: str) -> np.ndarray:
-    return self.state[self.names[name]]
+  name: str
+  third: int | None = None
+  transposed: bool = False
+  flat: bool = False
+
+  def shape(self, state: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """Of the piece."""
+    found = self._rows(shape(state, self.name))
+    return found[::-1] if self.transposed else found
+
+  def read(self, state: Mapping[str, np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+    """`piece[index]`, of which only that part is read; () reads the whole."""
+    whole = shape(state, self.name)
+    sizes = self._rows(whole)
+    index = (index[::-1] if self.transposed else index) or (slice(None),) * len(sizes)
+    if self.third is not None:
+      start, stop, step = index[0].indices(sizes[0])
+      offset = self.third * sizes[0]
+      index = (slice(offset + start, offset + stop, step), *index[1:])
+    part = read_part(state, self.name, (*index, *(slice(None),) * (len(whole) - len(index))))
+    part = part.reshape(part.shape[: len(sizes)])
+    return part.T if self.transposed else part
+
+  def _rows(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what is taken of an array of that shape, before it is transposed."""
+    if self.flat and whole[2:] == (1, 1):
+      whole = whole[:2]
+    return whole if self.third is None else (whole[0] // 3, *whole[1:])
+
+
+class Pieces(_Lazy):
+  """Pieces of the arrays of `state`, under names of their own: `pieces` is `{name: piece}`."""
+
+  def __init__(self, state: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]):
+    self._state, self._pieces = state, pieces
 
   def __iter__(self):
-    return iter(self.names)
+    return iter(self._pieces)
 
   def __len__(self) -> int:
-    return len(self.names)
+    return len(self._pieces)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._pieces[name].shape(self._state)
+
+  def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    return self._pieces[name].read(self._state, index)
 
 
-class _Shards(Mapping):
+class _Shards(_Lazy):
   """Several mappings as one."""
 
   def __init__(self, states: Sequence[Mapping[str, np.ndarray]]):
     self._states = {name: state for state in states for name in state}
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    return self._states[name][name]
 
   def __iter__(self):
     return iter(self._states)
@@ -74,7 +127,7 @@ class _Shards(Mapping):
     return read_part(self._states[name], name, index)
 
 
-class _Safetensors(Mapping):
+class _Safetensors(_Lazy):
   """The arrays of a safetensors file, read when asked for.
 
   The file is opened anew for each: while it stays open, all that was read of it counts as memory of
@@ -86,11 +139,9 @@ class _Safetensors(Mapping):
     try:
       with self._open() as file:
         self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        self.metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
       raise UserError(f"{path} cannot be read ({error}); get it again") from error
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    return self.read_part(name, ())
 
   def __iter__(self):
     return iter(self._shapes)
@@ -120,16 +171,21 @@ class _Safetensors(Mapping):
     return safetensors.safe_open(self._path, framework="numpy")
 
 
+def metadata(state: Mapping[str, np.ndarray]) -> Mapping[str, str]:
+  """What the head of a safetensors file says about it; nothing of other files."""
+  return state.metadata if isinstance(state, _Safetensors) else {}
+
+
 def shape(state: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
   """`state[name].shape`; of a safetensors file, no array is read."""
-  return state.shape(name) if isinstance(state, _Safetensors | _Shards) else state[name].shape
+  return state.shape(name) if isinstance(state, _Lazy) else state[name].shape
 
 
 def read_part(state: Mapping[str, np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
   """`state[name][index]`; of a safetensors file, no more than that is read."""
-  if isinstance(state, _Safetensors | _Shards):
+  if isinstance(state, _Lazy):
     return state.read_part(name, index)
-  return state[name][index]
+  return state[name][index] if index else state[name]
 
 
 def _read(path: pathlib.Path, key: str | None) -> Mapping[str, np.ndarray]:

@@ -4,7 +4,7 @@ The second has one array for query, key and value, and bare parameters for posit
 projections; `from_open_clip` gives its arrays the names and layouts of the first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import os
 import re
 from typing import Any
@@ -66,36 +66,19 @@ _TRANSPOSED = re.compile(r"^(visual\.proj|(text\.)?text_projection)$")
 _FUSED = re.compile(r"\.in_proj_(?=weight$|bias$)")
 
 
-class _OpenClip(Mapping):
-  """The arrays of an open_clip state dict under transformers' names, each read when asked for."""
-
-  def __init__(self, state: Mapping[str, np.ndarray]):
-    self._state = state
-    # {new name: (old name, which third of a fused array or None)}
-    self._sources = {}
-    for old in state:
-      new = old
-      for pattern, name in _RULES:
-        new = pattern.sub(name, new)
-      if _FUSED.search(new):
-        for third, letter in enumerate("qkv"):
-          self._sources[_FUSED.sub(f".{letter}_proj.", new)] = (old, third)
-      else:
-        self._sources[new] = (old, None)
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    old, third = self._sources[name]
-    array = self._state[old]
-    if third is not None:
-      size = len(array) // 3
-      return array[third * size : (third + 1) * size]
-    return array.T if _TRANSPOSED.match(old) else array
-
-  def __iter__(self):
-    return iter(self._sources)
-
-  def __len__(self) -> int:
-    return len(self._sources)
+def open_clip_pieces(names: Iterable[str]) -> dict[str, arrays.Piece]:
+  """What each array of transformers' names and layouts is of arrays with open_clip's names."""
+  pieces = {}
+  for old in names:
+    new = old
+    for pattern, name in _RULES:
+      new = pattern.sub(name, new)
+    if _FUSED.search(new):
+      for third, letter in enumerate("qkv"):
+        pieces[_FUSED.sub(f".{letter}_proj.", new)] = arrays.Piece(old, third)
+    else:
+      pieces[new] = arrays.Piece(old, transposed=bool(_TRANSPOSED.match(old)))
+  return pieces
 
 
 def from_open_clip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -108,7 +91,7 @@ def from_open_clip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
   Returns:
     the same arrays under the names of transformers; names that are not known stay.
   """
-  return _OpenClip(state) if is_open_clip(state) else state
+  return arrays.Pieces(state, open_clip_pieces(state)) if is_open_clip(state) else state
 
 
 def is_open_clip(state: Mapping[str, np.ndarray]) -> bool:
