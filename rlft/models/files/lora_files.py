@@ -4,22 +4,37 @@
     kohya  lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha
            Kohya's sd-scripts and the interfaces that read its files; diffusers, too
 
-Both name a module as diffusers does.
+Both name a module as diffusers does. What is read may also be as diffusers' scripts write it
+(unet.down_blocks.0...to_q.lora.down.weight, .lora.up.weight), and without the prefix 'unet.'.
 """
 
 from collections.abc import Iterator, Mapping
+import json
 import os
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 
-from rlft.models.files import torch_layout
+from rlft.models.files import arrays, torch_layout
 from rlft.storage import files
 from rlft.types import UserError
 
 FORMATS = ("peft", "kohya")
+# Ends of arrays' names: A is down, B is up.
+_ENDS = {
+  ".lora_A.weight": "a",
+  ".lora.down.weight": "a",
+  ".lora_down.weight": "a",
+  ".lora_B.weight": "b",
+  ".lora.up.weight": "b",
+  ".lora_up.weight": "b",
+  ".alpha": "alpha",
+}
+_METADATA = "lora_adapter_metadata"  # in the header: PEFT's configuration, as diffusers stores it
 
 Adapter = Mapping[str, Mapping[str, jax.Array]]
 
@@ -89,8 +104,111 @@ def save(
   files.write_atomic(path, safetensors.numpy.save(state, metadata={"format": "pt"}))
 
 
+def rank(path: str | os.PathLike[str]) -> int:
+  """The rank of the adapter in a file, of which the header alone is read.
+
+  Raises:
+    UserError: it cannot be read, holds no adapter, or one of several ranks.
+  """
+  state = _open(path)
+  found = {arrays.shape(state, name)[0] for name in state if _split(name)[1] == "a"}
+  if not found:
+    raise UserError(f"{path} has no LoRA: give a safetensors file of PEFT, diffusers or Kohya")
+  if len(found) > 1:
+    raise UserError(
+      f"{path} has LoRAs of the ranks {', '.join(map(str, sorted(found)))}: give one of a single"
+      " rank"
+    )
+  return found.pop()
+
+
+def load(
+  path: str | os.PathLike[str], targets: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, np.ndarray]]:
+  """Reads an adapter from a safetensors file.
+
+  Args:
+    path: the file.
+    targets: modules that may be adapted, `{module path: (in, out)}`.
+
+  Returns:
+    `{module path: {'a': [in, r], 'b': [r, out]}}` float32 for the modules in the file; with a scale
+    of 1, as what the file says of its scale is multiplied into b.
+
+  Raises:
+    UserError: the file cannot be read, or holds something else, or an adapter of another model or
+      of other modules.
+  """
+  state = _open(path)
+  modules: dict[str, str] = {}
+  for target in targets:
+    module = _torch_name(target)
+    for name in (module, f"unet.{module}", f"lora_unet_{module.replace('.', '_')}"):
+      modules[name] = target
+  names: dict[str, dict[str, str]] = {}
+  strange = []
+  for name in state:
+    module, factor = _split(name)
+    if module in modules and factor:
+      names.setdefault(modules[module], {})[factor] = name
+    else:
+      strange.append(name)
+  if strange:
+    more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+    raise UserError(
+      f"{path}: {strange[0]}{more}: nothing but the attention projections of the UNet (to_q, to_k,"
+      " to_v, to_out.0) can be adapted here: give an adapter of these alone, or merge this one into"
+      " the model and start from that"
+    )
+  stored = _scale(path)
+  adapter = {}
+  for target, found in names.items():
+    if not {"a", "b"} <= found.keys():
+      raise UserError(f"{path}: {next(iter(found.values()))} is half of a LoRA: get it again")
+    a, b = (np.asarray(state[found[factor]], np.float32).T for factor in ("a", "b"))
+    fan_in, fan_out = targets[target]
+    if a.shape != (fan_in, len(b)) or b.shape[1:] != (fan_out,):
+      raise UserError(
+        f"{path}: the LoRA of {_torch_name(target)} leads from {a.shape[0]} features to"
+        f" {b.shape[-1]}, the model's module from {fan_in} to {fan_out}: give an adapter of this"
+        " model"
+      )
+    scale = float(state[found["alpha"]]) / len(b) if "alpha" in found else stored
+    adapter[target] = {"a": a, "b": scale * b}
+  return adapter
+
+
+def _open(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
+  if not os.path.isfile(path) or not os.fspath(path).endswith(".safetensors"):
+    raise UserError(f"{path} is no safetensors file: give one with a LoRA")
+  return arrays.read_files([pathlib.Path(path)])
+
+
+def _scale(path: str | os.PathLike[str]) -> float:
+  """alpha / rank of all modules, as the file's header says it; 1 if it says nothing."""
+  with safetensors.safe_open(path, framework="numpy") as file:
+    text = (file.metadata() or {}).get(_METADATA, "{}")
+  said = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+  for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora"):
+    if said.get(key):
+      raise UserError(f"{path}: {key}={said[key]} is not supported: give an adapter without it")
+  return said["lora_alpha"] / said["r"] if said else 1.0
+
+
+def _split(name: str) -> tuple[str, str]:
+  """Module and factor ('a', 'b' or 'alpha') of an array's name; the factor is '' if it is none."""
+  for end, factor in _ENDS.items():
+    if name.endswith(end):
+      return name.removesuffix(end), factor
+  return name, ""
+
+
+def _torch_name(path: str) -> str:
+  """PyTorch's name of the module at 'a/b/c'."""
+  return torch_layout.torch_names((*path.split("/"), "kernel"))[0].removesuffix(".weight")
+
+
 def _modules(adapter: Adapter) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
   """PyTorch's name, a and b of each adapted module."""
   for path, factors in adapter.items():
-    kernel = torch_layout.torch_names((*path.split("/"), "kernel"))[0]
-    yield kernel.removesuffix(".weight"), np.asarray(factors["a"]), np.asarray(factors["b"])
+    yield _torch_name(path), np.asarray(factors["a"]), np.asarray(factors["b"])

@@ -1,5 +1,7 @@
 """Adapters under the names of PEFT and of Kohya's scripts."""
 
+import json
+
 import models_cases
 import numpy as np
 import pytest
@@ -99,3 +101,77 @@ def test_a_lora_file_needs_its_suffix(adapter, tmp_path):
   with pytest.raises(UserError, match="end it with .safetensors"):
     lora_files.save(tmp_path / "lora.bin", adapter, scale=1.0)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", lora_files.FORMATS)
+def test_what_is_saved_is_loaded(base, adapter, tmp_path, format):
+  path = tmp_path / "lora.safetensors"
+  lora_files.save(path, adapter, scale=SCALE, format=format)
+  assert lora_files.rank(path) == 2
+  found = lora_files.load(path, lora.targets(base))
+  assert found.keys() == adapter.keys()
+  for name, factors in adapter.items():
+    np.testing.assert_array_equal(found[name]["a"], factors["a"])
+    np.testing.assert_allclose(found[name]["b"], SCALE * factors["b"], rtol=1e-6)
+
+
+def diffusers_state(prefix="unet."):
+  """An adapter of a single module, as diffusers' scripts name it."""
+  name = f"{prefix}down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0"
+  down, up = ADAPTER[PATH]["a"].T.copy(), ADAPTER[PATH]["b"].T.copy()
+  return {f"{name}.lora.down.weight": down, f"{name}.lora.up.weight": up}
+
+
+@pytest.mark.parametrize(("prefix", "said"), [("unet.", "unet."), ("", ""), ("unet.", None)])
+def test_what_diffusers_saves_is_loaded(tmp_path, prefix, said):
+  header = {f"{said}r": 2, f"{said}lora_alpha": 8, f"{said}rank_pattern": {}}
+  metadata = None if said is None else {"lora_adapter_metadata": json.dumps(header)}
+  path = tmp_path / "lora.safetensors"
+  safetensors.numpy.save_file(diffusers_state(prefix), path, metadata)
+  assert lora_files.rank(path) == 2
+  found = lora_files.load(path, {PATH: (3, 1), "others/to_q": (3, 3)})
+  assert list(found) == [PATH]
+  np.testing.assert_array_equal(found[PATH]["a"], ADAPTER[PATH]["a"])
+  # alpha / rank = 8 / 2
+  expected = ADAPTER[PATH]["b"] * (1 if said is None else 4)
+  np.testing.assert_array_equal(found[PATH]["b"], expected)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"lora_te_text_model_layers_0_mlp_fc1.lora_down.weight": np.zeros((2, 3))}, "lora_te_text"),
+    ({"unet.mid_block.resnets.0.conv1.lora_A.weight": np.zeros((2, 3))}, "mid_block.resnets"),
+    ({"unet.x.lora_A.weight": np.zeros((2, 3)), "y": np.zeros(1)}, " and 1 more: nothing but"),
+    ({next(iter(diffusers_state())): np.zeros((2, 4))}, "leads from 4 features to 1, .* 3 to 1"),
+    ({next(reversed(diffusers_state())): None}, "is half of a LoRA"),
+  ],
+)
+def test_adapters_of_something_else(tmp_path, change, words):
+  state = {name: x for name, x in (diffusers_state() | change).items() if x is not None}
+  path = tmp_path / "lora.safetensors"
+  safetensors.numpy.save_file(state, path)
+  with pytest.raises(UserError, match=words) as error:
+    lora_files.load(path, {PATH: (3, 1)})
+  assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_what_is_no_adapter(tmp_path):
+  path = tmp_path / "lora.safetensors"
+  for function in (lora_files.rank, lambda path: lora_files.load(path, {})):
+    with pytest.raises(UserError, match="is no safetensors file: give one with a LoRA"):
+      function(path)
+  safetensors.numpy.save_file({"x": np.zeros(1)}, path)
+  with pytest.raises(UserError, match="has no LoRA"):
+    lora_files.rank(path)
+  safetensors.numpy.save_file(
+    {f"{name}.lora_A.weight": np.zeros((rank, 3)) for name, rank in (("x", 2), ("y", 4))}, path
+  )
+  with pytest.raises(UserError, match="has LoRAs of the ranks 2, 4: give one of a single rank"):
+    lora_files.rank(path)
+  header = {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}
+  safetensors.numpy.save_file(
+    diffusers_state(), path, {"lora_adapter_metadata": json.dumps(header)}
+  )
+  with pytest.raises(UserError, match="use_rslora=True is not supported"):
+    lora_files.load(path, {PATH: (3, 1)})
