@@ -31,6 +31,7 @@ from rlft.config import tasks
 from rlft.data import prompts as prompts_lib
 from rlft.diffusion import ddim, rollout, sampler
 from rlft.evaluation import evaluate, results
+from rlft.evaluation.metric import MetricScorer
 from rlft.inference import draw as inference
 from rlft.models import text
 from rlft.models.files import pretrained
@@ -292,14 +293,12 @@ def _measure(pen: Pen, presets: Sequence) -> dict[str, results.EvalResult]:
 
   def sample(prompts, seed):
     texts = [prompt.text for prompt in prompts]
-    parts = [
-      pen(texts[first : first + _IMAGES], seed=seed, first=first, steps=10, guidance_scale=1.0)[1]
-      for first in range(0, len(texts), _IMAGES)
-    ]
-    return np.concatenate(parts)
+    for first in range(0, len(texts), _IMAGES):
+      batch = texts[first : first + _IMAGES]
+      yield pen(batch, seed=seed, first=first, steps=10, guidance_scale=1.0)[1]
 
   rows = sharding.batch(sharding.make_mesh())
-  with inference.MetricScorer(rows=rows, timeout_s=300.0, threads=1) as score:
+  with MetricScorer(rows=rows, timeout_s=300.0, threads=1) as score:
     return evaluate.evaluate(inference.make_specs(presets), sample=sample, score=score, seed=1000)
 
 

@@ -4,7 +4,7 @@ Texts have a program of their own, so that how many images each has does not mak
 of the large one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -287,15 +287,23 @@ class Sampler:
     steps = len(self._schedule.timesteps)
     return np.asarray(rollout.normal(_keys(seed, 0, count), steps, latent_shape(self._model)))
 
-  def __call__(
+  def __call__(self, prompts: Sequence[str], seed: int, **settings: Any) -> np.ndarray:
+    """Draws one image for each prompt: `batches`, joined.
+
+    Returns:
+      `[N, H, W, 3]` float32 in [0, 1], on every process.
+    """
+    return np.concatenate(list(self.batches(prompts, seed, **settings)))
+
+  def batches(
     self,
     prompts: Sequence[str],
     seed: int,
     *,
     weights: lora.Weights | None = None,
     progress: str = "",
-  ) -> np.ndarray:
-    """Draws one image for each prompt.
+  ) -> Iterator[np.ndarray]:
+    """Draws one image for each prompt, a batch when it is asked for.
 
     Args:
       prompts: N texts.
@@ -303,8 +311,8 @@ class Sampler:
       weights: of the UNet, placed on the mesh; the model's own if None.
       progress: label of a progress bar; '' shows none.
 
-    Returns:
-      `[N, H, W, 3]` float32 in [0, 1], on every process.
+    Yields:
+      `[n, H, W, 3]` float32 in [0, 1], on every process; n is the batch size, less at the end.
     """
     if weights is None:
       if self._weights is None:
@@ -313,12 +321,10 @@ class Sampler:
     ids, _ = self._model.tokenize(list(prompts))
     size, count = self._batch_size, len(prompts)
     ids = np.concatenate([ids, np.broadcast_to(self._empty, (-count % size, *ids.shape[1:]))])
-    images = []
     starts = range(0, count, size)
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
       batch = self.rollout(weights, ids[start : start + size], _keys(seed, start, size))[1]
-      images.append(fetch(batch))
-    return np.concatenate(images)[:count]
+      yield fetch(batch)[: count - start]
 
 
 def _keys(seed: int, start: int, count: int) -> jax.Array:

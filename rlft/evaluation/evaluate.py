@@ -3,21 +3,19 @@
 Knows no models: the caller brings a function that samples and one that scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from rlft.evaluation import results
 from rlft.evaluation.results import EvalResult
+from rlft.storage import images as images_lib
 from rlft.types import Prompt, Reward, UserError
 
 # Metrics of which less is better, by name. Of all others more is better, as of any Reward.
 LOWER_IS_BETTER = frozenset({"oracle-parity"})
-
-Images = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +45,37 @@ class EvalSpec:
 class Sample(Protocol):
   """Samples an image for each prompt."""
 
-  def __call__(self, prompts: list[Prompt], seed: int) -> Images:
-    """N prompts -> images `[N, H, W, 3]` float32 in [0, 1]; noise depends on (seed, position)."""
+  def __call__(self, prompts: list[Prompt], seed: int) -> Iterable[np.ndarray]:
+    """N prompts -> N images in batches `[n, H, W, 3]` of any sizes, float32 in [0, 1].
+
+    Noise depends on (seed, position).
+    """
 
 
 class Score(Protocol):
-  """Applies a metric."""
+  """Applies metrics."""
 
   def __call__(
-    self, reward: Reward, images: Images, prompts: list[Prompt], images_per_prompt: int
-  ) -> np.ndarray:
-    """Scores `[N]`, or `[N / G]` for a set metric, of images `[N, H, W, 3]`.
+    self,
+    metrics: list[Reward],
+    batches: Iterable[np.ndarray],
+    prompts: list[Prompt],
+    images_per_prompt: int,
+  ) -> Sequence[np.ndarray]:
+    """Scores `[N]` by each metric, or `[N / G]` by a set metric, of what `Sample` returns.
 
     `prompts` has length N; the `images_per_prompt` images of one set follow each other.
     """
+
+
+class Keep(Protocol):
+  """Keeps some of the images, for people to look at."""
+
+  def choose(self, prompts: Sequence[Prompt]) -> Sequence[int]:
+    """The places of the images to keep among those of N prompts."""
+
+  def save(self, name: str, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> None:
+    """Takes the chosen images, `[H, W, 3]` uint8, of an evaluation and of the prompts given."""
 
 
 def evaluate(
@@ -69,19 +84,19 @@ def evaluate(
   sample: Sample,
   score: Score,
   seed: int,
-  keep: Callable[[EvalSpec, Images, list[Prompt]], None] | None = None,
+  keep: Keep | None = None,
 ) -> dict[str, EvalResult]:
   """Samples and scores every evaluation.
 
-  Evaluations with the same prompts, images and images_per_prompt share their images.
+  Evaluations with the same prompts, images and images_per_prompt share their images. These pass
+  by in batches: what stays of them are scores, and the few that `keep` chooses.
 
   Args:
     specs: evaluations with different names.
     sample: draws the images.
-    score: applies a metric to them.
+    score: applies metrics to them.
     seed: of the noise; the same every time, so that results can be compared image by image.
-    keep: called once for each shared set of images, with the first of its evaluations; for the
-      report's grids.
+    keep: keeps some images of each shared set, under the name of the first of its evaluations.
 
   Returns:
     A result by name, in the order of `specs`.
@@ -97,14 +112,27 @@ def evaluate(
     shared.setdefault(key, []).append(spec)
   measured = {}
   for group in shared.values():
-    prompts = _prompts_of(group[0])
-    images = sample(prompts, seed)
-    if keep is not None:
-      keep(group[0], images, prompts)
-    for spec in group:
-      scores = score(spec.metric, images, prompts, spec.images_per_prompt)
+    first, prompts = group[0], _prompts_of(group[0])
+    kept = dict.fromkeys(keep.choose(prompts) if keep else ())
+    batches = _watched(sample(prompts, seed), kept)
+    found = score([spec.metric for spec in group], batches, prompts, first.images_per_prompt)
+    for spec, scores in zip(group, found, strict=True):
       measured[spec.name] = _result(spec, np.asarray(scores, np.float32))
+    if keep:
+      keep.save(first.name, list(kept.values()), prompts)
   return {spec.name: measured[spec.name] for spec in specs}
+
+
+def _watched(
+  batches: Iterable[np.ndarray], kept: dict[int, np.ndarray | None]
+) -> Iterator[np.ndarray]:
+  """Passes images on; puts those whose places are keys of `kept` there, in uint8."""
+  start = 0
+  for images in batches:
+    for place in kept.keys() & set(range(start, start + len(images))):
+      kept[place] = images_lib.to_uint8(images[place - start])
+    start += len(images)
+    yield images
 
 
 def _check(specs: Sequence[EvalSpec]) -> None:

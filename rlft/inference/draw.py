@@ -1,7 +1,6 @@
 """A model as it is, without training: a grid of what it draws, and its held-out measures."""
 
-from collections.abc import Callable, Sequence
-import contextlib
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import json
 import math
@@ -9,7 +8,6 @@ import os
 import pathlib
 
 import jax
-from jax.sharding import NamedSharding
 import numpy as np
 
 from rlft.config.settings import Config, EvalConfig, TaskConfig, check_fields, option
@@ -17,17 +15,16 @@ from rlft.data import prompts as prompts_lib
 from rlft.diffusion import sampler
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import results
+from rlft.evaluation.metric import MetricScorer
 from rlft.inference import load as finetuned
 from rlft.parallel import sharding
 from rlft.rewards import make_reward
 from rlft.rewards.scoring import task as combine
-from rlft.rewards.scoring.scorer import Scorer
 from rlft.storage import files
 from rlft.storage import images as images_lib
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import Reward, UserError
 
 _SHOWN_SIZE = 128  # pixels; smaller images are enlarged in a grid, to be seen at all
-_SCORED_AT_ONCE = 256  # images; metrics may be large networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +92,10 @@ class Drawer:
   def __call__(self, texts: Sequence[str], *, progress: str) -> np.ndarray:
     """`[N, H, W, 3]` float32 in [0, 1]; image i depends on (seed, i, its prompt) alone."""
     return self._sampler(texts, self.settings["seed"], progress=progress)
+
+  def batches(self, texts: Sequence[str], *, progress: str) -> Iterator[np.ndarray]:
+    """The same images, a batch at a time."""
+    return self._sampler.batches(texts, self.settings["seed"], progress=progress)
 
 
 def save_grid(
@@ -167,13 +168,15 @@ def measure(
   draw = Drawer(drawing)
   trained = draw.found.config
   if trained is not None:
-    specs = make_specs(evals or trained.eval, trained_on=trained.task)
+    specs = specs or make_specs(trained.eval)
+    is_trained_on = combine.trained_on(trained.task)
+    specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
   if not specs:
     raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
   rows = sharding.batch(sharding.make_mesh())
 
   def sample(prompts, seed):
-    return draw([prompt.text for prompt in prompts], progress="evaluating")
+    return draw.batches([prompt.text for prompt in prompts], progress="evaluating")
 
   with MetricScorer(rows=rows, timeout_s=reward_timeout_s, threads=reward_threads) as score:
     measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
@@ -235,83 +238,6 @@ def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
       " not a measure of the set: use it with credit=set"
     )
   return metric
-
-
-class MetricScorer:
-  """Applies metrics to any number of images; what it compiled for one evaluation serves the next.
-
-  Between them, no weights are on the devices.
-  """
-
-  def __init__(self, *, rows: NamedSharding, timeout_s: float, threads: int):
-    """Keeps the settings.
-
-    Args:
-      rows: how a batch is spread over the mesh.
-      timeout_s: deadline in seconds for a batch of a host metric.
-      threads: for a host metric, see `Scorer`.
-    """
-    self._settings = {"batch_sharding": rows, "timeout_s": timeout_s, "threads": threads}
-    self._rows = rows
-    self._scorers: dict[tuple[int, int, int], Scorer] = {}
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self.close()
-
-  def close(self) -> None:
-    """Ends the threads of host metrics once they are idle."""
-    with contextlib.ExitStack() as stack:
-      for scorer in self._scorers.values():
-        stack.callback(scorer.close)
-
-  def __call__(
-    self, reward: Reward, images: np.ndarray, prompts: Sequence[Prompt], images_per_prompt: int
-  ) -> np.ndarray:
-    """Scores any number of images: `[N]`, or `[N / G]` for a set reward.
-
-    Args:
-      reward: the metric; the same object each time, to be compiled once.
-      images: `[N, H, W, 3]` float32 in [0, 1], on every process.
-      prompts: N; the images of a set follow each other.
-      images_per_prompt: G, which divides N.
-
-    Raises:
-      UserError: a set reward gives the images of a set different scores.
-    """
-    count, unit = len(images), math.lcm(images_per_prompt, self._rows.mesh.size)
-    size = math.ceil(min(count, _SCORED_AT_ONCE) / unit) * unit
-    # Padded by copies of the last set, so that every batch has the same size.
-    places = np.arange(math.ceil(count / size) * size)
-    last_set = count - images_per_prompt + places % images_per_prompt
-    places = np.where(places < count, places, last_set).reshape(-1, size)
-    scorer = self._scorer(reward, size, images_per_prompt)
-    scores = []
-    for batch in places:
-      placed = sharding.put(np.asarray(images)[batch], self._rows)
-      pending = scorer.submit(placed, [prompts[place] for place in batch])
-      scores.append(sampler.fetch(pending.result()))
-    scorer.free()
-    scores = np.concatenate(scores)[:count]
-    if not reward.is_set:
-      return scores
-    sets = scores.reshape(-1, images_per_prompt)
-    if not np.array_equal(sets, np.broadcast_to(sets[:, :1], sets.shape), equal_nan=True):
-      raise UserError(
-        f"metric {reward.name!r} gives the images of a set different scores, and so no measure of"
-        " the set: make it return one number for each set"
-      )
-    return sets[:, 0]
-
-  def _scorer(self, reward: Reward, size: int, images_per_prompt: int) -> Scorer:
-    key = id(reward), size, images_per_prompt  # Weights have no hash; a scorer keeps its reward.
-    if key not in self._scorers:
-      self._scorers[key] = Scorer(
-        reward, batch_size=size, images_per_prompt=images_per_prompt, **self._settings
-      )
-    return self._scorers[key]
 
 
 def _check_output(path: str | os.PathLike[str]) -> None:

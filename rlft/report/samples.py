@@ -46,56 +46,60 @@ class Sheet:
   across: int
 
 
-def save_samples(
-  workdir: str | os.PathLike[str],
-  name: str,
-  iteration: int,
-  images: np.ndarray,
-  prompts: Sequence[Prompt],
-  *,
-  max_prompts: int = 8,
-  images_per_prompt: int = 8,
-) -> None:
-  """Keeps the first images of some of the prompts as `grids/<name>/<iteration>.png`.
+@dataclasses.dataclass(frozen=True)
+class Keeper:
+  """Keeps the first images of some of the prompts of each evaluation.
 
-  The prompts are evenly spread over the list, always the same; they go to a `.json` beside it.
+  The prompts are evenly spread over the list, always the same.
 
-  Args:
+  Attributes:
     workdir: the run's directory.
-    name: of the evaluation.
     iteration: number of finished iterations; at least 0.
-    images: `[N, H, W, 3]`, uint8 or float in [0, 1].
-    prompts: N prompts; equal ones that follow each other share a cell.
     max_prompts: cells to keep at most; 0 keeps nothing.
     images_per_prompt: images in a cell at most.
-
-  Raises:
-    UserError: the files cannot be written.
-    ValueError: images and prompts differ in number.
   """
-  if len(images) != len(prompts):
-    raise ValueError(f"got {len(images)} images for {len(prompts)} prompts: expected one for each")
-  if not len(prompts) or max_prompts < 1:
-    return
-  runs = itertools.groupby(range(len(prompts)), key=lambda place: prompts[place].text)
-  runs = [(text, list(places)) for text, places in runs]
-  spread = np.linspace(0, len(runs) - 1, min(max_prompts, len(runs)))
-  cells = [runs[place] for place in spread.astype(int)]
-  # Every cell has the same size, that of the shortest run.
-  count = min(images_per_prompt, *(len(places) for _, places in cells))
-  chosen = images_lib.to_uint8(images[np.concatenate([places[:count] for _, places in cells])])
-  across = min(count, _ACROSS)
-  sheet = np.concatenate(
-    [
-      images_lib.grid(cell, across, pad=_PAD)
-      for cell in chosen.reshape(len(cells), count, *chosen.shape[1:])
-    ]
-  )
-  path = _directory(workdir) / name / f"{iteration:06d}.png"
-  about = {"prompts": [text for text, _ in cells], "image_size": chosen.shape[1], "across": across}
-  # The picture comes last: where it is, its text is too.
-  files.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")
-  images_lib.save_png(path, sheet)
+
+  workdir: str | os.PathLike[str]
+  iteration: int
+  max_prompts: int = 8
+  images_per_prompt: int = 8
+
+  def choose(self, prompts: Sequence[Prompt]) -> list[int]:
+    """The places of the images to keep; of equal prompts that follow each other, the first."""
+    return [place for _, places in self._cells(prompts) for place in places]
+
+  def save(self, name: str, images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> None:
+    """Writes `grids/<name>/<iteration>.png`, and the prompts to a `.json` beside it.
+
+    Args:
+      name: of the evaluation.
+      images: those at `choose(prompts)`, `[H, W, 3]` uint8 each.
+      prompts: of all images of the evaluation.
+
+    Raises:
+      UserError: the files cannot be written.
+    """
+    cells = self._cells(prompts)
+    if not cells:
+      return
+    rows = np.reshape(images, (len(cells), -1, *images[0].shape))
+    across = min(rows.shape[1], _ACROSS)
+    sheet = np.concatenate([images_lib.grid(row, across, pad=_PAD) for row in rows])
+    path = _directory(self.workdir) / name / f"{self.iteration:06d}.png"
+    about = {"prompts": [text for text, _ in cells], "image_size": rows.shape[2], "across": across}
+    # The picture comes last: where it is, its text is too.
+    files.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")
+    images_lib.save_png(path, sheet)
+
+  def _cells(self, prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
+    """The text of each cell and the places of its images, as many in each."""
+    runs = itertools.groupby(range(len(prompts)), key=lambda place: prompts[place].text)
+    runs = [(text, list(places)) for text, places in runs]
+    spread = np.linspace(0, len(runs) - 1, min(self.max_prompts, len(runs)))
+    cells = [runs[place] for place in spread.astype(int)]
+    # Every cell has the same size, that of the shortest run.
+    count = min([self.images_per_prompt, *(len(places) for _, places in cells)])
+    return [(text, places[:count]) for text, places in cells]
 
 
 def read_samples(workdir: str | os.PathLike[str]) -> dict[str, list[Sheet]]:

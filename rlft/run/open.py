@@ -21,7 +21,8 @@ from rlft.diffusion import ddim
 from rlft.diffusion import sampler as sampler_lib
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import results
-from rlft.inference.draw import MetricScorer, make_specs
+from rlft.evaluation.metric import MetricScorer
+from rlft.inference.draw import make_specs
 from rlft.models import lora
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
@@ -220,16 +221,16 @@ def measure(run: Run, weights: lora.Weights, iteration: int) -> None:
 
   def sample(prompts, seed):
     texts = [prompt.text for prompt in prompts]
-    return run.sampler(texts, seed, weights=weights, progress="evaluating" if run.writes else "")
+    progress = "evaluating" if run.writes else ""
+    return run.sampler.batches(texts, seed, weights=weights, progress=progress)
 
-  def keep(spec, images, prompts):
-    if run.writes and run.config.report_images:
-      samples.save_samples(
-        run.workdir, spec.name, iteration, images, prompts, max_prompts=run.config.report_images
-      )
-
+  keep = samples.Keeper(run.workdir, iteration, max_prompts=run.config.report_images)
   measured = evaluate_lib.evaluate(
-    run.evals, sample=sample, score=run.metrics, seed=run.config.eval_seed, keep=keep
+    run.evals,
+    sample=sample,
+    score=run.metrics,
+    seed=run.config.eval_seed,
+    keep=keep if run.writes else None,
   )
   if run.writes:
     results.append_history(run.workdir, iteration, measured)

@@ -1,4 +1,3 @@
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,19 +12,36 @@ def metric(name="m", *, is_set=False):
 
 
 class Model:
-  """Paints the position of each image; remembers what it was asked for."""
+  """Paints the position of each image, two at a time; remembers what it was asked for."""
 
   def __init__(self):
     self.asked = []
 
   def __call__(self, prompts, seed):
     self.asked.append(([prompt.text for prompt in prompts], seed))
-    return jnp.broadcast_to(jnp.arange(len(prompts))[:, None, None, None], (len(prompts), 2, 2, 3))
+    images = np.arange(len(prompts), dtype=np.float32).repeat(12).reshape(-1, 2, 2, 3) / 255
+    for start in range(0, len(prompts), 2):
+      yield images[start : start + 2]
 
 
-def painted(reward, images, prompts, images_per_prompt):
-  values = np.asarray(images)[:, 0, 0, 0].astype(np.float32)
-  return values.reshape(-1, images_per_prompt).sum(axis=1) if reward.is_set else values
+def painted(metrics, batches, prompts, images_per_prompt):
+  values = np.concatenate(list(batches))[:, 0, 0, 0] * 255
+  sums = values.reshape(-1, images_per_prompt).sum(axis=1)
+  return [sums if metric.is_set else values for metric in metrics]
+
+
+class Keeper:
+  """Keeps the second image and the last; remembers what it was given."""
+
+  def __init__(self):
+    self.kept = []
+
+  def choose(self, prompts):
+    return [1, len(prompts) - 1]
+
+  def save(self, name, images, prompts):
+    assert all(image.shape == (2, 2, 3) and image.dtype == np.uint8 for image in images)
+    self.kept.append((name, [int(image.mean()) for image in images], prompts[0].text))
 
 
 def test_scores_of_images_and_of_sets():
@@ -37,8 +53,8 @@ def test_scores_of_images_and_of_sets():
   got = evaluate.evaluate(specs, sample=model, score=painted, seed=5)
   assert model.asked == [(["a", "b"], 5), (["a", "a", "b", "b", "c", "c"], 5)]
   assert list(got) == ["images", "sets"]
-  np.testing.assert_array_equal(got["images"].scores, [0, 1])
-  np.testing.assert_array_equal(got["sets"].scores, [0 + 1, 2 + 3, 4 + 5])
+  np.testing.assert_allclose(got["images"].scores, [0, 1])
+  np.testing.assert_allclose(got["sets"].scores, [0 + 1, 2 + 3, 4 + 5])
   assert (got["sets"].mean, got["sets"].images, got["sets"].prompts) == (5.0, 6, 3)
   assert got["sets"].low <= 5.0 <= got["sets"].high
   assert (got["sets"].name, got["sets"].metric) == ("sets", "oracle-parity")
@@ -61,24 +77,19 @@ def test_images_are_sampled_once_for_evaluations_that_share_them():
     evaluate.EvalSpec("sets", metric("m1"), THREE, 4, 2),
     evaluate.EvalSpec("metadata", metric("m1"), [Prompt("a"), *THREE[1:]], 4),
   ]
-  model, kept = Model(), []
-  got = evaluate.evaluate(
-    specs,
-    sample=model,
-    score=painted,
-    seed=0,
-    keep=lambda spec, images, prompts: kept.append((spec.name, images.shape[0], prompts[0].text)),
-  )
+  model, keep = Model(), Keeper()
+  got = evaluate.evaluate(specs, sample=model, score=painted, seed=0, keep=keep)
   assert [texts for texts, _ in model.asked] == [list("abca"), list("cbac"), list("aabb")] + [
     list("abca")
   ]
-  assert kept == [("one", 4, "a"), ("other", 4, "c"), ("sets", 4, "a"), ("metadata", 4, "a")]
+  names = [("one", "a"), ("other", "c"), ("sets", "a"), ("metadata", "a")]
+  assert keep.kept == [(name, [1, 3], text) for name, text in names]
   assert list(got) == ["one", "other", "two", "sets", "metadata"]
 
 
 def test_unscored_images_are_left_out_and_counted():
-  def score(reward, images, prompts, images_per_prompt):
-    return np.array([1.0, np.nan, 3.0, np.nan])
+  def score(metrics, batches, prompts, images_per_prompt):
+    return [np.array([1.0, np.nan, 3.0, np.nan])]
 
   spec = evaluate.EvalSpec("a", metric(), THREE, 4)
   got = evaluate.evaluate([spec], sample=Model(), score=score, seed=0)["a"]
@@ -116,4 +127,4 @@ def test_bad_evaluations_are_refused_before_sampling(specs, message):
 def test_scores_of_the_wrong_shape(is_set):
   spec = evaluate.EvalSpec("a", metric("mine", is_set=is_set), THREE, 4, 2)
   with pytest.raises(UserError, match=r"metric mine returned scores of shape \[3\]: expected \["):
-    evaluate.evaluate([spec], sample=Model(), score=lambda *_: np.zeros(3), seed=0)
+    evaluate.evaluate([spec], sample=Model(), score=lambda *_: [np.zeros(3)], seed=0)

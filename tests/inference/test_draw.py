@@ -4,19 +4,17 @@ import dataclasses
 import json
 import logging
 
-import jax
 import models_cases
 import numpy as np
 import PIL.Image
 import pytest
 
-from rlft.config.settings import Config, EvalConfig
+from rlft.config.settings import Config, EvalConfig, TaskConfig
 from rlft.inference import draw as inference
 from rlft.inference import load as finetuned
 from rlft.models.files import pretrained
-from rlft.parallel import sharding
 from rlft.storage import images
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import UserError
 
 PROMPTS = list(models_cases.PROMPTS)
 STEPS, GUIDANCE = 2, 2.0
@@ -41,6 +39,9 @@ def made(monkeypatch):
 
     def __call__(self, prompts, seed, *, progress):
       return drawn(prompts, seed)
+
+    def batches(self, prompts, seed, *, progress):
+      return [drawn(prompts, seed)]
 
   monkeypatch.setattr(inference.sampler, "Sampler", Sampler)
   return made
@@ -179,43 +180,17 @@ def test_mistakes_in_measuring(model, brightness, tmp_path):
     measure(model, [dataclasses.replace(spec, metric="nothing")])
 
 
-@pytest.mark.parametrize("count", [3, 9, 24])
-@pytest.mark.parametrize("is_set", [False, True])
-def test_scores_of_any_number_of_images(monkeypatch, count, is_set):
-  # Less than the images and no multiple of the sets: batches are cut and padded.
-  monkeypatch.setattr(inference, "_SCORED_AT_ONCE", 10)
-  values = np.arange(count, dtype=np.float32) / count
-  pictures = np.broadcast_to(values[:, None, None, None], (count, 2, 2, 3))
-  reward = Reward(
-    "mean",
-    "jax",
-    lambda _, images, features: images.mean(tuple(range(1, images.ndim))),
-    is_set=is_set,
+def test_metrics_of_a_run_are_made_once_and_marked(model, brightness, monkeypatch, tmp_path):
+  make, load, made = inference.make_specs, finetuned.load, []
+  metric = f"host:{brightness}:mean"
+  entry = EvalConfig(name="a", prompts="emoji:single/test", metric=metric, images=2)
+  task = TaskConfig(name="t", prompts="p", reward=metric, batch_size=8)
+  run = Config(task=(task,), eval=(entry,))
+  monkeypatch.setattr(
+    finetuned, "load", lambda path, ema: dataclasses.replace(load(path, ema=ema), config=run)
   )
-  rows = sharding.batch(sharding.make_mesh())
-  with inference.MetricScorer(rows=rows, timeout_s=60.0, threads=1) as score:
-    scores = score(reward, pictures, [Prompt("")] * count, 3)
-  expected = values.reshape(-1, 3).mean(axis=1) if is_set else values
-  np.testing.assert_allclose(scores, expected, rtol=1e-6)
-
-
-def test_a_metric_is_compiled_once_and_leaves_the_devices():
-  weight = np.full((7, 11, 13), 2.0, np.float32)
-  traces = []
-
-  def bright(params, images, features):
-    traces.append(images.shape)
-    return params.mean() * images.mean((1, 2, 3))
-
-  def on_devices():
-    return [x for x in jax.live_arrays() if x.shape == weight.shape]
-
-  reward = Reward("bright", "jax", bright, params=weight)
-  pictures = np.full((8, 2, 2, 3), 0.25, np.float32)
-  rows = sharding.batch(sharding.make_mesh())
-  with inference.MetricScorer(rows=rows, timeout_s=60.0, threads=1) as score:
-    for brightness in (1.0, 2.0):
-      scores = score(reward, brightness * pictures, [Prompt("")] * 8, 1)
-      np.testing.assert_allclose(scores, np.full(8, 0.5 * brightness), rtol=1e-6)
-      assert not on_devices()
-  assert traces == [pictures.shape]
+  monkeypatch.setattr(inference, "make_specs", lambda evals: made.extend(evals) or make(evals))
+  for evals in ([entry], []):
+    measure(model, evals, output=tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["results"]["a"]["trained_on"]
+  assert made == [entry, entry]

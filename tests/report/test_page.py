@@ -56,9 +56,9 @@ def workdir(tmp_path):
       writer.write(iteration, iteration_metrics(iteration))
   for iteration in (0, 2, 4):
     results.append_history(tmp_path, iteration, evaluation(iteration))
-    images = np.full((2, 8, 8, 3), iteration / 4, np.float32)
+    images = np.full((2, 8, 8, 3), 60 * iteration, np.uint8)
     prompts = [Prompt("<script>alert(1)</script>"), Prompt("a dog")]
-    samples.save_samples(tmp_path, "up", iteration, images, prompts)
+    samples.Keeper(tmp_path, iteration).save("up", images, prompts)
   return tmp_path
 
 

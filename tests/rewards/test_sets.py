@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlft.config.settings import EvalConfig
+from rlft.evaluation.metric import MetricScorer
 from rlft.inference import draw as inference
 from rlft.parallel import sharding
 from rlft.rewards import make_reward, parity, sets
@@ -169,7 +170,7 @@ def test_credit_is_no_metric(tmp_path):
   rows = sharding.batch(sharding.make_mesh())
   images = np.random.default_rng(0).random((8, 2, 2, 3), np.float32)
   with (
-    inference.MetricScorer(rows=rows, timeout_s=30.0, threads=1) as score,
+    MetricScorer(rows=rows, timeout_s=30.0, threads=1) as score,
     pytest.raises(UserError, match="'own' gives the images of a set different scores"),
   ):
-    score(Reward("own", "host", own, is_set=True), images, [Prompt("")] * 8, 2)
+    score([Reward("own", "host", own, is_set=True)], [images], [Prompt("")] * 8, 2)

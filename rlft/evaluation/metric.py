@@ -1,0 +1,144 @@
+"""Applies metrics to streams of images, of which only the scores are kept."""
+
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import math
+
+from jax.sharding import NamedSharding
+import numpy as np
+
+from rlft.diffusion import sampler
+from rlft.parallel import sharding
+from rlft.rewards.scoring.scorer import Scorer
+from rlft.types import Prompt, Reward, UserError
+
+# At most so many images are held and scored at once: metrics may be large networks, and images
+# large themselves (85 of 512 x 512 pixels).
+_SCORED_AT_ONCE = 256
+_BYTES_AT_ONCE = 2**28
+
+
+class MetricScorer:
+  """Applies metrics to any number of images; what it compiled for one evaluation serves the next.
+
+  Between two batches, no weights are on the devices.
+  """
+
+  def __init__(self, *, rows: NamedSharding, timeout_s: float, threads: int):
+    """Keeps the settings.
+
+    Args:
+      rows: how a batch is spread over the mesh.
+      timeout_s: deadline in seconds for a batch of a host metric.
+      threads: for a host metric, see `Scorer`.
+    """
+    self._settings = {"batch_sharding": rows, "timeout_s": timeout_s, "threads": threads}
+    self._rows = rows
+    self._scorers: dict[tuple[int, int, int], Scorer] = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self) -> None:
+    """Ends the threads of host metrics once they are idle."""
+    with contextlib.ExitStack() as stack:
+      for scorer in self._scorers.values():
+        stack.callback(scorer.close)
+
+  def __call__(
+    self,
+    metrics: Sequence[Reward],
+    batches: Iterable[np.ndarray],
+    prompts: Sequence[Prompt],
+    images_per_prompt: int,
+  ) -> list[np.ndarray]:
+    """Scores any number of images by several metrics, and forgets each image when it is scored.
+
+    Args:
+      metrics: the same objects each time, to be compiled once.
+      batches: N images in batches `[n, H, W, 3]` of any sizes, float32 in [0, 1], on every process.
+      prompts: N; the images of a set follow each other.
+      images_per_prompt: G, which divides N.
+
+    Returns:
+      For each metric `[N]` scores, or `[N / G]` of a set metric.
+
+    Raises:
+      RewardError: a host metric failed.
+      UserError: a set metric gives the images of a set different scores.
+    """
+    count, unit = len(prompts), math.lcm(images_per_prompt, self._rows.mesh.size)
+    found: list[list[np.ndarray]] = [[] for _ in metrics]
+    start = 0
+    for size, images in _regrouped(batches, count, unit):
+      # Padded by copies of the last set, so that every batch has the same size.
+      places = np.arange(size)
+      last_set = len(images) - images_per_prompt + places % images_per_prompt
+      places = np.where(places < len(images), places, last_set)
+      placed = sharding.put(images[places], self._rows)
+      drawn_for = [prompts[start + place] for place in places]
+      for metric, scores in zip(metrics, found, strict=True):
+        scorer = self._scorer(metric, size, images_per_prompt)
+        pending = scorer.submit(placed, drawn_for)
+        scores.append(sampler.fetch(pending.result())[: len(images)])
+        scorer.free()
+      start += len(images)
+    return [
+      _of_sets(metric, np.concatenate(scores), images_per_prompt)
+      if metric.is_set
+      else np.concatenate(scores)
+      for metric, scores in zip(metrics, found, strict=True)
+    ]
+
+  def _scorer(self, metric: Reward, size: int, images_per_prompt: int) -> Scorer:
+    key = id(metric), size, images_per_prompt  # Weights have no hash; a scorer keeps its reward.
+    if key not in self._scorers:
+      self._scorers[key] = Scorer(
+        metric, batch_size=size, images_per_prompt=images_per_prompt, **self._settings
+      )
+    return self._scorers[key]
+
+
+def _regrouped(
+  batches: Iterable[np.ndarray], count: int, unit: int
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Cuts a stream of `count` images anew, into batches of one size.
+
+  Args:
+    batches: `[n, H, W, 3]` each, n as it comes.
+    count: images in all.
+    unit: the size is a multiple of this.
+
+  Yields:
+    The size, and so many images; less at the end.
+  """
+  size, held = 0, []
+  for images in batches:
+    if not size:
+      most = min(count, _SCORED_AT_ONCE, max(_BYTES_AT_ONCE // images[0].nbytes, 1))
+      size = math.ceil(most / unit) * unit
+    held.append(images)
+    while sum(map(len, held)) >= size:
+      joined = np.concatenate(held)
+      yield size, joined[:size]
+      held = [joined[size:]]
+  if any(map(len, held)):
+    yield size, np.concatenate(held)
+
+
+def _of_sets(metric: Reward, scores: np.ndarray, images_per_prompt: int) -> np.ndarray:
+  """`[N / G]` scores of sets from those of their images.
+
+  Raises:
+    UserError: those of a set differ.
+  """
+  sets = scores.reshape(-1, images_per_prompt)
+  if not np.array_equal(sets, np.broadcast_to(sets[:, :1], sets.shape), equal_nan=True):
+    raise UserError(
+      f"metric {metric.name!r} gives the images of a set different scores, and so no measure of"
+      " the set: make it return one number for each set"
+    )
+  return sets[:, 0]
