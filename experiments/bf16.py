@@ -26,13 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlft import catalog
 from rlft.config import flags as cli
 from rlft.config import tasks
-from rlft.data import prompts as prompts_lib
 from rlft.diffusion import ddim, rollout, sampler
 from rlft.evaluation import evaluate, results
 from rlft.evaluation.metric import MetricScorer
-from rlft.inference import draw as inference
 from rlft.models import text
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
@@ -269,7 +268,7 @@ def drift() -> str:
   writer.writerow(["steps", "guidance", "latents_mean", "latents_max", "images_mean", "images_max"])
   presets = tasks.EVAL_PRESETS["emoji"]
   (entry,) = (entry for entry in presets if entry.name == "preference")
-  texts = [prompt.text for prompt in prompts_lib.load_prompts(entry.prompts)[:_IMAGES]]
+  texts = [prompt.text for prompt in catalog.load_prompts(entry.prompts)[:_IMAGES]]
   for steps, scale in ((10, 1.0), (10, 7.0), (50, 1.0), (50, 7.0)):
     exact, rounded = (
       pen(texts, seed=0, first=0, steps=steps, guidance_scale=scale) for pen in pens.values()
@@ -299,7 +298,7 @@ def _measure(pen: Pen, presets: Sequence) -> dict[str, results.EvalResult]:
 
   rows = sharding.batch(sharding.make_mesh())
   with MetricScorer(rows=rows, timeout_s=300.0, threads=1) as score:
-    return evaluate.evaluate(inference.make_specs(presets), sample=sample, score=score, seed=1000)
+    return evaluate.evaluate(catalog.make_specs(presets), sample=sample, score=score, seed=1000)
 
 
 _PAGE = """<!doctype html>

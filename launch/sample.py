@@ -5,9 +5,9 @@ python launch/sample.py --model=runs/emoji_joint --prompt="a dog and a car" --ou
 
 from absl import flags
 
+from rlft import catalog
 from rlft.config import fieldflags
 from rlft.config import flags as cli
-from rlft.data import prompts
 from rlft.inference import draw as inference
 
 fieldflags.define(inference.Drawing)
@@ -27,7 +27,7 @@ _OUTPUT = flags.DEFINE_string("output", "grid.png", "the PNG file; a row for eac
 def main() -> None:
   texts = list(_PROMPT.value)
   if _PROMPTS.value:
-    source = prompts.load_prompts(_PROMPTS.value)
+    source = catalog.load_prompts(_PROMPTS.value)
     count = min(len(source), _MAX_PROMPTS.value)
     texts += [source[place * len(source) // count].text for place in range(count)]
   drawing = fieldflags.read(inference.Drawing)

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlft.algorithms import advantages as advantages_lib
 from rlft.algorithms import losses
 from rlft.algorithms.optimizer import full_precision
 from rlft.config import settings as config_lib
@@ -43,6 +42,7 @@ from rlft.parallel import microbatch as microbatch_lib
 from rlft.report import iteration as iteration_metrics
 from rlft.report import page as report
 from rlft.report.metrics import MetricsWriter, Progress
+from rlft.rewards.scoring import statistics
 from rlft.rewards.scoring.scorer import RewardError
 from rlft.run.open import Run, measure, open_run
 from rlft.run.preemption import Stop
@@ -212,7 +212,7 @@ def make_programs(
 
   return Programs(
     advantages=sharding.jit(
-      lambda rewards, group: advantages_lib.normalise(
+      lambda rewards, group: statistics.normalise(
         rewards, clip=config.advantage_clip, group_size=group
       ),
       static_argnums=1,

@@ -9,32 +9,7 @@ the caller masks it out of the loss by `isfinite`.
 from collections.abc import Sequence
 import math
 
-import chex
-import jax
-import jax.numpy as jnp
-
-_EPSILON = 1e-6  # Equal rewards have no advantage; without it their rounding error would.
-
-
-def normalise(rewards: jax.Array, *, clip: float, group_size: int | None = None) -> jax.Array:
-  """(r - mean) / (std + epsilon) over the batch, or over each group of consecutive images.
-
-  Args:
-    rewards: `[B]` float32, the global batch; NaN where an image could not be scored.
-    clip: bound on the advantages' size (10 in the paper).
-    group_size: G; None normalises over all of B.
-
-  Returns:
-    `[B]` float32; 0 where the reward is NaN.
-  """
-  chex.assert_rank(rewards, 1)
-  groups = rewards.reshape(-1, group_size or len(rewards))
-  valid = jnp.isfinite(groups)
-  count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
-  mean = jnp.where(valid, groups, 0.0).sum(axis=1, keepdims=True) / count
-  centred = jnp.where(valid, groups - mean, 0.0)
-  std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / count)
-  return jnp.clip(centred / (std + _EPSILON), -clip, clip).reshape(-1)
+from rlft.rewards.scoring.statistics import EPSILON
 
 
 class PromptHistory:
@@ -68,7 +43,7 @@ class PromptHistory:
     advantages = []
     for prompt, reward in zip(prompts, rewards, strict=True):
       mean, std = statistics[prompt]
-      value = (reward - mean) / (std + _EPSILON) if math.isfinite(reward) else 0.0
+      value = (reward - mean) / (std + EPSILON) if math.isfinite(reward) else 0.0
       advantages.append(min(max(value, -clip), clip))
     return advantages
 

@@ -17,8 +17,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from rlft.config import tasks
-from rlft.config.settings import EMOJI_SD, Config, EvalConfig, TaskConfig, suggestion
-from rlft.data import pairs
+from rlft.config.settings import EMOJI, EMOJI_SD, Config, EvalConfig, TaskConfig, suggestion
 from rlft.types import UserError
 
 _REPEATED = {
@@ -85,7 +84,7 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     elif field.metadata.get("path"):
       value = os.path.expanduser(value)
       # A run is read from other working directories, too; the shipped things are no directories.
-      if os.path.isdir(value) and value not in (pairs.EMOJI, EMOJI_SD):
+      if os.path.isdir(value) and value not in (EMOJI, EMOJI_SD):
         value = os.path.abspath(value)
     values[field.name] = value
   return Config(**values)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rlft.types import UserError
 
+EMOJI = "emoji"  # the renderer, in the place of a folder of images with captions
 EMOJI_SD = "emoji-sd"  # the name of the shipped checkpoint, in the place of a directory
 _ADDRESS = re.compile(r"https?://\S*?(?=/v2/models/)")  # of a model on an inference server
 _SEED_LIMIT = 2**32  # jax.random.key drops higher bits

@@ -12,7 +12,6 @@ from rlft.data import prompts
 from rlft.data import shuffle as order
 from rlft.types import UserError
 
-EMOJI = "emoji"  # the renderer, in the place of a folder
 _METADATA = "metadata.jsonl"
 _STREAM = 2**31  # of the order; tasks have 0, 1, ...
 _DECODERS = 8  # threads; PIL decodes without holding the interpreter's lock
@@ -35,54 +34,19 @@ class Pairs:
     return len(self.captions)
 
 
-def load_pairs(spec: str, *, size: int, seed: int = 0, count: int = 8192) -> Pairs:
-  """Opens a source of images with captions.
+def load_folder(folder: str, *, size: int) -> Pairs:
+  """Opens a folder of images with captions.
 
   Args:
-    spec: 'emoji', or a folder with images and a metadata.jsonl of lines
-      `{"file_name": ..., "text": ...}`; file names are relative to the folder.
-    size: S, side of the images in pixels; a folder's images are scaled to fill the square and cut
-      to its centre.
-    seed: of the emoji scenes.
-    count: number of emoji scenes.
+    folder: images and a metadata.jsonl of lines `{"file_name": ..., "text": ...}`; file names are
+      relative to the folder.
+    size: S, side of the images in pixels; they are scaled to fill the square and cut to its centre.
 
   Raises:
-    UserError: the source does not exist, cannot be read, is empty or has not the size.
+    UserError: the folder does not exist, cannot be read or is empty.
   """
-  check_source(spec)
-  if spec == EMOJI:
-    return _load_emoji(size, seed, count)
-  return _load_folder(os.path.expanduser(spec), size)
-
-
-def check_source(spec: str) -> None:
-  """Checks that `load_pairs` can find the source, without reading it."""
-  folder = os.path.expanduser(spec)
-  if spec != EMOJI and not os.path.isfile(os.path.join(folder, _METADATA)):
-    raise UserError(
-      f"--pretrain_data={spec} has no {_METADATA}: give {EMOJI}, or a folder with images and a "
-      f'{_METADATA} of lines {{"file_name": ..., "text": ...}}'
-    )
-
-
-def pair_indices(seed: int, iteration: int, *, count: int, size: int) -> np.ndarray:
-  """Which pairs an iteration sees: `[count]` int64 in [0, size); see `order.batch_indices`."""
-  return order.batch_indices(seed, _STREAM, iteration, count=count, size=size)
-
-
-def _load_emoji(size: int, seed: int, count: int) -> Pairs:
-  from rlft.emoji import world  # only a run in the emoji world needs its art
-
-  if size != world.IMAGE_SIZE:
-    raise UserError(
-      f"--pretrain_data={EMOJI} has images of {world.IMAGE_SIZE} pixels but the model draws "
-      f"{size}: give a folder of images"
-    )
-  images, captions = world.training_pairs(seed, count)
-  return Pairs(captions=captions, images=lambda indices: images[np.asarray(indices)])
-
-
-def _load_folder(folder: str, size: int) -> Pairs:
+  check_folder(folder)
+  folder = os.path.expanduser(folder)
   paths, captions = [], []
   listing = os.path.join(folder, _METADATA)
   with prompts.reading(listing):
@@ -104,6 +68,24 @@ def _load_folder(folder: str, size: int) -> Pairs:
     return np.stack(decoded) if decoded else np.empty((0, size, size, 3), np.uint8)
 
   return Pairs(captions=captions, images=images)
+
+
+def check_folder(folder: str) -> None:
+  """Checks that `load_folder` can find the folder's list of images, without reading it.
+
+  Raises:
+    UserError: as `load_folder`.
+  """
+  if not os.path.isfile(os.path.join(os.path.expanduser(folder), _METADATA)):
+    raise UserError(
+      f"--pretrain_data={folder} has no {_METADATA}: give emoji, or a folder with images and a "
+      f'{_METADATA} of lines {{"file_name": ..., "text": ...}}'
+    )
+
+
+def pair_indices(seed: int, iteration: int, *, count: int, size: int) -> np.ndarray:
+  """Which pairs an iteration sees: `[count]` int64 in [0, size); see `order.batch_indices`."""
+  return order.batch_indices(seed, _STREAM, iteration, count=count, size=size)
 
 
 def _decode(path: str, size: int) -> np.ndarray:

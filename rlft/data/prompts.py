@@ -15,7 +15,6 @@ from rlft.types import Prompt, UserError
 
 _log = logging.getLogger(__name__)
 
-_EMOJI, _TFDS = "emoji:", "tfds:"
 _COLUMN = "prompt"
 
 
@@ -42,14 +41,11 @@ class _Prompts(Sequence[Prompt]):
 # Sources.
 
 
-def load_prompts(spec: str) -> Sequence[Prompt]:
-  """The prompts of a source, in its order; lines and rows without text are left out.
+def load_file(path: str) -> Sequence[Prompt]:
+  """The prompts of a file, in its order; lines and rows without text are left out.
 
   Args:
-    spec: one of
-      emoji:TASK/SPLIT       the emoji world's prompts;
-      tfds:NAME/SPLIT        a data set of TensorFlow Datasets with a text feature `prompt`, by name
-                             or by the path of its folder (array_record; TensorFlow is not needed);
+    path: one of
       FILE.txt               one prompt a line;
       FILE.jsonl             objects with `prompt`; the other keys are the prompt's metadata;
       FILE.csv, FILE.tsv     a column `prompt` (or `Prompt`); the other columns are metadata;
@@ -59,14 +55,10 @@ def load_prompts(spec: str) -> Sequence[Prompt]:
     At least one prompt.
 
   Raises:
-    UserError: the source does not exist, cannot be read, or has no prompts.
+    UserError: the file does not exist, cannot be read, or has no prompts.
   """
-  check_source(spec)
-  if spec.startswith(_EMOJI):
-    return _load_emoji(spec)
-  if spec.startswith(_TFDS):
-    return _load_tfds(spec)
-  path = os.path.expanduser(spec)
+  check_file(path)
+  path = os.path.expanduser(path)
   with reading(path):
     loaded = _READERS[_suffix(path)](path)
   if not len(loaded):
@@ -74,21 +66,13 @@ def load_prompts(spec: str) -> Sequence[Prompt]:
   return loaded
 
 
-def check_source(spec: str) -> None:
-  """Checks that `load_prompts` knows such a source and that its file exists, without reading it.
+def check_file(path: str) -> None:
+  """Checks that `load_file` knows such a file and that it exists, without reading it.
 
   Raises:
-    UserError: as `load_prompts`.
+    UserError: as `load_file`.
   """
-  if spec.startswith(_EMOJI):
-    _load_emoji(spec)
-    return
-  if spec.startswith(_TFDS):
-    name, slash, split = spec.removeprefix(_TFDS).rpartition("/")
-    if not (name and slash and split):
-      raise UserError(f"prompts {spec}: write tfds:NAME/SPLIT, e.g. tfds:my_prompts/train")
-    return
-  path = os.path.expanduser(spec)
+  path = os.path.expanduser(path)
   if not os.path.exists(path):
     raise UserError(
       f"prompt file {path} does not exist: give a file, emoji:TASK/SPLIT or tfds:NAME/SPLIT"
@@ -116,15 +100,6 @@ def reading(path: str) -> Iterator[None]:
 
 def _suffix(path: str) -> str:
   return os.path.splitext(path)[1].lower()
-
-
-def _load_emoji(spec: str) -> Sequence[Prompt]:
-  task, slash, split = spec.removeprefix(_EMOJI).partition("/")
-  if not slash:
-    raise UserError(f"prompts {spec}: write emoji:TASK/SPLIT, e.g. emoji:pair/train")
-  from rlft.emoji import prompts as emoji_prompts  # only a run in the emoji world needs its art
-
-  return emoji_prompts.prompts(task, split)
 
 
 def _read_text(path: str) -> Sequence[Prompt]:
@@ -232,14 +207,23 @@ class _TfdsTexts(Sequence[str]):
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _load_tfds(spec: str) -> Sequence[Prompt]:
+def load_tfds(name: str, split: str) -> Sequence[Prompt]:
+  """The prompts of a TensorFlow Datasets data set (array_record; TensorFlow is not needed).
+
+  Args:
+    name: of a data set with a text feature `prompt`, or the path of its folder.
+    split: of the data set.
+
+  Raises:
+    UserError: it cannot be read, has no such feature, or is empty.
+  """
+  spec = f"tfds:{name}/{split}"
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(
       f"prompts {spec} need tensorflow-datasets: pip install tensorflow-datasets array-record"
     ) from error
-  name, _, split = spec.removeprefix(_TFDS).rpartition("/")
   folder = os.path.expanduser(name)
   try:
     builder = tfds.builder_from_directory(folder) if os.path.isdir(folder) else tfds.builder(name)

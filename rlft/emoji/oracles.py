@@ -4,13 +4,12 @@ The numbers come from `rlft.emoji.measures`, by rules and templates; the rewards
 come from networks (`rlft.emoji.rewards`) with mistakes of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rlft.emoji import world
-from rlft.emoji.measures import object_confidence, preference, presence_params, tone_class
+from rlft.emoji import measures, world
 from rlft.emoji.prompts import object_classes
 from rlft.rewards.parity import statistical_parity
 from rlft.types import Reward
@@ -20,7 +19,7 @@ PRESENT = 0.5  # confidence from which an object counts as being in the picture
 
 def _present(params, images, ids):
   """Which named objects are present `[B, M]`, and which columns name one `[B, M]`."""
-  return object_confidence(images, ids, params) >= PRESENT, ids >= 0
+  return measures.object_confidence(images, ids, params) >= PRESENT, ids >= 0
 
 
 def _presence_score(params, images, ids):
@@ -35,38 +34,41 @@ def _both_score(params, images, ids):
 
 
 def _preference_score(params, images, ids):
-  return preference(images, ids, params)
+  return measures.preference(images, ids, params)
 
 
 def _parity_score(params, images, features):
   del params, features
   n_prompts, n_images = images.shape[:2]
-  tones, _ = tone_class(images.reshape(-1, *images.shape[2:]))
+  tones, _ = measures.tone_class(images.reshape(-1, *images.shape[2:]))
   tones = tones.reshape(n_prompts, n_images)
   shares = jax.nn.one_hot(tones, len(world.TONE_CLASSES))
   return statistical_parity(shares, tones >= 0, min_classified=0)
 
 
-def _of_objects(name: str, score: Callable) -> Callable[[], Reward]:
-  def factory() -> Reward:
-    return Reward(name, "jax", score, prepare=object_classes, params=presence_params())
-
-  return factory
+def _of_objects(name: str, score: Callable) -> Reward:
+  return Reward(name, "jax", score, prepare=object_classes, params=measures.presence_params())
 
 
-def _parity() -> Reward:
+def presence() -> Reward:
+  """'oracle-presence': share of the named objects in the picture; NaN if none is named."""
+  return _of_objects("oracle-presence", _presence_score)
+
+
+def both() -> Reward:
+  """'oracle-both': 1 if every named object is in the picture, else 0; NaN if none is named."""
+  return _of_objects("oracle-both", _both_score)
+
+
+def preference() -> Reward:
+  """'oracle-preference': see `measures.preference`; in [0, 1]."""
+  return _of_objects("oracle-preference", _preference_score)
+
+
+def parity() -> Reward:
+  """'oracle-parity': how unevenly the tone classes occur among a prompt's images.
+
+  || shares of the tone classes - 1/4 ||_2 over those images in which skin was found: 0 to 0.866,
+  LOWER is better; NaN if there is none.
+  """
   return Reward("oracle-parity", "jax", _parity_score, is_set=True)
-
-
-# Factories by the name that a user writes:
-#   oracle-presence    share of the named objects that are in the picture; NaN if none is named
-#   oracle-both        1 if every named object is in the picture, else 0; NaN if none is named
-#   oracle-preference  see `measures.preference`; in [0, 1]
-#   oracle-parity      || shares of the tone classes - 1/4 ||_2 over those images of a prompt in
-#                      which skin was found: 0 to 0.866, LOWER is better; NaN if there is none
-ORACLES: Mapping[str, Callable[[], Reward]] = {
-  "oracle-presence": _of_objects("oracle-presence", _presence_score),
-  "oracle-both": _of_objects("oracle-both", _both_score),
-  "oracle-preference": _of_objects("oracle-preference", _preference_score),
-  "oracle-parity": _parity,
-}

@@ -11,7 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from rlft.data.pairs import Pairs
 from rlft.emoji import art
+from rlft.types import UserError
 
 Kind = Literal["object", "pair", "portrait"]
 
@@ -229,3 +231,23 @@ def training_pairs(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
     images[i] = scene.image
     captions.append(scene.caption)
   return images, captions
+
+
+def pairs(size: int, seed: int, count: int) -> Pairs:
+  """The data 'emoji' of the pretraining loss: `count` pictures of the world.
+
+  Args:
+    size: side in pixels that the model draws.
+    seed: of the pictures.
+    count: how many.
+
+  Raises:
+    UserError: the world has not this size.
+  """
+  if size != IMAGE_SIZE:
+    raise UserError(
+      f"--pretrain_data=emoji has images of {IMAGE_SIZE} pixels but the model draws {size}: give a"
+      " folder of images"
+    )
+  images, captions = training_pairs(seed, count)
+  return Pairs(captions=captions, images=lambda indices: images[np.asarray(indices)])

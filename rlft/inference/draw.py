@@ -1,6 +1,6 @@
 """A model as it is, without training: a grid of what it draws, and its held-out measures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import math
@@ -10,19 +10,18 @@ import pathlib
 import jax
 import numpy as np
 
-from rlft.config.settings import Config, EvalConfig, TaskConfig, check_fields, option
-from rlft.data import prompts as prompts_lib
+from rlft import catalog
+from rlft.config.settings import Config, EvalConfig, check_fields, option
 from rlft.diffusion import sampler
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import results
 from rlft.evaluation.metric import MetricScorer
 from rlft.inference import load as finetuned
 from rlft.parallel import sharding
-from rlft.rewards import make_reward
-from rlft.rewards.scoring import task as combine
+from rlft.rewards import grammar
 from rlft.storage import files
 from rlft.storage import images as images_lib
-from rlft.types import Reward, UserError
+from rlft.types import UserError
 
 _SHOWN_SIZE = 128  # pixels; smaller images are enlarged in a grid, to be seen at all
 
@@ -164,12 +163,12 @@ def measure(
   check_fields(given)
   if output:
     _check_output(output)
-  specs = make_specs(evals)
+  specs = catalog.make_specs(evals)
   draw = Drawer(drawing)
   trained = draw.found.config
   if trained is not None:
-    specs = specs or make_specs(trained.eval)
-    is_trained_on = combine.trained_on(trained.task)
+    specs = specs or catalog.make_specs(trained.eval)
+    is_trained_on = grammar.trained_on(trained.task)
     specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
   if not specs:
     raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
@@ -188,56 +187,6 @@ def measure(
     }
     files.write_atomic(output, json.dumps(content, indent=2) + "\n")
   return results.table(measured)
-
-
-def make_specs(
-  evals: Sequence[EvalConfig],
-  *,
-  trained_on: Sequence[TaskConfig] = (),
-  make: Callable[[str], Reward] = make_reward,
-) -> list[evaluate_lib.EvalSpec]:
-  """Opens the prompts and metrics of evaluations.
-
-  Args:
-    evals: from the flags.
-    trained_on: tasks that the model was trained with.
-    make: what makes a metric of its name; one that remembers loads large weights once.
-
-  Raises:
-    UserError: an unknown metric, or prompts that cannot be read.
-  """
-  is_trained_on = combine.trained_on(trained_on)
-  metrics = {}
-  for entry in evals:
-    if entry.metric not in metrics:
-      metrics[entry.metric] = _metric(entry, make)
-  return [
-    evaluate_lib.EvalSpec(
-      name=entry.name,
-      metric=metrics[entry.metric],
-      prompts=prompts_lib.load_prompts(entry.prompts),
-      images=entry.images,
-      images_per_prompt=entry.images_per_prompt,
-      trained_on=is_trained_on(entry.metric),
-    )
-    for entry in evals
-  ]
-
-
-def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
-  """The reward that an evaluation names, if its scores mean the same in every batch."""
-  if combine.is_combination(entry.metric):
-    raise UserError(
-      f"--eval=name={entry.name}: metric={entry.metric} adds up rewards relative to their batch,"
-      " which measures nothing: give an evaluation for each of them"
-    )
-  metric = make(entry.metric)
-  if not metric.is_measure:
-    raise UserError(
-      f"--eval=name={entry.name}: metric={entry.metric} is the credit of images within their set,"
-      " not a measure of the set: use it with credit=set"
-    )
-  return metric
 
 
 def _check_output(path: str | os.PathLike[str]) -> None:

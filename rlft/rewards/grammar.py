@@ -9,7 +9,7 @@ and `--eval` are cut. All else stands for itself, also '?', '=', '+' and ':'.
 In a shell, quote the flag: '&' and '?' have meanings there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import inspect
 import math
 import pathlib
@@ -19,9 +19,12 @@ import typing
 from typing import Any
 import urllib.parse
 
-from rlft.config.settings import suggestion
+from rlft.config.settings import TaskConfig, suggestion
 from rlft.types import UserError
 
+_PLUS = re.compile(r"\s\+\s")
+_WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
+_VETO = re.compile(r"(.+?)\s*(>=|<=)\s*(\S+)")
 _NUMBERS = {int: "a whole number", float: "a number"}
 _TEXT = (str, pathlib.Path)
 
@@ -146,3 +149,67 @@ def _read(spec: str, key: str, text: str, annotation: Any) -> Any:
     f"reward {spec!r}: {key} cannot be given as text, as its factory takes {annotation}: annotate"
     " it with str, int, float or bool there"
   )
+
+
+# Sums and vetoes.
+
+
+def is_combination(spec: str) -> bool:
+  """Whether `spec` is a sum, and not the name of one reward."""
+  return len(_PLUS.split(spec)) > 1 or _WEIGHT.match(spec) is not None
+
+
+def terms(spec: str) -> list[tuple[float, str]]:
+  """The weights and names in a sum; a weight is 1 where none is given.
+
+  Raises:
+    UserError: an empty term, or one without effect.
+  """
+  found = []
+  for part in _PLUS.split(spec):
+    weight = _WEIGHT.match(part)
+    name = part[weight.end() if weight else 0 :].strip()
+    if not name:
+      raise UserError(f"reward={spec}: a term has no name: write NUMBER*NAME + NUMBER*NAME")
+    value = float(weight[1]) if weight else 1.0
+    if value == 0 or not math.isfinite(value):
+      raise UserError(
+        f"reward={spec}: the weight of {name} is {value:g}: give another, or watch={name} to"
+        " measure it without training on it"
+      )
+    found.append((value, name))
+  return found
+
+
+def parse_veto(text: str) -> tuple[str, bool, float]:
+  """The name, whether it must be at least the bound (else at most), and the bound.
+
+  Raises:
+    UserError: it is not of the form NAME>=NUMBER or NAME<=NUMBER.
+  """
+  match = _VETO.fullmatch(text.strip())
+  try:
+    bound = float(match[3]) if match else math.nan
+  except ValueError:
+    bound = math.nan
+  if not math.isfinite(bound):
+    raise UserError(
+      f"veto={text}: write NAME>=NUMBER, or NAME<=NUMBER where less is better, for what must hold"
+    )
+  return match[1], match[2] == ">=", bound
+
+
+def trained_on(tasks: Iterable[TaskConfig]) -> Callable[[str], bool]:
+  """A function that says whether any task is trained on the reward with this name.
+
+  It does not matter how credit is given within a set.
+  """
+  names = [name for task in tasks for _, name in terms(task.reward)]
+  names += [parse_veto(task.veto)[0] for task in tasks if task.veto]
+  known = {_measured(name) for name in names}
+  return lambda name: _measured(name) in known
+
+
+def _measured(spec: str) -> tuple[str, frozenset]:
+  name, given = split(spec)
+  return name, frozenset((key, value) for key, value in given.items() if key != "credit")

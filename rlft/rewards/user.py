@@ -30,7 +30,7 @@ import pathlib
 import sys
 import types
 
-from rlft.rewards import grammar as options
+from rlft.rewards import grammar
 from rlft.rewards.scoring import errors
 from rlft.types import Reward, UserError
 
@@ -47,7 +47,7 @@ def user_reward(spec: str) -> Reward:
   kind, _, rest = spec.partition(":")
   given: dict[str, str] = {}
   if kind == "factory":
-    name, given = options.split(spec)
+    name, given = grammar.split(spec)
     rest = name.partition(":")[2]
   elif "?" in rest:
     raise UserError(
@@ -81,7 +81,7 @@ def user_reward(spec: str) -> Reward:
 def _made(function: Callable, spec: str, given: tuple[tuple[str, str], ...]) -> Reward:
   """What a factory returns, if it is a reward."""
   try:
-    reward = options.call(function, spec, dict(given))
+    reward = grammar.call(function, spec, dict(given))
   except UserError:
     raise
   except Exception as error:

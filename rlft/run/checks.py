@@ -10,8 +10,8 @@ import os
 import re
 import tempfile
 
+from rlft import catalog
 from rlft.config.settings import EMOJI_SD, Config, TaskConfig, check_fields
-from rlft.data import pairs, prompts
 from rlft.models.files import pretrained
 from rlft.types import UserError
 
@@ -36,9 +36,9 @@ def validate(config: Config) -> None:
   # What is on this machine; the working directory last, so that no mistake above leaves one behind.
   validate_pretrained(config.pretrained)
   for entry in (*config.task, *config.eval):
-    prompts.check_source(entry.prompts)
+    catalog.check_prompts(entry.prompts)
   if config.pretrain_weight:
-    pairs.check_source(config.pretrain_data)
+    catalog.check_pairs(config.pretrain_data)
   _make_workdir(config.workdir)
 
 

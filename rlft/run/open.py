@@ -13,21 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from rlft import catalog
 from rlft.algorithms.advantages import PromptHistory
 from rlft.config.settings import Config, TaskConfig
 from rlft.data import pairs as pairs_lib
-from rlft.data import prompts as prompts_lib
 from rlft.diffusion import ddim
 from rlft.diffusion import sampler as sampler_lib
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import results
 from rlft.evaluation.metric import MetricScorer
-from rlft.inference.draw import make_specs
 from rlft.models import lora
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
 from rlft.report import samples
-from rlft.rewards import make_reward
 from rlft.rewards.scoring import task as combine
 from rlft.rewards.scoring.task import TaskScorer
 from rlft.run import checks
@@ -112,7 +110,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
     config, device_count=devices or jax.device_count(), process_count=jax.process_count()
   )
   mesh = sharding.make_mesh(config.fsdp, devices)
-  made_once = functools.cache(make_reward)
+  made_once = functools.cache(catalog.make_reward)
   rewards = [combine.task_reward(task, made_once) for task in config.task]
   for task, reward in zip(config.task, rewards, strict=True):
     checks.validate_set_reward(
@@ -121,10 +119,10 @@ def open_run(config: Config, devices: int = 0) -> Run:
       on_sets=[one.name for one in reward.rewards if one.is_set],
       same_in_set=reward.same_in_set,
     )
-  prompts = [prompts_lib.load_prompts(task.prompts) for task in config.task]
+  prompts = [catalog.load_prompts(task.prompts) for task in config.task]
   for task, entries in zip(config.task, prompts, strict=True):
     checks.validate_prompt_count(config, task, len(entries))
-  evals = make_specs(config.eval, trained_on=config.task, make=made_once)
+  evals = catalog.make_specs(config.eval, trained_on=config.task, make=made_once)
 
   def place(path, shape):
     return NamedSharding(mesh, sharding.spec(mesh, shape))
@@ -150,7 +148,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
   pairs = None
   if config.pretrain_weight:
     size = sampler_lib.latent_shape(model)[0] * model.vae.config.downscale
-    pairs = pairs_lib.load_pairs(config.pretrain_data, size=size, seed=config.seed)
+    pairs = catalog.load_pairs(config.pretrain_data, size=size, seed=config.seed)
 
   kept = config.lora_rank or config.kl_weight
   frozen = {name: tree for name, tree in model.params.items() if name != "unet" or kept}

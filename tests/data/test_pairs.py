@@ -35,13 +35,13 @@ def describe(folder, *rows):
 
 def refusal(spec, size=8) -> str:
   with pytest.raises(UserError) as caught:
-    pairs.load_pairs(str(spec), size=size)
+    pairs.load_folder(str(spec), size=size)
   assert "\n" not in str(caught.value)
   return str(caught.value)
 
 
 def test_a_folder_is_cut_to_squares_of_the_size(folder):
-  loaded = pairs.load_pairs(str(folder), size=4)
+  loaded = pairs.load_folder(str(folder), size=4)
   assert len(loaded) == 4
   assert loaded.captions[1] == "a more/tall.png"
   images = loaded.images([0, 1, 2, 3, 0])
@@ -57,12 +57,12 @@ def test_a_folder_is_cut_to_squares_of_the_size(folder):
 
 
 def test_images_are_scaled(folder):
-  images = pairs.load_pairs(str(folder), size=16).images(np.array([2]))
+  images = pairs.load_folder(str(folder), size=16).images(np.array([2]))
   np.testing.assert_array_equal(images, np.full((1, 16, 16, 3), 255))
 
 
 def test_a_damaged_image_is_named(folder):
-  loaded = pairs.load_pairs(str(folder), size=4)
+  loaded = pairs.load_folder(str(folder), size=4)
   (folder / "wide.png").write_bytes((folder / "wide.png").read_bytes()[:40])
   with pytest.raises(UserError, match=r"wide\.png cannot be decoded .*: replace it or remove"):
     loaded.images([0])
@@ -79,16 +79,6 @@ def test_a_bad_folder_is_refused(folder, tmp_path):
   assert "metadata.jsonl is empty" in refusal(folder)
   assert "has no metadata.jsonl" in refusal(folder / "more")
   assert "has no metadata.jsonl" in refusal(tmp_path / "none")
-
-
-def test_emoji_pairs_are_a_function_of_the_seed():
-  loaded = pairs.load_pairs("emoji", size=32, seed=3, count=8)
-  assert len(loaded) == 8
-  assert loaded.images([5, 0]).shape == (2, 32, 32, 3)
-  again = pairs.load_pairs("emoji", size=32, seed=3, count=8)
-  np.testing.assert_array_equal(again.images(range(8)), loaded.images(range(8)))
-  assert list(again.captions) == list(loaded.captions)
-  assert "images of 32 pixels but the model draws 64" in refusal("emoji", size=64)
 
 
 def test_the_order_of_pairs_is_a_pure_function():

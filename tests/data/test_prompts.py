@@ -13,7 +13,7 @@ from rlft.types import Prompt, UserError
 
 def refusal(spec) -> str:
   with pytest.raises(UserError) as caught:
-    prompts.load_prompts(str(spec))
+    prompts.load_file(str(spec))
   assert "\n" not in str(caught.value)
   return str(caught.value)
 
@@ -26,15 +26,9 @@ def write(path, content) -> str:
 # Sources.
 
 
-def test_emoji_prompts():
-  loaded = prompts.load_prompts("emoji:pair/train")
-  assert len(loaded) > 1000
-  assert len(loaded[0].metadata["objects"]) == 2
-
-
 def test_a_line_a_prompt(tmp_path):
   path = write(tmp_path / "p.txt", "\ufeffa dog\r\n\n  a car \nein Bär")
-  loaded = prompts.load_prompts(path)
+  loaded = prompts.load_file(path)
   assert list(loaded) == [Prompt("a dog"), Prompt("a car"), Prompt("ein Bär")]
   assert loaded[1:] == [Prompt("a car"), Prompt("ein Bär")]
   assert loaded[-1].text == "ein Bär"
@@ -45,7 +39,7 @@ def test_json_lines_carry_metadata(tmp_path):
     tmp_path / "p.jsonl",
     '{"prompt": "a dog and a car", "objects": ["dog", "car"]}\n\n{"prompt": "a cat"}\n',
   )
-  assert list(prompts.load_prompts(path)) == [
+  assert list(prompts.load_file(path)) == [
     Prompt("a dog and a car", {"objects": ["dog", "car"]}),
     Prompt("a cat"),
   ]
@@ -55,7 +49,7 @@ def test_json_lines_carry_metadata(tmp_path):
 def test_tables(tmp_path, suffix, comma):
   rows = [["Prompt", "Category"], ['"a dog, ""Rex"""', "animal"], ["", "none"], ["a car"]]
   path = write(tmp_path / f"p.{suffix}", "\n".join(comma.join(row) for row in rows))
-  assert list(prompts.load_prompts(path)) == [
+  assert list(prompts.load_file(path)) == [
     Prompt('a dog, "Rex"', {"Category": "animal"}),
     Prompt("a car", {"Category": None}),
   ]
@@ -69,7 +63,7 @@ def test_parquet(tmp_path):
   parquet.write_table(
     pyarrow.table({"prompt": ["a dog", None, " ", "a car"], "id": range(4)}), path
   )
-  assert list(prompts.load_prompts(str(path))) == [Prompt("a dog"), Prompt("a car")]
+  assert list(prompts.load_file(str(path))) == [Prompt("a dog"), Prompt("a car")]
   parquet.write_table(pyarrow.table({"text": ["a dog"]}), path)
   assert "has no column 'prompt' (it has text)" in refusal(path)
   write(path, "no parquet")
@@ -107,13 +101,10 @@ def test_a_bad_file_is_refused(tmp_path, name, content, message):
 def test_a_source_that_does_not_exist_is_refused(tmp_path):
   assert "does not exist: give a file, emoji:TASK/SPLIT" in refusal(tmp_path / "none.txt")
   assert "is a directory" in refusal(tmp_path)
-  assert "unknown emoji task 'pears'" in refusal("emoji:pears/train")
-  assert "write emoji:TASK/SPLIT" in refusal("emoji:pair")
-  assert "write tfds:NAME/SPLIT" in refusal("tfds:my_prompts")
 
 
 def test_checking_a_source_does_not_read_it(tmp_path):
-  prompts.check_source(write(tmp_path / "p.txt", b"\xff"))
+  prompts.check_file(write(tmp_path / "p.txt", b"\xff"))
 
 
 def test_tensorflow_datasets(tmp_path):
@@ -136,16 +127,18 @@ def test_tensorflow_datasets(tmp_path):
 
   builder = RlftTestPrompts(data_dir=str(tmp_path), file_format="array_record")
   builder.download_and_prepare()
-  loaded = prompts.load_prompts(f"tfds:{builder.data_dir}/train")
+  loaded = prompts.load_tfds(builder.data_dir, "train")
   assert sorted(prompt.text for prompt in loaded) == [f"emoji number {i} ä" for i in range(5)]
   assert loaded[np.int64(2)] == loaded[2]
-  assert "cannot be read" in refusal(f"tfds:{builder.data_dir}/test")
-  assert "cannot be read" in refusal("tfds:rlft_no_such_data_set/train")
+  for name, split in ((builder.data_dir, "test"), ("rlft_no_such_data_set", "train")):
+    with pytest.raises(UserError, match="cannot be read"):
+      prompts.load_tfds(name, split)
 
 
 def test_tensorflow_datasets_not_installed(monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-  assert "pip install tensorflow-datasets" in refusal("tfds:my_prompts/train")
+  with pytest.raises(UserError, match="pip install tensorflow-datasets"):
+    prompts.load_tfds("my_prompts", "train")
 
 
 # Tokens.

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from rlft.catalog import make_reward
 from rlft.emoji import art, calibrate, measures, templates, world
-from rlft.emoji.oracles import ORACLES
 from rlft.types import UserError
 
 DOG, CAR, OWL = (art.OBJECTS.index(name) for name in ("dog", "car", "owl"))
@@ -128,7 +128,7 @@ def test_preference_wants_what_was_asked_for():
 
 def score(name, images, metadata):
   """Scores as the evaluation does, from prepared features."""
-  reward = ORACLES[name]()
+  reward = make_reward(name)
   features = reward.prepare([str(m) for m in metadata], metadata) if reward.prepare else None
   return np.asarray(reward.score(reward.params, images, features))
 
@@ -141,7 +141,7 @@ def test_object_oracles():
   np.testing.assert_array_equal(score("oracle-both", images, metadata), [1, 0, 1, np.nan])
   np.testing.assert_array_equal(score("oracle-presence", images, metadata), [1, 0.5, 1, np.nan])
   preference = score("oracle-preference", images, metadata)
-  reward = ORACLES["oracle-preference"]()
+  reward = make_reward("oracle-preference")
   jitted = jax.jit(reward.score)(reward.params, images, reward.prepare([""] * 4, metadata))
   np.testing.assert_allclose(jitted, preference, atol=1e-5)
 
@@ -157,11 +157,11 @@ def test_parity_oracle():
   ])  # fmt: skip
   parity = score("oracle-parity", images, [{}] * 4)
   np.testing.assert_allclose(parity, [0, 0.75**0.5, 0.5, np.nan], atol=1e-6)
-  assert ORACLES["oracle-parity"]().is_set
+  assert make_reward("oracle-parity").is_set
 
 
 def test_unknown_objects_are_refused():
-  prepare = ORACLES["oracle-both"]().prepare
+  prepare = make_reward("oracle-both").prepare
   np.testing.assert_array_equal(prepare(["an owl"], [{"objects": ["owl"]}]), [[OWL, -1]])
   with pytest.raises(UserError, match="unicorn"):
     prepare(["a unicorn"], [{"objects": ["unicorn"]}])

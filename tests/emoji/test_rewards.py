@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlft import rewards
+from rlft import catalog
 from rlft.emoji import detector, preference, prompts, scenes, tone, world
 from rlft.types import UserError
 
@@ -17,7 +17,7 @@ def render(kind, seed, **given):
 
 
 def score(name, images, texts, metadata):
-  reward = rewards.make_reward(name)
+  reward = catalog.make_reward(name)
   features = reward.prepare(texts, metadata)
   return np.asarray(jax.jit(reward.score)(reward.params, np.stack(images), features))
 
@@ -39,7 +39,7 @@ def test_parity_of_rendered_sets():
   sets = [[k % 4 for k in range(8)], [3] * 8]
   images = [[render("portrait", 10 * i + k, tone=t) for k, t in enumerate(s)]
             for i, s in enumerate(sets)]  # fmt: skip
-  reward = rewards.make_reward("emoji-tone-parity")
+  reward = catalog.make_reward("emoji-tone-parity")
   found = jax.jit(reward.score)(reward.params, np.array(images), None)
   np.testing.assert_allclose(found, [0, -np.sqrt(0.75)], atol=0.1)
 
@@ -106,7 +106,7 @@ def test_preference_likes_vivid_pictures_of_what_was_asked():
 )
 def test_prompts_that_the_detector_cannot_use(metadata, message):
   with pytest.raises(UserError, match=message):
-    rewards.make_reward("emoji-objects").prepare(["a picture"], [metadata])
+    catalog.make_reward("emoji-objects").prepare(["a picture"], [metadata])
 
 
 @pytest.mark.parametrize("model", [tone, detector, preference])

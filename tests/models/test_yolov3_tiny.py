@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft import rewards
+from rlft import catalog
 from rlft.models import yolov3_tiny
 from rlft.models.files import darknet
 from rlft.rewards import yolo
@@ -380,7 +380,7 @@ def test_what_is_in_the_photographs_is_found(detector, photographs):
 
 
 def test_the_name_in_a_flag(published, photographs):
-  reward = rewards.make_reward("yolov3-tiny?letterbox=true")
+  reward = catalog.make_reward("yolov3-tiny?letterbox=true")
   features = reward.prepare(["a", "b"], [{"objects": ["cup", "motorcycle"]}, {"objects": ["cup"]}])
   picture = photographs["coffee"][None].astype(np.float32).repeat(2, 0) / 255
   both, cup = np.asarray(jax.jit(reward.score)(reward.params, picture, features))

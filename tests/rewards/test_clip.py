@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 import torch_files
 
+from rlft.catalog import make_reward
 from rlft.models import clip
 from rlft.models.files import clip_weights, torch_layout
 from rlft.models.files import sources as weights
-from rlft.rewards import aesthetic, make_reward
+from rlft.rewards import aesthetic
 from rlft.rewards import clip as clip_reward
 from rlft.types import UserError
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from rlft import rewards
-from rlft.rewards import diversity, make_reward, sets
+from rlft.catalog import make_reward
+from rlft.rewards import diversity, sets
 from rlft.types import UserError
 
 ALL = jnp.ones(4, bool)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import towers_cases
 
-from rlft import rewards
+from rlft import catalog
 from rlft.models.files import torch_layout
 from rlft.rewards import named, owlvit
 from rlft.types import UserError
@@ -92,7 +92,7 @@ def test_long_names_are_cut_and_keep_the_end_token():
 
 
 def test_weights_are_read_from_files_and_nothing_named_is_nan(files):
-  made = rewards.make_reward(f"owlvit?weights={files / 'owlvit'}")
+  made = catalog.make_reward(f"owlvit?weights={files / 'owlvit'}")
   assert made.kind == "jax" and not made.is_set
   ids = made.prepare([""] * 3, [*cases.NAMED[:2], {}])
   score = jax.jit(made.score, compiler_options=towers_cases.FAST)
@@ -103,7 +103,7 @@ def test_weights_are_read_from_files_and_nothing_named_is_nan(files):
 
 def test_bfloat16_towers_and_a_tokenizer_from_elsewhere(files):
   spec = f"owlv2?weights={files / 'owlv2'}&tokenizer={files / 'owlvit'}&dtype=bfloat16"
-  made = rewards.make_reward(spec)
+  made = catalog.make_reward(spec)
   ids = made.prepare([""] * 3, cases.NAMED)
   score = jax.jit(made.score, compiler_options=towers_cases.FAST)
   found = score(made.params, cases.images("small"), ids)
@@ -133,12 +133,12 @@ def test_mistakes(files, tmp_path):
   with pytest.raises(UserError, match="max_objects=0 must be at least 1"):
     cases.reward("owlvit", max_objects=0)
   with pytest.raises(UserError, match="is of owlv2: use the reward 'owlv2'"):
-    rewards.make_reward(f"owlvit?weights={files / 'owlv2'}")
+    catalog.make_reward(f"owlvit?weights={files / 'owlv2'}")
   with pytest.raises(UserError, match="add \\?weights=..."):
-    rewards.make_reward("owlv2")
+    catalog.make_reward("owlv2")
   config = json.loads(pathlib.Path(files, "owlvit", "config.json").read_text(encoding="utf-8"))
   config["vision_config"]["num_hidden_layers"] = 2
   (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
   (tmp_path / "model.safetensors").symlink_to(files / "owlvit" / "model.safetensors")
   with pytest.raises(UserError, match="no owlvit.vision_model.encoder.layers.1.layer_norm1"):
-    rewards.make_reward(f"owlvit?weights={tmp_path}&tokenizer={files / 'owlvit'}")
+    catalog.make_reward(f"owlvit?weights={tmp_path}&tokenizer={files / 'owlvit'}")

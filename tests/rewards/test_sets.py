@@ -8,11 +8,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
+from rlft import catalog
 from rlft.config.settings import EvalConfig
 from rlft.evaluation.metric import MetricScorer
-from rlft.inference import draw as inference
 from rlft.parallel import sharding
-from rlft.rewards import make_reward, parity, sets
+from rlft.rewards import parity, sets
 from rlft.rewards.scoring import scorer as scoring
 from rlft.types import Prompt, Reward, UserError
 
@@ -151,7 +151,7 @@ def test_a_users_function_says_that_it_gives_credit(tmp_path):
     "credit.is_set, credit.is_measure = True, False\n"
   )
   names = (f"jax:{tmp_path}/own.py:score", f"host:{tmp_path}/own.py:credit")
-  score, credit = map(make_reward, names)
+  score, credit = map(catalog.make_reward, names)
   assert score.is_set and score.is_measure and credit.is_set and not credit.is_measure
 
 
@@ -162,7 +162,7 @@ def test_credit_is_no_metric(tmp_path):
   entry = EvalConfig("e", "emoji:portrait/test", "emoji-tone-parity?credit=leave-one-out")
   message = "--eval=name=e: .*-parity.* is the credit of images within their set.* credit=set"
   with pytest.raises(UserError, match=message):
-    inference.make_specs([entry])
+    catalog.make_specs([entry])
 
   def own(images, prompts, metadata):
     return images.mean(axis=(2, 3, 4))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlft import rewards
+from rlft import catalog
 from rlft.emoji import world
 from rlft.rewards import classifiers, color, skin_tone
 from rlft.types import UserError
@@ -83,7 +83,7 @@ def test_a_wall_of_the_colour_of_other_skin_is_background():
 
 
 def test_the_reward_on_sets(monk):
-  reward = rewards.make_reward("skin-tone-parity")
+  reward = catalog.make_reward("skin-tone-parity")
   assert reward.kind == "jax" and reward.is_set and reward.is_measure
   empty = portraits([BLUE] * 3)
   images = np.stack(
@@ -96,7 +96,7 @@ def test_the_reward_on_sets(monk):
   )
   scores = jax.jit(reward.score)(reward.params, images, None)
   np.testing.assert_allclose(scores, [0, -math.sqrt(0.75), -0.5, np.nan], atol=1e-6)
-  two = rewards.make_reward("skin-tone-parity?cuts=0&credit=leave-one-out")
+  two = catalog.make_reward("skin-tone-parity?cuts=0&credit=leave-one-out")
   assert not two.is_measure
   credit = jax.jit(two.score)(None, images, None)
   # Of three light and a dark one, without the dark one: sqrt(1/2); all: sqrt(2) / 4.
@@ -147,7 +147,7 @@ def test_faces_are_found(faces):
 
 
 def test_the_reward_on_faces(faces):
-  reward = rewards.make_reward("skin-tone-parity?finder=face&cuts=0")
+  reward = catalog.make_reward("skin-tone-parity?finder=face&cuts=0")
   assert reward.kind == "host" and reward.is_set
   dark = faces[0] ** 2.5 * 0.3
   images = np.stack([[faces[0], faces[1], dark], [faces[0], faces[2], faces[2]]])
@@ -214,21 +214,21 @@ JAX_SCORES = [-math.sqrt(25 / 144 + 1 / 144 + 16 / 144), -math.sqrt(4 / 144 + 2 
 @pytest.mark.parametrize("end", [":channels", ":scaled?factor=2.5"])
 def test_a_function_in_jax(code, end):
   kind = "factory" if "?" in end else "jax"
-  reward = rewards.make_reward(f"parity?classifier={kind}:{code}{end}")
+  reward = catalog.make_reward(f"parity?classifier={kind}:{code}{end}")
   assert reward.kind == "jax" and reward.is_set
   scores = jax.jit(reward.score)(reward.params, colours(), None)
   np.testing.assert_allclose(scores, JAX_SCORES, atol=1e-6)
 
 
 def test_a_function_on_the_host(code):
-  reward = rewards.make_reward(f"parity?classifier=host:{code}:host_channels")
+  reward = catalog.make_reward(f"parity?classifier=host:{code}:host_channels")
   assert reward.kind == "host" and reward.is_set and reward.is_measure
   metadata = [{"bright": 0.5}, {"bright": 0.5}]
   scores = reward.score(colours(), ["a", "b"], metadata)
   # The black image is left out: 1/3 each.
   np.testing.assert_allclose(scores, [JAX_SCORES[0], 0], atol=1e-6)
   spec = f"parity?classifier=host:{code}:host_channels&credit=leave-one-out"
-  reward = rewards.make_reward(spec)
+  reward = catalog.make_reward(spec)
   credit = reward.score(colours(), ["a", "b"], metadata)
   assert credit.shape == (2, 4) and not reward.is_measure and np.isnan(credit[1, 3])
   # Without the green one: all of one class, sqrt(2/3).

@@ -2,15 +2,13 @@
 
 import io
 import pathlib
-import sys
-import types
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from rlft import emoji, rewards
-from rlft.types import Reward, UserError
+from rlft import catalog
+from rlft.types import UserError
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "experiments" / "rewards"
 
@@ -82,7 +80,7 @@ def file(tmp_path):
 
 
 def test_jpeg_is_minus_the_kilobytes_of_the_file():
-  reward = rewards.make_reward("jpeg")
+  reward = catalog.make_reward("jpeg")
   noise = np.random.default_rng(0).random((32, 32, 3), np.float32)
   images = np.stack([np.full((32, 32, 3), 0.5, np.float32), noise, np.full_like(noise, np.nan)])
   scores = reward.score(images, [""] * 3, [{}] * 3)
@@ -95,21 +93,21 @@ def test_jpeg_is_minus_the_kilobytes_of_the_file():
 
 def test_functions_from_a_file(file):
   images = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
-  host = rewards.make_reward(f"host:{file}:brightness")
+  host = catalog.make_reward(f"host:{file}:brightness")
   assert (host.name, host.kind, host.is_set) == (f"host:{file}:brightness", "host", False)
   np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [5.5, 17.5])
-  assert rewards.make_reward(f"host:{file}:contrast").is_set
-  jax = rewards.make_reward(f"jax:{file}:red")
+  assert catalog.make_reward(f"host:{file}:contrast").is_set
+  jax = catalog.make_reward(f"jax:{file}:red")
   assert jax.kind == "jax" and jax.prepare is None
   np.testing.assert_allclose(jax.score(None, images, None), [4.5, 16.5])
-  named = rewards.make_reward(f"jax:{file}:named")
+  named = catalog.make_reward(f"jax:{file}:named")
   features = named.prepare(["a", "dog"], [{}, {}])
   np.testing.assert_allclose(named.score(None, images, features), [5.5, 52.5])
 
 
 def test_a_file_is_run_once(file):
-  a = rewards.make_reward(f"host:{file}:brightness")
-  assert a.score is rewards.make_reward(f"host:{file}:brightness").score
+  a = catalog.make_reward(f"host:{file}:brightness")
+  assert a.score is catalog.make_reward(f"host:{file}:brightness").score
 
 
 @pytest.fixture
@@ -121,24 +119,24 @@ def factory(tmp_path):
 
 def test_a_factory_is_called_with_the_options(factory):
   images = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
-  host = rewards.make_reward(f"{factory}?factor=2&threads=1")
+  host = catalog.make_reward(f"{factory}?factor=2&threads=1")
   assert (host.name, host.kind, host.threads) == (f"{factory}?factor=2&threads=1", "host", 1)
   np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [11, 35])
-  jax = rewards.make_reward(f"{factory}?kind=jax&factor=2")
+  jax = catalog.make_reward(f"{factory}?kind=jax&factor=2")
   features = jax.prepare(["a", "dog"], [{}, {}])
   np.testing.assert_allclose(jax.score(jax.params, images, features), [12, 38])
 
 
 def test_a_factory_is_called_once_for_the_same_options(factory):
   for factor in (1, 2, 1, 1, 2):
-    rewards.make_reward(f"{factory}?factor={factor}")
-  made = rewards.make_reward(f"{factory}?factor=1").score.__globals__["made"]
+    catalog.make_reward(f"{factory}?factor={factor}")
+  made = catalog.make_reward(f"{factory}?factor=1").score.__globals__["made"]
   assert made == [1, 2]
 
 
 def test_a_factory_of_a_module(factory, tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
-  reward = rewards.make_reward("factory:my_factories:scaled?factor=3")
+  reward = catalog.make_reward("factory:my_factories:scaled?factor=3")
   np.testing.assert_allclose(reward.score(np.ones((1, 2, 2, 3)), [""], [{}]), [3])
 
 
@@ -160,16 +158,16 @@ def test_a_factory_of_a_module(factory, tmp_path, monkeypatch):
 )
 def test_mistakes_in_a_factory(factory, options, message):
   with pytest.raises(UserError, match=message) as error:
-    rewards.make_reward(factory + options)
+    catalog.make_reward(factory + options)
   assert "\n" not in str(error.value)
 
 
 def test_the_examples():
   images = np.zeros((2, 8, 8, 3), np.float32)
   images[0, ..., 0], images[1, ::2, :, 2] = 1, 1
-  host = rewards.make_reward(f"host:{EXAMPLES}/host_function.py:warmth")
+  host = catalog.make_reward(f"host:{EXAMPLES}/host_function.py:warmth")
   np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [1, -0.5])
-  jax = rewards.make_reward(f"jax:{EXAMPLES}/jax_function.py:suits")
+  jax = catalog.make_reward(f"jax:{EXAMPLES}/jax_function.py:suits")
   features = jax.prepare(["", ""], [{"objects": ["lion"]}, {"objects": ["fish"]}])
   np.testing.assert_allclose(jax.score(None, images, features), [1, 0.5])
 
@@ -178,7 +176,7 @@ def test_the_example_with_torch():
   pytest.importorskip("torch")
   spec = f"factory:{EXAMPLES}/factory_torch.py:sharpness?channels=4"
   flat, noise = np.full((16, 16, 3), 0.7, "f4"), np.random.default_rng(0).random((16, 16, 3), "f4")
-  reward = rewards.make_reward(spec)
+  reward = catalog.make_reward(spec)
   flat, noise = reward.score(np.stack([flat, noise]), ["", ""], [{}, {}])
   assert reward.threads == 1
   assert flat < 1e-6 < 0.05 < noise
@@ -186,7 +184,7 @@ def test_the_example_with_torch():
 
 def test_function_from_a_module(file, monkeypatch):
   monkeypatch.syspath_prepend(file.parent)
-  reward = rewards.make_reward("host:my_rewards:brightness")
+  reward = catalog.make_reward("host:my_rewards:brightness")
   np.testing.assert_allclose(reward.score(np.ones((1, 2, 2, 3)), [""], [{}]), [1])
 
 
@@ -205,7 +203,7 @@ def test_function_from_a_module(file, monkeypatch):
 )
 def test_mistakes_get_one_line_that_says_what_to_do(file, spec, message):
   with pytest.raises(UserError) as error:
-    rewards.make_reward(spec.format(file=file))
+    catalog.make_reward(spec.format(file=file))
   assert message.format(file=file) in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -214,20 +212,4 @@ def test_a_file_that_fails_to_import(tmp_path):
   path = tmp_path / "broken.py"
   path.write_text("import json\njson.loads('{')\n")
   with pytest.raises(UserError, match="importing .* failed with JSONDecodeError: .*PYTHONPATH"):
-    rewards.make_reward(f"host:{path}:f")
-
-
-def test_names_of_rewards_and_oracles(monkeypatch):
-  oracles = types.ModuleType("rlft.emoji.oracles")
-  oracles.ORACLES = {"oracle-parity": lambda: Reward("oracle-parity", "host", len)}
-  monkeypatch.setitem(sys.modules, "rlft.emoji.oracles", oracles)
-  monkeypatch.setattr(emoji, "oracles", oracles, raising=False)
-  assert rewards.make_reward("oracle-parity").name == "oracle-parity"
-  with pytest.raises(
-    UserError, match=r"'oracle-party' \(did you mean 'oracle-parity'\?\): use one"
-  ):
-    rewards.make_reward("oracle-party")
-  with pytest.raises(
-    UserError, match="'qqq': use one of .*emoji-tone-parity, .*jpeg, .*oracle-parity, your own"
-  ):
-    rewards.make_reward("qqq")
+    catalog.make_reward(f"host:{path}:f")

@@ -279,7 +279,7 @@ def _work(
   dtype: str,
   devices: int,
 ) -> Work:
-  from rlft.data.prompts import load_prompts
+  from rlft.catalog import load_prompts
 
   texts = [prompt.text for prompt in load_prompts(PROMPTS)[: numbers["batch_size"]]]
   texts = [texts[i % len(texts)] for i in range(numbers["batch_size"])]

@@ -7,27 +7,21 @@
 NAME is any reward with its options (a '+' between spaces within a value is written %2B).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import itertools
-import math
 import re
 
 import jax
 import jax.numpy as jnp
 
-from rlft.algorithms.advantages import normalise
 from rlft.config.settings import TaskConfig
 from rlft.parallel import sharding
-from rlft.rewards import grammar as options
+from rlft.rewards import grammar
 from rlft.rewards.scoring.scorer import Pending, Scorer
+from rlft.rewards.scoring.statistics import EPSILON, normalise
 from rlft.types import Prompt, Reward, UserError
-
-_PLUS = re.compile(r"\s\+\s")
-_WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
-_VETO = re.compile(r"(.+?)\s*(>=|<=)\s*(\S+)")
-_EQUAL = 1e-6  # Scores that spread less count as equal, as for advantages.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,96 +96,32 @@ class Scored:
   watch: jax.Array | None = None
 
 
-# ---------------------------------------------------------------------------- what a user writes
-
-
-def is_combination(spec: str) -> bool:
-  """Whether `spec` is a sum, and not the name of one reward."""
-  return len(_PLUS.split(spec)) > 1 or _WEIGHT.match(spec) is not None
-
-
-def terms(spec: str) -> list[tuple[float, str]]:
-  """The weights and names in a sum; a weight is 1 where none is given.
-
-  Raises:
-    UserError: an empty term, or one without effect.
-  """
-  found = []
-  for part in _PLUS.split(spec):
-    weight = _WEIGHT.match(part)
-    name = part[weight.end() if weight else 0 :].strip()
-    if not name:
-      raise UserError(f"reward={spec}: a term has no name: write NUMBER*NAME + NUMBER*NAME")
-    value = float(weight[1]) if weight else 1.0
-    if value == 0 or not math.isfinite(value):
-      raise UserError(
-        f"reward={spec}: the weight of {name} is {value:g}: give another, or watch={name} to"
-        " measure it without training on it"
-      )
-    found.append((value, name))
-  return found
-
-
-def parse_veto(text: str) -> tuple[str, bool, float]:
-  """The name, whether it must be at least the bound (else at most), and the bound.
-
-  Raises:
-    UserError: it is not of the form NAME>=NUMBER or NAME<=NUMBER.
-  """
-  match = _VETO.fullmatch(text.strip())
-  try:
-    bound = float(match[3]) if match else math.nan
-  except ValueError:
-    bound = math.nan
-  if not math.isfinite(bound):
-    raise UserError(
-      f"veto={text}: write NAME>=NUMBER, or NAME<=NUMBER where less is better, for what must hold"
-    )
-  return match[1], match[2] == ">=", bound
-
-
-def trained_on(tasks: Iterable[TaskConfig]) -> Callable[[str], bool]:
-  """A function that says whether any task is trained on the reward with this name.
-
-  It does not matter how credit is given within a set.
-  """
-  names = [name for task in tasks for _, name in terms(task.reward)]
-  names += [parse_veto(task.veto)[0] for task in tasks if task.veto]
-  known = {_measured(name) for name in names}
-  return lambda name: _measured(name) in known
-
-
-def _measured(spec: str) -> tuple[str, frozenset]:
-  name, given = options.split(spec)
-  return name, frozenset((key, value) for key, value in given.items() if key != "credit")
-
-
 def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
   """Makes the rewards that a task names.
 
   Args:
     task: its settings.
-    make: `rlft.rewards.make_reward`, or what keeps the rewards that it has made.
+    make: `rlft.catalog.make_reward`, or what keeps the rewards that it has made.
 
   Raises:
     UserError: a mistake in the settings, or in what a reward needs.
   """
   parts, labels = [], []
-  for weight, name in terms(task.reward):
+  for weight, name in grammar.terms(task.reward):
     labels.append(_label(name, labels))
     parts.append(Term(labels[-1], weight, make(name)))
   veto = watch = None
   if task.veto:
-    name, least, bound = parse_veto(task.veto)
+    name, least, bound = grammar.parse_veto(task.veto)
     veto = Veto(_measure("veto", task, name, make), bound, least)
   if task.watch:
     watch = _measure("watch", task, task.watch, make)
-  return TaskReward(parts, is_combination(task.reward), veto, watch)
+  return TaskReward(parts, grammar.is_combination(task.reward), veto, watch)
 
 
 def _measure(key: str, task: TaskConfig, spec: str, make: Callable[[str], Reward]) -> Reward:
   where = f"--task=name={task.name}: {key}={spec}"
-  if is_combination(spec):
+  if grammar.is_combination(spec):
     raise UserError(f"{where} is a sum, which measures nothing by itself: give one reward")
   reward = make(spec)
   if not reward.is_measure:
@@ -254,7 +184,7 @@ def combine(
   mean = jnp.sum(total, where=valid) / count
   std = jnp.sqrt(jnp.sum((total - mean) ** 2, where=valid) / count)
   lowest = jnp.where(valid.any(), jnp.min(total, where=valid, initial=jnp.inf), 0.0)
-  floor = lowest - jnp.where(std > _EQUAL, std, 1.0)
+  floor = lowest - jnp.where(std > EPSILON, std, 1.0)
   total = jnp.where(vetoed, floor, jnp.where(jnp.isfinite(veto), total, jnp.nan))
   return total, vetoed.astype(jnp.float32)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import train_cases as cases
 
-from rlft import rewards
+from rlft import catalog
 from rlft.rewards.remote import client as http_client
 from rlft.rewards.remote import protocol as open_inference
 from rlft.rewards.remote import server as remote_model
@@ -103,7 +103,7 @@ def scored(reward, images, prompts, timeout_s=30.0):
 @pytest.mark.parametrize("how", ["json", "binary", "auto"])
 def test_scores_belong_to_their_images(models, how):
   with process(models, "score") as (address, _):
-    reward = rewards.make_reward(f"{address}?format={how}&batch_size=3&in_flight=8")
+    reward = catalog.make_reward(f"{address}?format={how}&batch_size=3&in_flight=8")
     assert (reward.kind, reward.threads) == ("host", 8)
     images, prompts, expected = batch(50)
     # One image is not finite: it is not sent, and has no score.
@@ -117,7 +117,7 @@ def test_a_server_that_is_killed_and_started_again(models):
   images, prompts, expected = batch(64)
   with contextlib.ExitStack() as stack:
     address, running = stack.enter_context(process(models, "score"))
-    reward = rewards.make_reward(f"{address}?batch_size=2&in_flight=4&retries=1000")
+    reward = catalog.make_reward(f"{address}?batch_size=2&in_flight=4&retries=1000")
     found = []
     scoring = threading.Thread(
       target=lambda: found.extend(scored(reward, images, prompts) for _ in range(6))
@@ -138,7 +138,7 @@ def test_a_server_that_is_killed_and_started_again(models):
 def test_a_server_that_is_gone(models):
   images, prompts, expected = batch(16)
   with process(models, "score") as (address, running):
-    reward = rewards.make_reward(f"{address}?in_flight=4&deadline_s=0.6&retries=1000")
+    reward = catalog.make_reward(f"{address}?in_flight=4&deadline_s=0.6&retries=1000")
     running.kill()
     running.wait()
     start = time.monotonic()
@@ -157,7 +157,7 @@ def test_a_server_that_is_gone(models):
 def test_the_runs_own_deadline_holds(models, monkeypatch):
   images, prompts, _ = batch(2)
   with process(models, "score") as (address, running):
-    reward = rewards.make_reward(f"{address}?retries=1000")
+    reward = catalog.make_reward(f"{address}?retries=1000")
     os.kill(running.pid, signal.SIGSTOP)  # It accepts connections, and never answers.
     start = time.monotonic()
     monkeypatch.setattr(host, "batch_times", lambda: (start, start + 0.5))
@@ -384,7 +384,7 @@ ONE = "?in_flight=1&format=json&timeout_s=0.4"
 
 def ask(faulty, options=ONE, size=4):
   images, prompts, _ = batch(size)
-  return images, scored(rewards.make_reward(faulty.address + options), images, prompts)
+  return images, scored(catalog.make_reward(faulty.address + options), images, prompts)
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_a_token_is_sent_and_never_shown(faulty, monkeypatch):
 def test_pixels_as_bytes(faulty):
   images, text = {"name": "images", "datatype": "UINT8", "shape": [-1, 4, 4, 3]}, {}
   faulty.about = {"inputs": [images], "outputs": []}
-  reward = rewards.make_reward(f"{faulty.address}?output=score")
+  reward = catalog.make_reward(f"{faulty.address}?output=score")
   pixels, prompts, _ = batch(2)
   found = reward.score.__self__._tensors(pixels, prompts, [text, text])
   assert [tensor.name for tensor in found] == ["images"]
@@ -525,7 +525,7 @@ def test_models_that_do_not_fit(faulty, inputs, options, message):
   outputs = [tensor("score", "FP32", -1), tensor("boxes", "FP32", -1, 4)]
   faulty.about = {"inputs": inputs, "outputs": outputs}
   with pytest.raises(UserError, match=message) as error:
-    rewards.make_reward(f"{faulty.address}?start_s=0{options}")
+    catalog.make_reward(f"{faulty.address}?start_s=0{options}")
   assert "\n" not in str(error.value)
 
 
@@ -540,7 +540,7 @@ def test_models_that_do_not_fit(faulty, inputs, options, message):
 )
 def test_texts_are_sent_where_they_are_declared(faulty, inputs, texts):
   faulty.about = {"inputs": inputs, "outputs": None}
-  reward = rewards.make_reward(faulty.address)
+  reward = catalog.make_reward(faulty.address)
   assert reward.score.__self__.inputs == remote_model.Inputs("images", "FP32", (-1, -1), texts)
 
 
@@ -559,21 +559,21 @@ def test_texts_are_sent_where_they_are_declared(faulty, inputs, texts):
 )
 def test_addresses_that_are_refused(spec, message):
   with pytest.raises(UserError, match=message) as error:
-    rewards.make_reward(spec)
+    catalog.make_reward(spec)
   assert "pw" not in str(error.value).replace("passw", "")
 
 
 def test_servers_that_are_no_inference_servers(faulty, tmp_path):
   with pytest.raises(UserError, match=r"no such model \(HTTP 404: there is no /v2/models/n here"):
-    rewards.make_reward(faulty.address[:-1] + "n")
+    catalog.make_reward(faulty.address[:-1] + "n")
   with pytest.raises(UserError, match=r"no /v2/health/ready \(HTTP 404: .*give the address of a"):
-    rewards.make_reward(faulty.address.replace("/v2", "/prefix/v2"))
+    catalog.make_reward(faulty.address.replace("/v2", "/prefix/v2"))
   faulty.about = ["m"]
   with pytest.raises(UserError, match="does not describe a model"):
-    rewards.make_reward(faulty.address)
+    catalog.make_reward(faulty.address)
   faulty.close()
   with pytest.raises(UserError, match="Connection refused.: start the server, or correct the"):
-    rewards.make_reward(f"{faulty.address}?start_s=0")
+    catalog.make_reward(f"{faulty.address}?start_s=0")
 
 
 def test_the_start_waits_for_the_server(models):
@@ -581,7 +581,7 @@ def test_the_start_waits_for_the_server(models):
     port = free.getsockname()[1]
   made = []
   address = f"http://127.0.0.1:{port}/v2/models/score"
-  waiting = threading.Thread(target=lambda: made.append(rewards.make_reward(address)))
+  waiting = threading.Thread(target=lambda: made.append(catalog.make_reward(address)))
   waiting.start()
   time.sleep(0.1)
   with process(models, "score", port):
@@ -692,11 +692,11 @@ def test_mlserver(tmp_path, monkeypatch):
   expected = images[:, 0, 0, 0] + 10 * np.array([len(prompt.text) for prompt in prompts], "f4")
   with contextlib.ExitStack() as stack:
     running = stack.enter_context(server_process())
-    reward = rewards.make_reward(f"{address}?batch_size=2&start_s=60&retries=1000")
+    reward = catalog.make_reward(f"{address}?batch_size=2&start_s=60&retries=1000")
     np.testing.assert_array_equal(scored(reward, images, prompts, 60), expected)
     running.kill()
     running.wait()
     stack.enter_context(server_process())
     np.testing.assert_array_equal(scored(reward, images, prompts, 60), expected)
   with pytest.raises(UserError, match="Connection refused"):
-    rewards.make_reward(f"{address}?start_s=0")
+    catalog.make_reward(f"{address}?start_s=0")

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from rlft import rewards
+from rlft import catalog
 from rlft.rewards import parity
 from rlft.rewards.scoring import scorer as scoring
 from rlft.types import Prompt, Reward, UserError
@@ -204,7 +204,7 @@ def test_the_deadline_stops_a_reward_that_hangs():
 def test_a_hanging_reward_does_not_keep_the_process_alive(tmp_path):
   code = """
 import time
-from rlft.rewards import host
+from rlft.rewards.scoring import host
 from rlft.types import Prompt, Reward
 reward = Reward("h", "host", lambda *_: time.sleep(600))
 caller = host.HostCaller(reward, timeout_s=0.1, threads=2)
@@ -223,7 +223,7 @@ def test_a_reward_that_raises_is_named_with_the_line(tmp_path, kind):
   arguments = "images, prompts, metadata" if kind == "host" else "images"
   path.write_text(f"import json\n\ndef f({arguments}):\n  return json.loads('{{')\n")
   with pytest.raises(scoring.RewardError) as error:
-    run(rewards.make_reward(f"{kind}:{path}:f"))
+    run(catalog.make_reward(f"{kind}:{path}:f"))
   assert f"reward '{kind}:{path}:f' raised JSONDecodeError: Expecting" in str(error.value)
   assert f"({path}:4); correct that" in str(error.value) and "\n" not in str(error.value)
 
@@ -281,7 +281,7 @@ import jax
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
 from jax.experimental import multihost_utils
 import numpy as np
-from rlft.rewards import scoring
+from rlft.rewards.scoring import scorer as scoring
 from rlft.types import Prompt, Reward, UserError
 
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

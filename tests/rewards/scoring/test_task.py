@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import train_cases as cases
 
+from rlft import catalog
 from rlft.config.settings import EvalConfig, TaskConfig
-from rlft.inference import draw as inference
+from rlft.rewards import grammar
 from rlft.rewards.scoring import task as combine
 from rlft.types import Prompt, Reward, UserError
 
@@ -39,8 +40,8 @@ def reward(name, score=None, kind="jax", **rest):
   ],
 )
 def test_terms(spec, expected):
-  assert combine.terms(spec) == expected
-  assert combine.is_combination(spec) == (spec != "jpeg")
+  assert grammar.terms(spec) == expected
+  assert grammar.is_combination(spec) == (spec != "jpeg")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_terms(spec, expected):
   ],
 )
 def test_vetoes(text, expected):
-  assert combine.parse_veto(text) == expected
+  assert grammar.parse_veto(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_what_is_trained_on():
     dataclasses.replace(TASK, reward="2*p?a=1&credit=leave-one-out&b=2 + q", veto="v>=1"),
     dataclasses.replace(TASK, reward="r", watch="w"),
   ]
-  is_trained_on = combine.trained_on(tasks)
+  is_trained_on = grammar.trained_on(tasks)
   names = ("p?b=2&a=1", "p?a=1", "q", "v", "r", "w")
   assert [is_trained_on(name) for name in names] == [True, False, True, True, True, False]
 
@@ -101,7 +102,7 @@ def test_a_sum_is_no_metric():
   entry = EvalConfig("e", "emoji:pair/test", "jpeg + 2*oracle-both")
   message = "--eval=name=e: metric=jpeg .* relative to their batch.*: give an evaluation for each"
   with pytest.raises(UserError, match=message):
-    inference.make_specs([entry])
+    catalog.make_specs([entry])
 
 
 # Scores.

@@ -1,0 +1,221 @@
+"""Which names there are. The only file that knows everybody: to add something, name it here.
+
+'module:function' by the name that a user writes: a module is imported when the first of its things
+is made, and no sooner. A function's keyword arguments are the options behind the name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import difflib
+import functools
+import importlib
+from typing import Any
+
+from rlft.config.settings import EMOJI, EvalConfig, TaskConfig
+from rlft.data import pairs as pairs_lib
+from rlft.data import prompts as prompts_lib
+from rlft.evaluation.evaluate import EvalSpec
+from rlft.rewards import grammar, user
+from rlft.types import Prompt, Reward, UserError
+
+REWARDS: Mapping[str, str] = {
+  "aesthetic-v1": "rlft.rewards.aesthetic:aesthetic_v1",
+  "aesthetic-v2": "rlft.rewards.aesthetic:aesthetic_v2",
+  "clip-diversity": "rlft.rewards.diversity:clip_diversity",
+  "clip-score": "rlft.rewards.clip:clip_score",
+  "clip-vendi": "rlft.rewards.diversity:clip_vendi",
+  "emoji-objects": "rlft.emoji.rewards:objects",
+  "emoji-preference": "rlft.emoji.rewards:preference",
+  "emoji-tone-parity": "rlft.emoji.rewards:tone_parity",
+  "hpsv2": "rlft.rewards.clip:hpsv2",
+  "image-reward": "rlft.rewards.image_reward:image_reward",
+  "jpeg": "rlft.rewards.jpeg:jpeg",
+  "owlv2": "rlft.rewards.owlvit:owlv2",
+  "owlvit": "rlft.rewards.owlvit:owlvit",
+  "parity": "rlft.rewards.classifiers:parity_of",
+  "pickscore": "rlft.rewards.clip:pickscore",
+  "skin-tone-parity": "rlft.rewards.skin_tone:skin_tone_parity",
+  "yolov3-tiny": "rlft.rewards.yolo:yolov3_tiny_reward",
+}
+
+# Ground truth of the emoji world: metrics that nothing should be trained on.
+ORACLES: Mapping[str, str] = {
+  "oracle-both": "rlft.emoji.oracles:both",
+  "oracle-parity": "rlft.emoji.oracles:parity",
+  "oracle-preference": "rlft.emoji.oracles:preference",
+  "oracle-presence": "rlft.emoji.oracles:presence",
+}
+# Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
+PROMPTS: Mapping[str, str] = {
+  "emoji": "rlft.emoji.prompts:prompts",
+  "tfds": "rlft.data.prompts:load_tfds",
+}
+# Images with captions that are in no folder: functions of (size, seed, count).
+PAIRS: Mapping[str, str] = {EMOJI: "rlft.emoji.world:pairs"}
+
+
+def _function(address: str) -> Callable[..., Any]:
+  module, _, name = address.partition(":")
+  return getattr(importlib.import_module(module), name)
+
+
+# ---------------------------------------------------------------------------- rewards
+
+
+def make_reward(spec: str) -> Reward:
+  """Makes the reward that `spec` names.
+
+  Args:
+    spec: a key of `REWARDS` or `ORACLES`, with options where it has any
+      ('pickscore?weights=DIRECTORY'); a user's own function ('host:module:function',
+      'jax:path/to/file.py:function') or factory ('factory:path/to/file.py:function?key=value'); or
+      a model on an inference server ('http://localhost:8080/v2/models/NAME?output=score').
+
+  Returns:
+    The reward; its `name` is `spec`.
+
+  Raises:
+    UserError: an unknown name or option, a function that cannot be imported, or a server that does
+      not answer.
+  """
+  if spec.partition(":")[0] in user.KINDS:
+    return user.user_reward(spec)
+  name, given = grammar.split(spec)
+  if name.startswith(("http://", "https://")):
+    from rlft.rewards.remote import reward as remote
+
+    return grammar.call(remote.remote_reward, spec, given, spec)
+  return dataclasses.replace(grammar.call(_factory(name), spec, given), name=spec)
+
+
+def _factory(name: str) -> Callable[..., Reward]:
+  known = {**REWARDS, **ORACLES}
+  if name in known:
+    return _function(known[name])
+  near = difflib.get_close_matches(name, known, n=1)
+  hint = f" (did you mean {near[0]!r}?)" if near else ""
+  raise UserError(
+    f"unknown reward {name!r}{hint}: use one of {', '.join(known)}, your own function as"
+    " host:module:function, host:file.py:function or jax:file.py:function, your own factory as"
+    " factory:file.py:function?key=value, or a server as http://host:port/v2/models/NAME"
+  )
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def load_prompts(spec: str) -> Sequence[Prompt]:
+  """The prompts of a source, in its order; lines and rows without text are left out.
+
+  Args:
+    spec: 'KIND:NAME/SPLIT' with a key of `PROMPTS`, or a file that `rlft.data.prompts` can read.
+
+  Returns:
+    At least one prompt.
+
+  Raises:
+    UserError: the source does not exist, cannot be read, or has no prompts.
+  """
+  kind = spec.partition(":")[0]
+  return _load_named(kind, spec) if kind in PROMPTS else prompts_lib.load_file(spec)
+
+
+def check_prompts(spec: str) -> None:
+  """Checks that there is such a source of prompts, without reading a file.
+
+  Raises:
+    UserError: as `load_prompts`.
+  """
+  kind = spec.partition(":")[0]
+  if kind in PROMPTS:
+    _load_named(kind, spec)
+  else:
+    prompts_lib.check_file(spec)
+
+
+@functools.cache
+def _load_named(kind: str, spec: str) -> Sequence[Prompt]:
+  name, slash, split = spec.partition(":")[2].rpartition("/")
+  if not (name and slash and split):
+    raise UserError(f"prompts {spec}: write {kind}:NAME/SPLIT")
+  return _function(PROMPTS[kind])(name, split)
+
+
+def load_pairs(spec: str, *, size: int, seed: int = 0, count: int = 8192) -> pairs_lib.Pairs:
+  """Opens a source of images with captions for the pretraining loss.
+
+  Args:
+    spec: a key of `PAIRS`, or a folder that `rlft.data.pairs` can read.
+    size: S, side of the images in pixels.
+    seed: of what is drawn.
+    count: of what is drawn.
+
+  Raises:
+    UserError: the source does not exist, cannot be read, is empty or has not the size.
+  """
+  if spec in PAIRS:
+    return _function(PAIRS[spec])(size, seed, count)
+  return pairs_lib.load_folder(spec, size=size)
+
+
+def check_pairs(spec: str) -> None:
+  """Checks that there is such a source of pairs, without reading it.
+
+  Raises:
+    UserError: as `load_pairs`.
+  """
+  if spec not in PAIRS:
+    pairs_lib.check_folder(spec)
+
+
+# ---------------------------------------------------------------------------- evaluations
+
+
+def make_specs(
+  evals: Sequence[EvalConfig],
+  *,
+  trained_on: Sequence[TaskConfig] = (),
+  make: Callable[[str], Reward] = make_reward,
+) -> list[EvalSpec]:
+  """Opens the prompts and metrics of evaluations.
+
+  Args:
+    evals: from the flags.
+    trained_on: tasks that the model was trained with.
+    make: what makes a metric of its name; one that remembers loads large weights once.
+
+  Raises:
+    UserError: an unknown metric, or prompts that cannot be read.
+  """
+  is_trained_on = grammar.trained_on(trained_on)
+  metrics = {}
+  for entry in evals:
+    if entry.metric not in metrics:
+      metrics[entry.metric] = _metric(entry, make)
+  return [
+    EvalSpec(
+      name=entry.name,
+      metric=metrics[entry.metric],
+      prompts=load_prompts(entry.prompts),
+      images=entry.images,
+      images_per_prompt=entry.images_per_prompt,
+      trained_on=is_trained_on(entry.metric),
+    )
+    for entry in evals
+  ]
+
+
+def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
+  """The reward that an evaluation names, if its scores mean the same in every batch."""
+  if grammar.is_combination(entry.metric):
+    raise UserError(
+      f"--eval=name={entry.name}: metric={entry.metric} adds up rewards relative to their batch,"
+      " which measures nothing: give an evaluation for each of them"
+    )
+  metric = make(entry.metric)
+  if not metric.is_measure:
+    raise UserError(
+      f"--eval=name={entry.name}: metric={entry.metric} is the credit of images within their set,"
+      " not a measure of the set: use it with credit=set"
+    )
+  return metric
