@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from rlft import catalog
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 from rlft.inference import draw as inference
 from rlft.inference import load as finetuned
@@ -181,7 +182,7 @@ def test_mistakes_in_measuring(model, brightness, tmp_path):
 
 
 def test_metrics_of_a_run_are_made_once_and_marked(model, brightness, monkeypatch, tmp_path):
-  make, load, made = inference.make_specs, finetuned.load, []
+  make, load, made = catalog.make_specs, finetuned.load, []
   metric = f"host:{brightness}:mean"
   entry = EvalConfig(name="a", prompts="emoji:single/test", metric=metric, images=2)
   task = TaskConfig(name="t", prompts="p", reward=metric, batch_size=8)
@@ -189,7 +190,7 @@ def test_metrics_of_a_run_are_made_once_and_marked(model, brightness, monkeypatc
   monkeypatch.setattr(
     finetuned, "load", lambda path, ema: dataclasses.replace(load(path, ema=ema), config=run)
   )
-  monkeypatch.setattr(inference, "make_specs", lambda evals: made.extend(evals) or make(evals))
+  monkeypatch.setattr(catalog, "make_specs", lambda evals: made.extend(evals) or make(evals))
   for evals in ([entry], []):
     measure(model, evals, output=tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["results"]["a"]["trained_on"]
