@@ -2,7 +2,7 @@
 
     python experiments/cpu_kernels.py
 
-The forms of `rlft/models/cpu/convolution.py` and `ops.py` beside XLA's plain ones, Winograd's
+The forms in `rlft/models/cpu/` beside the plain ones, Winograd's
 F(2x2, 3x3), which is not built in, and PyTorch where it is installed; forms of an operation take
 turns. Prints milliseconds, and the largest difference from the plain form. The result, and what
 followed from it, is in `cpu_kernels.md`.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.config import flags as cli
-from rlft.models import attention
+from rlft.models import attention, dispatch, plain
 from rlft.models.cpu import convolution, ops, winograd
 
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each form", lower_bound=1)
@@ -66,12 +66,12 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """XLA's convolution."""
-  return convolution._conv2d(1, convolution._SAME, x, kernel)
+  return plain.conv2d(1, convolution._SAME, x, kernel)
 
 
 def conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Ours."""
-  return convolution.conv2d(x, kernel, stride=1, padding=convolution._SAME)
+  return dispatch.conv2d(x, kernel, stride=1, padding=convolution._SAME)
 
 
 def nine_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -219,33 +219,35 @@ def main() -> None:
   print("dense layers")
   for rows, channels, features in _LAYERS:
     args = _random(0, (rows, channels)), _random(2, (channels, features))
-    forms = {"XLA": jnp.matmul, "ours": lambda x, kernel: ops.dense_product(x, kernel, _LAST_FIRST)}
+    forms = {
+      "XLA": jnp.matmul,
+      "ours": lambda x, kernel: dispatch.dense_product(x, kernel, _LAST_FIRST),
+    }
     print(f"  {(rows, channels, features)}: {measure(forms, *args)}", flush=True)
   print("doubled, then a 3x3 convolution")
   for b, size, channels in _MAPS:
     args = _random(0, (b, size // 2, size // 2, channels)), _random(2, (3, 3, channels, channels))
-    forms = {"XLA": convolution._upsample_conv, "ours": convolution.upsample_conv}
+    forms = {"XLA": dispatch._upsample_conv, "ours": dispatch.upsample_conv}
     print(f"  {(b, size // 2, channels)}: {measure(forms, *args)}", flush=True)
   print("group normalisation and SiLU")
   for b, size, channels in _MAPS:
     args = _random(0, (b, size, size, channels)), _random(2, (channels,)), _random(3, (channels,))
-    plain = functools.partial(ops._group_norm, 16, 1e-5, True)
     forms = {
-      "XLA": plain,
-      "ours": functools.partial(ops.group_norm, groups=16, epsilon=1e-5, silu=True),
+      "XLA": functools.partial(plain.group_norm, 16, 1e-5, True),
+      "ours": functools.partial(dispatch.group_norm, groups=16, epsilon=1e-5, silu=True),
     }
     print(f"  {(b, size, channels)}: {measure(forms, *args)}", flush=True)
   print("gated GELU")
   for b, size, channels in _MAPS:
     x = _random(0, (b, size * size, 8 * channels))
-    forms = {"XLA": ops._gated_gelu, "ours": ops.gated_gelu}
+    forms = {"XLA": plain.gated_gelu, "ours": dispatch.gated_gelu}
     print(f"  {x.shape}: {measure(forms, x)}", flush=True)
   print("attention")
   for b, n, m, heads, features in _TOKENS:
     args = [_random(i, (b, length, heads, features)) for i, length in enumerate((n, m, m))]
     forms = {
       "XLA": functools.partial(attention.attention, implementation="xla"),
-      "ours": ops.attention_cpu,
+      "ours": ops.attention,
     }
     print(f"  {(b, n, m, heads, features)}: {measure(forms, *args)}", flush=True)
 

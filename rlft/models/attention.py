@@ -55,7 +55,7 @@ def attention(
     return splash(*arrays) if use_splash else cudnn(*arrays) if use_cudnn else xla(*arrays, mask)
   branches = {}
   if mask is None and query.dtype == jnp.float32:
-    branches["cpu"] = ops.attention_cpu
+    branches["cpu"] = ops.attention
   if use_splash:
     branches["tpu"] = splash
   if use_cudnn:

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlft.models.attention import attention
-from rlft.models.cpu.convolution import conv2d, upsample_conv
-from rlft.models.cpu.ops import dense_product, group_norm
+from rlft.models.dispatch import conv2d, dense_product, group_norm, upsample_conv
 
 # `nn.Dense` with a faster gradient on CPUs.
 Dense = functools.partial(nn.Dense, dot_general=dense_product)

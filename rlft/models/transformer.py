@@ -11,8 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlft.models import layers
-from rlft.models.cpu import ops
+from rlft.models import dispatch, layers
 
 # Text `[B, L, D]`, or the keys and values that a module makes of it, under the names of its parts;
 # see `UNet2DCondition.prepare`.
@@ -33,7 +32,7 @@ class Geglu(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, N, C]` -> `[B, N, features]`."""
-    return ops.gated_gelu(layers.Dense(2 * self.features, dtype=self.dtype, name="proj")(x))
+    return dispatch.gated_gelu(layers.Dense(2 * self.features, dtype=self.dtype, name="proj")(x))
 
 
 class FeedForward(nn.Module):

@@ -1,19 +1,16 @@
-"""Convolutions of maps, of which CPUs have forms of their own (see `rlft.models.cpu.ops`).
+"""Convolutions of maps in forms that are fast on CPUs, and so are their gradients."""
 
-Those in other types than float32 are XLA's, but for gradients.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rlft.models.cpu import ops, winograd
+from rlft.models import plain
+from rlft.models.cpu import winograd
+from rlft.models.cpu.ops import made_once
 
-Padding = Sequence[tuple[int, int]]
 _SAME = ((1, 1), (1, 1))
 _WHOLE = (3, 3, 1, _SAME)  # height, width, stride, padding of a convolution that keeps the size
 _WIDTH = ((0, 0), (1, 1))  # padding of one by a row of its kernel
@@ -25,25 +22,8 @@ _UNDIVIDED = 2**15  # weights of a pixel, with more of which a convolution takes
 _PAIRS, _FOURS = winograd.form(0, 1, -1), winograd.form(0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
 
 
-def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-  """Convolves `x` `[B, H, W, I]` with `kernel` `[h, w, I, O]`; every convolution is made here."""
-  if kernel.shape[:2] == (1, 1) and stride == 1:
-    return ops.on_cpu(ops.product_cpu, jnp.matmul, x, kernel[0, 0])
-  settings = stride, tuple(map(tuple, padding))
-  cpu, plain = (ops.fixed(form, *settings) for form in (_conv2d_cpu, _conv2d))
-  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
-
-
-def _conv2d(
-  stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, **dilation: Any
-) -> jax.Array:
-  return jax.lax.conv_general_dilated(
-    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **dilation
-  )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv2d(stride: int, padding: plain.Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """A convolution in the form that is the fastest here, and so are its gradients.
 
   JAX's gradients are convolutions with permuted dimensions, for which XLA has no fast form in the
@@ -53,7 +33,7 @@ def _conv2d_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) 
   if form := _rows_together(stride, padding, x, kernel):
     by_products = few or form is _FOURS and math.prod(kernel.shape[2:]) <= _UNDIVIDED
     return _winograd(form, _row_product if by_products else _row_convolution, x, kernel)
-  return _columns_product(x, kernel) if few else _conv2d(stride, padding, x, kernel)
+  return _columns_product(x, kernel) if few else plain.conv2d(stride, padding, x, kernel)
 
 
 def _conv2d_backward(stride, padding, residuals, d):
@@ -93,25 +73,25 @@ def _input_gradient(stride, padding, shape, kernel, d):
     low = taps - 1 - before
     # Of the stretched cotangent, stride (given - 1) + 1 long, `size` places are to be seen.
     around.append((low, size + taps - 2 - stride * (given - 1) - low))
-  return _conv2d(1, around, d, _mirrored(kernel), lhs_dilation=(stride, stride))
+  return plain.conv2d(1, around, d, _mirrored(kernel), lhs_dilation=(stride, stride))
 
 
 def _kernel_gradient(stride, padding, x, shape, d):
   # The images take the place of the channels: x [I, H, W, B] by d [H', W', B, O].
-  y = _conv2d(
+  y = plain.conv2d(
     1, padding, x.transpose(3, 1, 2, 0), d.transpose(1, 2, 0, 3), rhs_dilation=(stride, stride)
   )
   height, width = shape[:2]  # A stride can leave pixels over, which add taps.
   return y[:, :height, :width].transpose(1, 2, 0, 3)
 
 
-_conv2d_cpu.defvjp(
-  lambda stride, padding, x, kernel: (_conv2d_cpu(stride, padding, x, kernel), (x, kernel)),
+conv2d.defvjp(
+  lambda stride, padding, x, kernel: (conv2d(stride, padding, x, kernel), (x, kernel)),
   _conv2d_backward,
 )
 
 
-def _is_few(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> bool:
+def _is_few(stride: int, padding: plain.Padding, x: jax.Array, kernel: jax.Array) -> bool:
   """Whether a map has so few pixels that the kernel is what takes the time.
 
   A product then reads it once, as it lies. (With maps of 2 x 2 pixels, XLA exchanges map and
@@ -147,7 +127,7 @@ def _columns_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _rows_together(
-  stride: int, padding: Padding, x: jax.Array, kernel: jax.Array
+  stride: int, padding: plain.Padding, x: jax.Array, kernel: jax.Array
 ) -> winograd.Form | None:
   """The form of Winograd's convolutions that is the fastest here; None if a direct one is."""
   if not _is_whole(stride, padding, kernel):
@@ -171,7 +151,7 @@ def _winograd(
   x: jax.Array,
   kernel: jax.Array,
 ) -> jax.Array:
-  rows = map(ops.made_once, winograd.kernel_sums(form, kernel))
+  rows = map(made_once, winograd.kernel_sums(form, kernel))
   factors = zip(winograd.input_sums(form, x), rows, strict=True)
   return winograd.output(form, [convolve(x, row) for x, row in factors])
 
@@ -184,7 +164,7 @@ def _winograd_kernel_gradient(form: winograd.Form, x: jax.Array, d: jax.Array) -
 
 def _row_convolution(x: jax.Array, row: jax.Array) -> jax.Array:
   """`x` `[B, H, W, I]` convolved with a row `[3, I, O]` of a kernel."""
-  return _conv2d(1, _WIDTH, x, row[None])
+  return plain.conv2d(1, _WIDTH, x, row[None])
 
 
 def _row_product(x: jax.Array, row: jax.Array) -> jax.Array:
@@ -215,29 +195,10 @@ def _shifted(x: jax.Array) -> list[jax.Array]:
   return [padded[:, :, i : i + width].reshape(-1, channels) for i in range(3)]
 
 
-def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Doubles height and width (nearest neighbour), then convolves, keeping the size.
-
-  Args:
-    x: `[B, H, W, I]`.
-    kernel: `[3, 3, I, O]`.
-
-  Returns:
-    `[B, 2H, 2W, O]`.
-  """
-  return ops.on_cpu(_upsample_conv_cpu, _upsample_conv, x, kernel)
-
-
-def _upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  b, h, w, c = x.shape
-  x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-  return conv2d(x, kernel, stride=1, padding=((1, 1), (1, 1)))
-
-
 @jax.custom_vjp
-def _upsample_conv_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Multiplies the small map by each of the nine matrices, a quarter of the work, then adds up."""
-  taps = [[x @ ops.made_once(kernel[i, j]) for j in range(3)] for i in range(3)]
+  taps = [[x @ made_once(kernel[i, j]) for j in range(3)] for i in range(3)]
   return _double(*(_double(*row, axis=2) for row in taps), axis=1)
 
 
@@ -254,7 +215,7 @@ def _double(first: jax.Array, middle: jax.Array, last: jax.Array, *, axis: int) 
 
 
 def _upsample_conv_forward(x, kernel):
-  return _upsample_conv_cpu(x, kernel), (x, kernel)
+  return upsample_conv(x, kernel), (x, kernel)
 
 
 def _upsample_conv_backward(residuals, d):
@@ -276,4 +237,4 @@ def _upsample_conv_backward(residuals, d):
   return d_x, jnp.stack([columns @ t for t in taps]).reshape(kernel.shape)
 
 
-_upsample_conv_cpu.defvjp(_upsample_conv_forward, _upsample_conv_backward)
+upsample_conv.defvjp(_upsample_conv_forward, _upsample_conv_backward)

@@ -1,33 +1,13 @@
-"""Operations that have a form of their own on CPUs, where XLA's is slow.
+"""Products, norms, gates and attention in forms that are fast on CPUs; float32.
 
-Those in other types than float32 are XLA's.
-
-Which form runs is decided when a program is lowered: what is lowered for a TPU or a GPU, on
-whatever machine, holds the plain operations. `experiments/cpu_kernels.md` has the measurements.
+`experiments/cpu_kernels.md` has the measurements.
 """
 
-from collections.abc import Callable
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-
-def on_cpu(
-  cpu: Callable[..., jax.Array], plain: Callable[..., jax.Array], *args: jax.Array
-) -> jax.Array:
-  """`cpu(*args)` on CPUs if all `args` are float32, otherwise `plain(*args)`."""
-  if any(x.dtype != jnp.float32 for x in args):
-    return plain(*args)
-  return jax.lax.platform_dependent(*args, cpu=cpu, default=plain)
-
-
-@functools.cache
-def fixed(form: Callable[..., jax.Array], *args: Any, **named: Any) -> Callable[..., jax.Array]:
-  """`functools.partial`, the same for the same arguments: JAX traces it once for each shape."""
-  return functools.partial(form, *args, **named)
 
 
 def made_once(x: jax.Array) -> jax.Array:
@@ -39,16 +19,8 @@ def made_once(x: jax.Array) -> jax.Array:
   return jax.lax.optimization_barrier(x)
 
 
-def dense_product(
-  x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
-) -> jax.Array:
-  """`x` `[..., I]` times `kernel` `[I, O]`, for `nn.Dense`, which gives more arguments."""
-  plain = fixed(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
-  return on_cpu(product_cpu, plain, x, kernel)
-
-
 @jax.custom_vjp
-def product_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """A product whose gradient transposes neither `x` nor the cotangent; JAX's transposes both."""
   return x @ kernel
 
@@ -60,42 +32,7 @@ def _product_backward(residuals, d):
   return d_x, jax.lax.dot_general(x, d, (((0,), (0,)), ((), ())))
 
 
-product_cpu.defvjp(lambda x, kernel: (product_cpu(x, kernel), (x, kernel)), _product_backward)
-
-
-def group_norm(
-  x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, epsilon: float, silu: bool
-) -> jax.Array:
-  """Group normalisation (https://arxiv.org/abs/1803.08494), then x sigmoid(x) if `silu`.
-
-  Args:
-    x: `[B, H, W, C]` float32.
-    scale, bias: `[C]` float32.
-    groups: must divide C.
-    epsilon: is added to the variance.
-    silu: whether the activation follows.
-
-  Returns:
-    As `x`.
-  """
-  cpu, plain = (fixed(form, groups, epsilon, silu) for form in (_group_norm_cpu, _group_norm))
-  return on_cpu(cpu, plain, x, scale, bias)
-
-
-def _group_norm(
-  groups: int, epsilon: float, silu: bool, x: jax.Array, scale: jax.Array, bias: jax.Array
-) -> jax.Array:
-  batch, channels = x.shape[0], x.shape[-1]
-  grouped = (batch, groups, channels // groups)
-  # The spatial axes are reduced first, to [B, C], and what is left is one multiply-add a value.
-  mean = x.mean((1, 2)).reshape(grouped).mean(-1, keepdims=True)
-  # Distances from the mean, not E[x^2] - E[x]^2, which cancels where |mean| >> deviation.
-  offset = jnp.broadcast_to(mean, grouped).reshape(batch, 1, 1, channels)
-  variance = jnp.square(x - offset).mean((1, 2)).reshape(grouped).mean(-1, keepdims=True)
-  factor = jnp.broadcast_to(jax.lax.rsqrt(variance + epsilon), grouped)
-  factor = factor.reshape(batch, 1, 1, channels) * scale
-  y = (x - offset) * factor + bias
-  return jax.nn.silu(y) if silu else y
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
 
 
 def _spread(x: jax.Array, channels: int) -> jax.Array:
@@ -113,7 +50,8 @@ def _group_sum(x: jax.Array, groups: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _group_norm_cpu(groups, epsilon, silu, x, scale, bias):
+def group_norm(groups, epsilon, silu, x, scale, bias):
+  """See `dispatch.group_norm`; few passes over the map, also for the gradient."""
   return _group_norm_forward(groups, epsilon, silu, x, scale, bias)[0]
 
 
@@ -147,20 +85,7 @@ def _group_norm_backward(groups, epsilon, silu, residuals, d):
   return d_x.reshape(shape), d_scale.sum(0), d_bias.sum(0)
 
 
-_group_norm_cpu.defvjp(_group_norm_forward, _group_norm_backward)
-
-
-def gated_gelu(x: jax.Array) -> jax.Array:
-  """First half of the channels times GELU of the second: `[..., 2 F]` -> `[..., F]`.
-
-  GELU(g) = g (1 + erf(g / sqrt 2)) / 2, as PyTorch computes it.
-  """
-  return on_cpu(_gated_gelu_cpu, _gated_gelu, x)
-
-
-def _gated_gelu(x: jax.Array) -> jax.Array:
-  x, gate = jnp.split(x, 2, axis=-1)
-  return x * jax.nn.gelu(gate, approximate=False)
+group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -169,7 +94,8 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _gated_gelu_cpu(x: jax.Array) -> jax.Array:
+def gated_gelu(x: jax.Array) -> jax.Array:
+  """See `dispatch.gated_gelu`; the gradient computes the gate once for both halves."""
   x, gate = jnp.split(x, 2, axis=-1)
   return x * gate * _normal_cdf(gate)
 
@@ -181,11 +107,11 @@ def _gated_gelu_backward(x, d):
   return (jnp.concatenate([d * gate * cdf, d * x * (cdf + gate * density)], axis=-1),)
 
 
-_gated_gelu_cpu.defvjp(lambda x: (_gated_gelu_cpu(x), x), _gated_gelu_backward)
+gated_gelu.defvjp(lambda x: (gated_gelu(x), x), _gated_gelu_backward)
 
 
 @jax.custom_vjp
-def attention_cpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Attention over `[B, N, heads, D]`, `[B, M, heads, D]` twice, with few passes over the logits.
 
   The weights are never divided by their sums, the small output and cotangent are; and the large
@@ -221,4 +147,4 @@ def _attention_backward(residuals, d):
   )
 
 
-attention_cpu.defvjp(_attention_forward, _attention_backward)
+attention.defvjp(_attention_forward, _attention_backward)

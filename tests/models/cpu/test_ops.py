@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft.models import attention
-from rlft.models.cpu import ops
-from rlft.models.cpu.convolution import conv2d, upsample_conv
+from rlft.models import attention, dispatch
+from rlft.models.dispatch import conv2d, upsample_conv
 
 SAME = ((1, 1), (1, 1))
 
@@ -26,7 +25,7 @@ def direct(x, kernel, *, stride=1, padding=SAME):
 
 
 def dense(x, kernel):
-  return ops.dense_product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=None)
+  return dispatch.dense_product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=None)
 
 
 def convolution(size, stride, padding):
@@ -59,7 +58,7 @@ def gated_gelu(x):
 
 
 conv = functools.partial(conv2d, stride=1, padding=SAME)
-norm = functools.partial(ops.group_norm, groups=4, epsilon=1e-5)
+norm = functools.partial(dispatch.group_norm, groups=4, epsilon=1e-5)
 plain_attention = functools.partial(attention.attention, implementation="xla")
 
 CASES = {
@@ -99,7 +98,7 @@ CASES = {
     functools.partial(group_norm, silu=True),
     (normal(0, 3, 4, 2, 12) - 5, normal(1, 12), normal(2, 12)),
   ),
-  "gated gelu": (ops.gated_gelu, gated_gelu, (3 * normal(0, 2, 5, 14),)),
+  "gated gelu": (dispatch.gated_gelu, gated_gelu, (3 * normal(0, 2, 5, 14),)),
   "attention": (
     attention.attention,
     plain_attention,
