@@ -32,7 +32,7 @@ from rlft.config import tasks
 from rlft.diffusion import ddim, rollout, sampler
 from rlft.evaluation import evaluate, results
 from rlft.evaluation.metric import MetricScorer
-from rlft.models import text
+from rlft.models import stable_diffusion, text
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
 from rlft.report import charts
@@ -221,10 +221,9 @@ class Pen:
 
   def __init__(self, dtype: str):
     self.model = pretrained.load("emoji-sd", dtype=jnp.dtype(dtype))
-    self._encode = jax.jit(
-      lambda ids: text.encode(self.model, self.model.params, ids, sampler.image_size(self.model))
-    )
-    self._decode = jax.jit(lambda x: sampler.decode(self.model, self.model.params["vae"], x))
+    params, size = self.model.params, stable_diffusion.image_size(self.model)
+    self._encode = jax.jit(lambda ids: text.encode(self.model, params, ids, size))
+    self._decode = jax.jit(lambda x: stable_diffusion.decode(self.model, params["vae"], x))
     self._step = jax.jit(self._one_step, static_argnames="guidance_scale")
 
   def _one_step(self, params, step, latents, guidance, keys, *, guidance_scale):
@@ -246,7 +245,7 @@ class Pen:
     keys = sampler.image_keys(jax.random.key(seed), first, len(texts))
     prompt = self._encode(self.model.tokenize(list(texts))[0])
     guidance = Guidance(prompt, self._encode(self.model.tokenize([""] * len(texts))[0]))
-    latents = rollout.normal(keys, steps, sampler.latent_shape(self.model))
+    latents = rollout.normal(keys, steps, stable_diffusion.latent_shape(self.model))
     for i in range(steps):
       row = jax.tree.map(lambda x, i=i: x[i : i + 1], schedule)
       noise = jax.vmap(jax.random.fold_in, (0, None))(keys, i)

@@ -35,8 +35,9 @@ from rlft.diffusion import ddim, rollout
 from rlft.diffusion import sampler as sampler_lib
 from rlft.evaluation import results
 from rlft.models import lora as lora_lib
+from rlft.models import stable_diffusion
 from rlft.models import text as text_lib
-from rlft.models.files.pretrained import StableDiffusion
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import gradients, sharding
 from rlft.parallel import microbatch as microbatch_lib
 from rlft.report import iteration as iteration_metrics
@@ -48,7 +49,7 @@ from rlft.run.open import Run, measure, open_run
 from rlft.run.preemption import Stop
 from rlft.run.state import TrainState, initial_state, optimizer_of, sampling_weights
 from rlft.storage import files
-from rlft.types import UserError
+from rlft.types import Denoiser, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def make_programs(
   alphas = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
   lora_scale = lora_lib.scale(config.lora_rank, config.lora_alpha)
 
-  def denoiser(weights) -> rollout.Denoiser:
+  def denoiser(weights) -> Denoiser:
     return lora_lib.denoiser(model.unet, weights, lora_scale)
 
   def step_errors(whole, base, rows, index):
@@ -166,7 +167,7 @@ def make_programs(
 
   def pretrain(state, frozen, images, ids, key):
     """One optimizer step on beta * L_pre."""
-    count, shape = len(images), sampler_lib.latent_shape(model)
+    count, shape = len(images), stable_diffusion.latent_shape(model)
     timesteps, noise = losses.denoising_noise(key, (count, *shape), len(alphas))
 
     def loss(whole, base, part):
@@ -191,8 +192,8 @@ def make_programs(
 
     def local(frozen, images, ids):
       frozen = sharding.gather(frozen, where)
-      text = text_lib.encode(model, frozen, ids, sampler_lib.image_size(model))
-      encode = functools.partial(sampler_lib.encode, model, frozen["vae"])
+      text = text_lib.encode(model, frozen, ids, stable_diffusion.image_size(model))
+      encode = functools.partial(stable_diffusion.encode, model, frozen["vae"])
       images = images.astype(jnp.float32) / 255.0
       return microbatch_lib.mapped(encode, images, config.decode_chunk), text
 

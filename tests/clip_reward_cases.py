@@ -21,6 +21,7 @@ import torch_files
 
 from rlft.models import clip
 from rlft.models.files import clip_weights, torch_layout
+from rlft.models.shapes import param_shapes
 
 NUMBERS = models_cases.FIXTURES / "clip_rewards.npz"
 OPEN_CLIP_KEYS = models_cases.FIXTURES / "open_clip.json"
@@ -269,7 +270,7 @@ def open_clip_vit_h_14() -> list[str]:
 @functools.cache
 def vit_h_14_state() -> dict[str, np.ndarray]:
   """The full-size state dict under transformers' names, of arrays that use no memory."""
-  shapes = torch_layout.param_shapes(clip.CLIPModel(clip_weights.VIT_H_14))
+  shapes = param_shapes(clip.CLIPModel(clip_weights.VIT_H_14))
   zeros = models_cases.traverse_util.flatten_dict(shapes)
   return {
     torch_layout.torch_names(path)[0]: torch_layout.to_torch_layout(

@@ -18,7 +18,9 @@ import numpy as np
 import transformers
 
 from rlft.models import architectures, clip, unet, vae
-from rlft.models.files import pretrained, torch_layout
+from rlft.models.files import torch_layout
+from rlft.models.shapes import param_shapes
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Conditioning
 
 # Compiles in half the time; what is compared is the networks, not the compiler.
@@ -144,7 +146,7 @@ def random_params(module: Any, seed: int) -> dict[str, Any]:
   others as they are.
   """
   params = {}
-  for path, leaf in traverse_util.flatten_dict(torch_layout.param_shapes(module)).items():
+  for path, leaf in traverse_util.flatten_dict(param_shapes(module)).items():
     rng = np.random.RandomState(zlib.crc32("/".join(path).encode()) + seed)
     array = rng.standard_normal(leaf.shape)
     if path[-1] == "kernel":
@@ -314,7 +316,7 @@ def tokenizer(**options: Any) -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(str(vocab), str(merge_file), model_max_length=16, **options)
 
 
-def tiny_pipeline(kind: str = "epsilon") -> pretrained.StableDiffusion:
+def tiny_pipeline(kind: str = "epsilon") -> StableDiffusion:
   """A whole Stable Diffusion with random weights: 32x32 images, 8x8x4 latents, 16 tokens.
 
   `kind` is 'epsilon' (in the manner of SD 1.x), 'v_prediction' (SD 2.x) or 'sdxl'.
@@ -346,7 +348,7 @@ def tiny_pipeline(kind: str = "epsilon") -> pretrained.StableDiffusion:
   # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
   params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
   prediction_type = "v_prediction" if kind == "v_prediction" else "epsilon"
-  return pretrained.StableDiffusion(
+  return StableDiffusion(
     unet=modules["unet"],
     vae=modules["vae"],
     text_encoders=tuple(v for k, v in modules.items() if k.startswith("text_encoder")),

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import models_cases
 import numpy as np
 
-from rlft.diffusion import ddim, rollout, sampler
-from rlft.models import text
-from rlft.models.files import pretrained
+from rlft.diffusion import ddim, rollout
+from rlft.models import stable_diffusion, text
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Guidance
 
 KINDS = ("epsilon", "v_prediction", "sdxl")
@@ -33,7 +33,7 @@ def flax_outputs(kind: str) -> dict[str, np.ndarray]:
 
   @functools.partial(jax.jit, compiler_options=models_cases.FAST_COMPILER)
   def run(params, noise, ids, empty_ids):
-    size = sampler.image_size(model)
+    size = stable_diffusion.image_size(model)
     prompt = text.encode(model, params, ids, size)
     empty = text.empty(model, params, empty_ids, size)
     prepared, empty_prepared = (
@@ -51,7 +51,7 @@ def flax_outputs(kind: str) -> dict[str, np.ndarray]:
       guidance_scale=models_cases.GUIDANCE,
     )
     latents = path.latents[-1]
-    return prompt, empty, latents, sampler.decode(model, params["vae"], latents)
+    return prompt, empty, latents, stable_diffusion.decode(model, params["vae"], latents)
 
   prompt, empty, latents, images = run(model.params, initial_latents(), ids, empty_ids)
   outputs = {"text": prompt.text, "empty_text": empty.text, "latents": latents, "images": images}
@@ -61,7 +61,7 @@ def flax_outputs(kind: str) -> dict[str, np.ndarray]:
   return jax.tree.map(np.asarray, outputs)
 
 
-def torch_pipeline(model: pretrained.StableDiffusion) -> Any:
+def torch_pipeline(model: StableDiffusion) -> Any:
   """diffusers' pipeline with the weights of `model`."""
   import diffusers
 

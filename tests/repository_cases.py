@@ -16,7 +16,8 @@ import safetensors.numpy
 import transformers
 
 from rlft.models import clip, unet, vae
-from rlft.models.files import pretrained, torch_layout
+from rlft.models.files import torch_layout
+from rlft.models.stable_diffusion import StableDiffusion
 
 # A commit, as a hub's repository is pinned to.
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -222,7 +223,7 @@ def tokenizers(family: str) -> tuple[transformers.CLIPTokenizer, ...]:
 
 
 @functools.cache
-def tiny(family: str, seed: int = 2) -> pretrained.StableDiffusion:
+def tiny(family: str, seed: int = 2) -> StableDiffusion:
   """The model that `write` writes."""
   files, words = FAMILIES[family], tokenizers(family)
   texts = [name for name in files.configs if name.startswith("text_encoder")]
@@ -240,7 +241,7 @@ def tiny(family: str, seed: int = 2) -> pretrained.StableDiffusion:
   params = {name: models_cases.random_params(m, seed=seed) for name, m in modules.items()}
   # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
   params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
-  return pretrained.StableDiffusion(
+  return StableDiffusion(
     unet=modules["unet"],
     vae=modules["vae"],
     text_encoders=tuple(modules[name] for name in texts),
@@ -301,7 +302,7 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def write(root: pathlib.Path, family: str, layout: str = "full") -> pretrained.StableDiffusion:
+def write(root: pathlib.Path, family: str, layout: str = "full") -> StableDiffusion:
   """Writes the repository of a family to the directory `root`, and returns what is in it."""
   model, files = tiny(family), FAMILIES[family]
   index = {**files.index, "scheduler": ["diffusers", files.scheduler["_class_name"]]}

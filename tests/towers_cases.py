@@ -21,6 +21,7 @@ import transformers
 
 from rlft.models import clip, owlvit
 from rlft.models.files import torch_layout
+from rlft.models.shapes import param_shapes
 
 NUMBERS = models_cases.FIXTURES / "towers.npz"
 TREES = models_cases.FIXTURES / "towers.json"
@@ -256,7 +257,7 @@ def full_size(name: str) -> Any:
 def flax_tree(module: Any) -> dict[str, tuple[int, ...]]:
   """PyTorch's name and shape of each parameter that the Flax module has."""
   tree = {}
-  for path, leaf in traverse_util.flatten_dict(torch_layout.param_shapes(module)).items():
+  for path, leaf in traverse_util.flatten_dict(param_shapes(module)).items():
     empty = np.broadcast_to(np.float32(0), leaf.shape)
     tree[torch_layout.torch_names(path)[0]] = torch_layout.to_torch_layout(path, empty).shape
   return tree

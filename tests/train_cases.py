@@ -27,6 +27,7 @@ from rlft import train
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import clip, unet, vae
 from rlft.models.files import pretrained
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
 from rlft.storage.checkpoint import Checkpointer
 
@@ -80,7 +81,7 @@ spread.is_set = True
 '''
 
 
-def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
+def tiny_model(seed: int = 2, channels: int = 16) -> StableDiffusion:
   """Random weights: 4x4 images, 4x4x4 latents, one transformer, 16 tokens."""
   words = models_cases.tokenizer()
   modules = {
@@ -121,7 +122,7 @@ def tiny_model(seed: int = 2, channels: int = 16) -> pretrained.StableDiffusion:
   # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
   params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
   scheduler = {**models_cases.SCHEDULER, "prediction_type": "epsilon"}
-  return pretrained.StableDiffusion(
+  return StableDiffusion(
     unet=modules["unet"],
     vae=modules["vae"],
     text_encoders=(modules["text_encoder"],),

@@ -1,19 +1,11 @@
 """Sampling with trajectories and log-probabilities: one `lax.scan` over the reverse steps."""
 
-from collections.abc import Callable
-
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlft.diffusion import ddim
-from rlft.types import Conditioning, Guidance, Trajectory
-
-# (x_t [n, H, W, C], timesteps [n] int32, conditioning [N, ...]) -> output [N, H, W, C] float32,
-# with N a multiple of n: the maps are repeated as often as needed, all of them each time.
-Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
-# Computes from the conditioning what the denoiser needs of it at every step.
-Prepare = Callable[[Conditioning], Conditioning]
+from rlft.types import Conditioning, Denoiser, Guidance, Prepare, Trajectory
 
 
 def unprepared(conditioning: Conditioning) -> Conditioning:

@@ -16,39 +16,13 @@ import numpy as np
 import tqdm
 
 from rlft.diffusion import ddim, rollout
-from rlft.models import lora
+from rlft.models import lora, stable_diffusion
 from rlft.models import text as text_lib
-from rlft.models.files.pretrained import StableDiffusion
 from rlft.models.precision import cast
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import microbatch as microbatch_lib
 from rlft.parallel import sharding
 from rlft.types import Guidance, Trajectory, UserError
-
-
-def decode(model: StableDiffusion, vae_params: Any, latents: jax.Array) -> jax.Array:
-  """Scaled latents `[B, h, w, C]` to images `[B, H, W, 3]` float32 in [0, 1]."""
-  factor = model.vae.config.scaling_factor
-  images = model.vae.apply({"params": vae_params}, latents / factor, method="decode")
-  return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
-
-
-def encode(model: StableDiffusion, vae_params: Any, images: jax.Array) -> jax.Array:
-  """Images `[B, H, W, 3]` in [0, 1] to scaled latents `[B, h, w, C]` (the mean)."""
-  mean, _ = model.vae.apply({"params": vae_params}, 2.0 * images - 1.0, method="encode")
-  return mean.astype(jnp.float32) * model.vae.config.scaling_factor
-
-
-def latent_shape(model: StableDiffusion) -> tuple[int, int, int]:
-  """(H, W, C) of the latents that the UNet was made for."""
-  size = model.unet.config.sample_size
-  height, width = (size, size) if isinstance(size, int) else size
-  return height, width, model.unet.config.in_channels
-
-
-def image_size(model: StableDiffusion) -> tuple[int, int]:
-  """(H, W) of the images, in pixels."""
-  height, width, _ = latent_shape(model)
-  return height * model.vae.config.downscale, width * model.vae.config.downscale
 
 
 def condition(
@@ -73,7 +47,7 @@ def condition(
   Returns:
     Leaves `[B, ...]`.
   """
-  size = image_size(model)
+  size = stable_diffusion.image_size(model)
 
   def repeat(conditioning):
     return jax.tree.map(lambda x: jnp.repeat(x, count // len(x), axis=0), conditioning)
@@ -120,7 +94,7 @@ def generate(
 
   def walk(rows):
     text, keys = rows
-    noise = rollout.normal(keys, len(schedule.timesteps), latent_shape(model))
+    noise = rollout.normal(keys, len(schedule.timesteps), stable_diffusion.latent_shape(model))
     path = rollout.sample(
       lora.denoiser(*network),
       schedule,
@@ -134,7 +108,7 @@ def generate(
 
   path = _swap(microbatch_lib.mapped(walk, (text, keys), microbatch))
   images = microbatch_lib.mapped(
-    functools.partial(decode, model, vae_params), path.latents[-1], decode_chunk
+    functools.partial(stable_diffusion.decode, model, vae_params), path.latents[-1], decode_chunk
   )
   return path, images
 
@@ -284,8 +258,8 @@ class Sampler:
 
   def initial_noise(self, count: int, seed: int) -> np.ndarray:
     """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""
-    steps = len(self._schedule.timesteps)
-    return np.asarray(rollout.normal(_keys(seed, 0, count), steps, latent_shape(self._model)))
+    steps, shape = len(self._schedule.timesteps), stable_diffusion.latent_shape(self._model)
+    return np.asarray(rollout.normal(_keys(seed, 0, count), steps, shape))
 
   def __call__(self, prompts: Sequence[str], seed: int, **settings: Any) -> np.ndarray:
     """Draws one image for each prompt: `batches`, joined.

@@ -29,10 +29,11 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 from rlft.algorithms import losses
 from rlft.diffusion import ddim, sampler
 from rlft.emoji import world
-from rlft.models import lora
+from rlft.models import lora, stable_diffusion
 from rlft.models import text as text_lib
 from rlft.models.clip import CLIPTextConfig, CLIPTextEncoder
 from rlft.models.files import pretrained
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.models.unet import UNet2DCondition, UNetConfig
 from rlft.models.vae import AutoencoderKL, VAEConfig
 from rlft.parallel import sharding
@@ -115,7 +116,7 @@ def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -
     return CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=max_length)
 
 
-def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> pretrained.StableDiffusion:
+def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> StableDiffusion:
   """The modules of `emoji-sd`, without parameters."""
   text = CLIPTextConfig(
     vocab_size=len(tokenizer),
@@ -149,7 +150,7 @@ def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> pretraine
     norm_num_groups=16,
     use_linear_projection=True,
   )
-  return pretrained.StableDiffusion(
+  return StableDiffusion(
     unet=UNet2DCondition(unet),
     vae=AutoencoderKL(vae),
     text_encoders=(CLIPTextEncoder(text),),
@@ -253,7 +254,7 @@ def _fit(
   return state["ema"]
 
 
-def _encode(model: pretrained.StableDiffusion, params: Any, images: np.ndarray) -> np.ndarray:
+def _encode(model: StableDiffusion, params: Any, images: np.ndarray) -> np.ndarray:
   """`[N, H, W, 3]` uint8 -> `[N, h, w, 4]` unscaled latent means."""
   encode = jax.jit(lambda x: model.vae.apply({"params": params}, _to_signed(x), method="encode")[0])
   size = 256
@@ -266,7 +267,7 @@ def _to_signed(images: jax.Array) -> jax.Array:
   return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
-def run(config: PretrainConfig) -> pretrained.StableDiffusion:
+def run(config: PretrainConfig) -> StableDiffusion:
   """Trains all stages (or what is left of them) and writes `<workdir>/emoji-sd`."""
   sharding.split_host(config.cpu_devices)
   workdir = Path(config.workdir)
@@ -320,7 +321,7 @@ def run(config: PretrainConfig) -> pretrained.StableDiffusion:
       alphas,
       SCHEDULER["prediction_type"],
       latents,
-      text_lib.encode(model, params, ids, sampler.image_size(model)),
+      text_lib.encode(model, params, ids, stable_diffusion.image_size(model)),
       *losses.denoising_noise(key, latents.shape, len(alphas)),
     )
     return errors.mean()

@@ -22,6 +22,7 @@ from rlft.models import clip, owlvit
 from rlft.models.files import sources as weights
 from rlft.models.files import torch_layout
 from rlft.models.files.pretrained import EMOJI_SD_PATH
+from rlft.models.shapes import param_shapes
 from rlft.rewards import preprocess
 from rlft.storage import files
 
@@ -126,7 +127,7 @@ def recipe(config: reward_training.RewardConfig) -> reward_training.Recipe:
 
 def init(seed: int) -> Params:
   """Untrained weights, with class heads that expect nothing."""
-  shapes = torch_layout.param_shapes(_MODULE)
+  shapes = param_shapes(_MODULE)
   params = reward_training.initialise(shapes, np.random.default_rng((seed, _INIT)))
   head = params["class_head"]
   head["logit_scale"]["bias"][:] = _FIRST_SCALE - 1

@@ -21,6 +21,7 @@ from rlft.emoji import art, measures, prompts, reward_training, scenes, world
 from rlft.models import blip, image_reward
 from rlft.models.files import sources as weights
 from rlft.models.files import torch_layout
+from rlft.models.shapes import param_shapes
 from rlft.rewards import preprocess
 from rlft.storage import files
 from rlft.types import Prompt
@@ -156,7 +157,7 @@ def recipe(config: reward_training.RewardConfig) -> reward_training.Recipe:
 
   return reward_training.Recipe(
     init=lambda seed: reward_training.initialise(
-      torch_layout.param_shapes(_MODULE), np.random.default_rng((seed, _INIT))
+      param_shapes(_MODULE), np.random.default_rng((seed, _INIT))
     ),
     batch=batch,
     loss=loss,

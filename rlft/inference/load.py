@@ -8,6 +8,7 @@ from rlft.config import settings as config_lib
 from rlft.config.settings import Config
 from rlft.models import lora as lora_lib
 from rlft.models.files import pretrained
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
 
@@ -24,7 +25,7 @@ class Finetuned:
     iteration: iterations done; 0 for a plain directory.
   """
 
-  model: pretrained.StableDiffusion
+  model: StableDiffusion
   config: Config | None = None
   lora: Any = None
   lora_scale: float = 0.0

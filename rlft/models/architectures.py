@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.models import clip, unet, vae
-from rlft.models.files import pretrained, torch_layout
+from rlft.models.shapes import param_shapes
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import UserError
 
 
@@ -25,7 +26,7 @@ class Architecture:
   Attributes:
     unet, vae, texts: configs of the networks; `texts` of one or two text encoders.
     scheduler: as in `scheduler_config.json`.
-    zero_empty: see `pretrained.StableDiffusion`.
+    zero_empty: see `StableDiffusion`.
   """
 
   unet: unet.UNetConfig
@@ -149,7 +150,7 @@ def get(name: str) -> Architecture:
 
 def build(
   architecture: Architecture, *, dtype: Any = jnp.float32, remat: bool = False
-) -> pretrained.StableDiffusion:
+) -> StableDiffusion:
   """The model without weights: its parameters are `jax.ShapeDtypeStruct`s; computes nothing.
 
   Args:
@@ -170,24 +171,19 @@ def build(
       for i, config in enumerate(others, start=2)
     },
   }
-  return pretrained.StableDiffusion(
+  return StableDiffusion(
     unet=modules["unet"],
     vae=modules["vae"],
     text_encoders=tuple(v for k, v in modules.items() if k.startswith("text_encoder")),
     tokenizers=(),
     scheduler=architecture.scheduler,
     # Neither `dtype` nor `remat` changes the shapes: traced once for all of them.
-    params={
-      name: torch_layout.param_shapes(type(module)(module.config))
-      for name, module in modules.items()
-    },
+    params={name: param_shapes(type(module)(module.config)) for name, module in modules.items()},
     zero_empty=architecture.zero_empty,
   )
 
 
-def abstract(
-  name: str, *, dtype: Any = jnp.float32, remat: bool = False
-) -> pretrained.StableDiffusion:
+def abstract(name: str, *, dtype: Any = jnp.float32, remat: bool = False) -> StableDiffusion:
   """`build` of the architecture of that name; raises `UserError` if there is none."""
   return build(get(name), dtype=dtype, remat=remat)
 

@@ -13,8 +13,7 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
-from rlft.diffusion import rollout
-from rlft.types import Conditioning
+from rlft.types import Conditioning, Denoiser
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -82,7 +81,7 @@ def adapted(adapter: Adapter | None, scale: float) -> contextlib.AbstractContext
   return nn.intercept_methods(add)
 
 
-def denoiser(unet: nn.Module, weights: Weights, scale: float) -> rollout.Denoiser:
+def denoiser(unet: nn.Module, weights: Weights, scale: float) -> Denoiser:
   """The network with its weights bound; `scale` of the adapter is alpha / rank."""
 
   def denoise(latents, timesteps, conditioning):

@@ -1,17 +1,13 @@
 """From token ids to what a UNet is told: one text encoder (SD 1.x, 2.x) or two (SDXL)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Conditioning
-
-if TYPE_CHECKING:
-  from rlft.models.files.pretrained import StableDiffusion
 
 
 def encode(

@@ -22,8 +22,9 @@ from rlft.diffusion import sampler as sampler_lib
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import results
 from rlft.evaluation.metric import MetricScorer
-from rlft.models import lora
+from rlft.models import lora, stable_diffusion
 from rlft.models.files import pretrained
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
 from rlft.report import samples
 from rlft.rewards.scoring import task as combine
@@ -71,7 +72,7 @@ class Run:
   workdir: Path
   mesh: Mesh
   rows: NamedSharding
-  model: pretrained.StableDiffusion
+  model: StableDiffusion
   fingerprint: str
   schedule: ddim.Schedule
   tasks: Sequence[Task]
@@ -147,7 +148,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
     model.tokenize(texts, source=task.prompts)
   pairs = None
   if config.pretrain_weight:
-    size = sampler_lib.latent_shape(model)[0] * model.vae.config.downscale
+    size = stable_diffusion.latent_shape(model)[0] * model.vae.config.downscale
     pairs = catalog.load_pairs(config.pretrain_data, size=size, seed=config.seed)
 
   kept = config.lora_rank or config.kl_weight

@@ -78,7 +78,8 @@ def test_the_command_line_fails_in_one_line(tmp_path):
   binary.write_bytes(b"--seed=\xff\xfe\n")
   script = """if True:
     import json, sys
-    from rlft import cli, types
+    from rlft import types
+    from rlft.config import flags as cli
     cli.define_flags()
     def run():
       cli.from_flags()

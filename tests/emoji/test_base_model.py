@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft.data import prompts as prompts_lib
 from rlft.emoji import base_model as pretrain
 from rlft.emoji import prompts as emoji_prompts
 from rlft.emoji import world
-from rlft.models.files import torch_layout
+from rlft.models import tokens
+from rlft.models.shapes import param_shapes
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def tokenizer():
 
 
 def test_tokenizer_is_a_clip_tokenizer(tokenizer):
-  ids, truncated = prompts_lib.tokenize(tokenizer, ["a dog next to an owl", ""])
+  ids, truncated = tokens.tokenize(tokenizer, ["a dog next to an owl", ""])
   assert ids.shape == (2, pretrain.TEXT_LENGTH) and truncated == 0
   begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
   assert tokenizer.convert_ids_to_tokens(ids[0, :8].tolist()) == [
@@ -37,12 +37,12 @@ def test_every_prompt_of_the_world_fits(tokenizer):
   for task in emoji_prompts.TASKS:
     for split in emoji_prompts.SPLITS:
       texts = [prompt.text for prompt in emoji_prompts.prompts(task, split)[:500]]
-      assert prompts_lib.tokenize(tokenizer, texts)[1] == 0
+      assert tokens.tokenize(tokenizer, texts)[1] == 0
 
 
 def test_build(tokenizer):
   model = pretrain.build(tokenizer, scaling_factor=0.5)
-  shapes = torch_layout.param_shapes(model.unet)
+  shapes = param_shapes(model.unet)
   # Half-precision weights of the UNet must leave room for the rest within 12 MB.
   assert sum(x.size for x in jax.tree.leaves(shapes)) * 2 < 10e6
   assert model.vae.config.downscale == 4

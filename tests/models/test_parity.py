@@ -16,6 +16,7 @@ import towers_cases
 
 from rlft.models import architectures
 from rlft.models.files import torch_layout
+from rlft.models.shapes import param_shapes
 from rlft.types import Conditioning, UserError
 
 TOLERANCE = 1e-4
@@ -52,7 +53,7 @@ def test_numbers_are_those_that_pytorch_gives(case):
 @pytest.mark.parametrize("name", [*CASES, *models_cases.FULL_SIZE])
 def test_the_parameter_tree_is_that_of_the_flax_classes(name):
   modules = models_cases.MODULES | {k: v[0] for k, v in models_cases.FULL_SIZE.items()}
-  tree = models_cases.shapes(torch_layout.param_shapes(modules[name]))
+  tree = models_cases.shapes(param_shapes(modules[name]))
   lines = [f"{path} {shape}" for path, shape in tree.items()]
   expected = json.loads((models_cases.FIXTURES / "trees.json").read_text())[name]
   assert len(lines) == expected["arrays"]
@@ -62,7 +63,7 @@ def test_the_parameter_tree_is_that_of_the_flax_classes(name):
 @pytest.mark.parametrize("name", models_cases.FULL_SIZE)
 def test_every_key_of_the_real_models_has_its_place(name):
   module, parameters = models_cases.FULL_SIZE[name]
-  shapes = traverse_util.flatten_dict(torch_layout.param_shapes(module))
+  shapes = traverse_util.flatten_dict(param_shapes(module))
   assert {leaf.dtype for leaf in shapes.values()} == {jnp.dtype(jnp.float32)}
   found = towers_cases.flax_tree(module)
   assert len(found) == len(shapes)  # no two parameters have the same name in PyTorch
@@ -99,9 +100,9 @@ def test_architectures_have_all_networks_and_no_weights():
 
 def test_random_parameters_keep_the_size_of_activations():
   module = models_cases.MODULES["unet_sdxl"]
-  params = architectures.random_params(torch_layout.param_shapes(module), seed=0)
-  chex.assert_trees_all_equal_shapes_and_dtypes(params, torch_layout.param_shapes(module))
-  again = architectures.random_params(torch_layout.param_shapes(module), seed=0)
+  params = architectures.random_params(param_shapes(module), seed=0)
+  chex.assert_trees_all_equal_shapes_and_dtypes(params, param_shapes(module))
+  again = architectures.random_params(param_shapes(module), seed=0)
   chex.assert_trees_all_equal(params, again)
   kernel = params["conv_in"]["kernel"]  # 3 x 3 x 4 inputs
   assert kernel.std() == pytest.approx(1 / 6, rel=0.1) and abs(kernel.mean()) < 0.02
@@ -147,9 +148,7 @@ def test_rematerialisation_changes_neither_tree_nor_gradient():
   config = dataclasses.replace(module.config, transformer_layers_per_block=(1, 2))
   module = module.clone(config=config)
   remat = module.clone(remat=True)
-  chex.assert_trees_all_equal_shapes_and_dtypes(
-    torch_layout.param_shapes(module), torch_layout.param_shapes(remat)
-  )
+  chex.assert_trees_all_equal_shapes_and_dtypes(param_shapes(module), param_shapes(remat))
   params = models_cases.random_params(module, seed=1)
   weights = np.random.RandomState(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
 

@@ -75,7 +75,7 @@ def test_the_host_is_not_split_twice():
 
 _FRESH_PAGES = """
 import resource
-from rlft import sharding
+from rlft.parallel import sharding
 sharding.split_host(1)
 import jax, jax.numpy as jnp
 

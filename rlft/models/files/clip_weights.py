@@ -15,7 +15,7 @@ import numpy as np
 from rlft.models import clip
 from rlft.models.files import arrays, torch_layout
 from rlft.models.files import sources as weights
-from rlft.models.files.torch_layout import Params
+from rlft.models.shapes import Params
 from rlft.types import UserError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"

@@ -1,20 +1,16 @@
 """What is in a Stable Diffusion directory of diffusers beside the weights, and writing it all."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 import dataclasses
 import json
 import pathlib
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.numpy
 
 from rlft.models.files import torch_layout
-
-if TYPE_CHECKING:
-  from rlft.models.files.pretrained import StableDiffusion
+from rlft.models.stable_diffusion import StableDiffusion
 
 INDEX = "model_index.json"
 _DIFFUSERS_VERSION = "0.39.0"

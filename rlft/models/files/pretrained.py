@@ -12,8 +12,7 @@ half precision (`...fp16.safetensors`); other files are not looked at. They are 
 and layouts; see `torch_layout`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-import dataclasses
+from collections.abc import Collection, Mapping
 import os
 import pathlib
 import shutil
@@ -25,15 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-import transformers
 
-from rlft.data import prompts
 from rlft.models import clip, diffusers_unet, unet, vae
 from rlft.models import config as config_lib
 from rlft.models.files import arrays, diffusers_layout, hub, streaming
 from rlft.models.files import sources as weights
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
-from rlft.models.files.torch_layout import Params
+from rlft.models.shapes import Params
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import UserError
 
 EMOJI_SD = "emoji-sd"
@@ -51,45 +49,6 @@ _MODULES = {
   "text_encoder": clip.CLIPTextEncoder,
   "text_encoder_2": clip.CLIPTextEncoderWithProjection,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class StableDiffusion:
-  """A text-to-image model: three networks, their parameters, and what belongs to them.
-
-  Attributes:
-    unet, vae: the Flax modules (with their configs).
-    text_encoders: E modules, two for SDXL.
-    tokenizers: E tokenizers, of as many tokens each.
-    scheduler: the parsed `scheduler_config.json`.
-    params: `{'unet': ..., 'vae': ..., 'text_encoder': ...}`, for SDXL 'text_encoder_2' too; float32
-      trees (numpy after `load`).
-    zero_empty: the embeddings of the empty prompt are zeros (SDXL).
-    fingerprint: of the parameters that `load` has read, where it was asked to; else ''.
-  """
-
-  unet: unet.UNet2DCondition | diffusers_unet.DiffusersUNet
-  vae: vae.AutoencoderKL
-  text_encoders: tuple[clip.CLIPTextEncoder | clip.CLIPTextEncoderWithProjection, ...]
-  tokenizers: tuple[transformers.CLIPTokenizer, ...]
-  scheduler: Mapping[str, Any]
-  params: Params
-  zero_empty: bool = False
-  fingerprint: str = ""
-
-  def tokenize(self, texts: Sequence[str], *, source: str = "") -> tuple[np.ndarray, int]:
-    """Token ids of every text encoder; see `prompts.tokenize`.
-
-    Args:
-      texts: B prompts.
-      source: where they come from; if given, texts that are cut off are logged in one warning.
-
-    Returns:
-      ids `[B, E, L]` int32, each padded as its tokenizer does, and how many texts were cut off.
-    """
-    ids, cut = prompts.tokenize(self.tokenizers[0], texts, source=source)
-    others = [prompts.tokenize(tokenizer, texts)[0] for tokenizer in self.tokenizers[1:]]
-    return np.stack([ids, *others], axis=1), cut
 
 
 def find(path: str | os.PathLike[str]) -> str | pathlib.Path:

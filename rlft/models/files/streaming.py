@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from rlft.models.files import arrays, torch_layout
-from rlft.models.files.torch_layout import Params
+from rlft.models.shapes import Module, Params, param_shapes
 
 # (path of a parameter, its shape) -> where it belongs.
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
@@ -37,7 +37,7 @@ class Fingerprint:
 
 
 def read(
-  modules: Mapping[str, torch_layout.Module],
+  modules: Mapping[str, Module],
   states: Mapping[str, Mapping[str, np.ndarray]],
   *,
   what: Mapping[str, str],
@@ -63,7 +63,7 @@ def read(
   """
   leaves = {}
   for name, module in modules.items():
-    shapes = traverse_util.flatten_dict(torch_layout.param_shapes(module))
+    shapes = traverse_util.flatten_dict(param_shapes(module))
     names = torch_layout.match(shapes, states[name], what=what[name])
     leaves |= {(name, *path): (names[path], shapes[path].shape) for path in shapes}
 

@@ -10,27 +10,15 @@ error.
 """
 
 from collections.abc import Iterable, Mapping
-import functools
 import re
-from typing import Any, Protocol
+from typing import Any
 
 from flax import traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlft.models.shapes import Module, Params, param_shapes
 from rlft.types import UserError
-
-Params = Mapping[str, Any]
-
-
-class Module(Protocol):
-  """A Flax module that says what it takes."""
-
-  def init(self, rngs: Any, *args: Any) -> Mapping[str, Any]: ...
-
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]: ...
-
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Buffers, not parameters, that older transformers wrote.
@@ -44,17 +32,6 @@ _LIST_ITEM = re.compile(
 # ... and kept the names that the VAE's attention had in PyTorch before diffusers 0.18.
 _VAE_ATTENTION = re.compile(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)$")
 _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def param_shapes(module: Module) -> Params:
-  """The parameter tree of a module, as `jax.ShapeDtypeStruct`s; computes nothing."""
-  return jax.tree.map(lambda leaf: leaf, _param_shapes(module))  # a tree of the caller's own
-
-
-@functools.lru_cache(maxsize=64)
-def _param_shapes(module: Module) -> Params:
-  # Tracing the UNet of SDXL takes seconds.
-  return jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
 
 
 def torch_names(path: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.models import clip, image_reward, owlvit, yolov3_tiny
-from rlft.models.files import clip_weights, darknet, torch_layout
+from rlft.models.files import clip_weights, darknet
+from rlft.models.shapes import param_shapes
 from rlft.performance.benchmark import contest as benchmark
 from rlft.rewards import aesthetic, preprocess, yolo
 from rlft.rewards import clip as clip_rewards
@@ -93,7 +94,7 @@ def _clip(fit: clip_rewards.Fit) -> Callable[[clip.CLIPConfig, Any, int], Scorer
       return jnp.sum(image * clip_rewards.unit(words), axis=-1)
 
     ids = _ids((batch_size, text.max_position_embeddings), text.vocab_size)
-    return Scorer(torch_layout.param_shapes(module), score, ids)
+    return Scorer(param_shapes(module), score, ids)
 
   return scorer
 
@@ -101,7 +102,7 @@ def _clip(fit: clip_rewards.Fit) -> Callable[[clip.CLIPConfig, Any, int], Scorer
 def _aesthetic(config: clip.CLIPConfig, dtype: Any, batch_size: int) -> Scorer:
   del batch_size
   module = clip.CLIPModel(config, dtype)
-  shapes = torch_layout.param_shapes(module)
+  shapes = param_shapes(module)
   head = ((config.projection_dim, 1), (1,))
   head = (tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in head),)
   tower = {name: shapes[name] for name in shapes if not name.startswith("text_")}
@@ -124,7 +125,7 @@ def _image_reward(config: image_reward.ImageRewardConfig, dtype: Any, batch_size
     return image_reward_rewards.score_images(module, params, images, features)
 
   features = {"ids": ids, "mask": (ids > 0).astype(np.int32)}
-  return Scorer(torch_layout.param_shapes(module), score, features)
+  return Scorer(param_shapes(module), score, features)
 
 
 def _owlvit(config: owlvit.OwlViTConfig, dtype: Any, batch_size: int) -> Scorer:
@@ -134,7 +135,7 @@ def _owlvit(config: owlvit.OwlViTConfig, dtype: Any, batch_size: int) -> Scorer:
     return owlvit_rewards.score_images(module, params, images, ids)
 
   ids = _ids((batch_size, OBJECTS, text.max_position_embeddings), text.vocab_size)
-  return Scorer(torch_layout.param_shapes(module), score, ids)
+  return Scorer(param_shapes(module), score, ids)
 
 
 def _yolo(network: darknet.Network, dtype: Any, batch_size: int) -> Scorer:

@@ -24,9 +24,10 @@ import numpy as np
 from rlft import train
 from rlft.config import settings as config_lib
 from rlft.diffusion import sampler as sampler_lib
-from rlft.models import architectures, clip, unet, vae
+from rlft.models import architectures, clip, stable_diffusion, unet, vae
 from rlft.models import text as text_lib
 from rlft.models.files import pretrained
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.performance.benchmark import contest as benchmark
 from rlft.performance.compile import hlo
 from rlft.run import open as run_lib
@@ -221,9 +222,9 @@ def contest(what: str, name: str, config: benchmark.BenchmarkConfig) -> Iterator
     )
 
 
-def _about(what: str, model: pretrained.StableDiffusion, work: Work) -> str:
+def _about(what: str, model: StableDiffusion, work: Work) -> str:
   """The work in words."""
-  height, width, _ = sampler_lib.latent_shape(model)
+  height, width, _ = stable_diffusion.latent_shape(model)
   guidance = f"guidance {work.guidance_scale:g}" if work.guidance_scale != 1.0 else "no guidance"
   words = [
     f"{work.batch_size} images",
@@ -255,7 +256,7 @@ def parse_settings(text: str) -> dict[str, Any]:
   return found
 
 
-def _model(size: Size, root: pathlib.Path) -> pretrained.StableDiffusion:
+def _model(size: Size, root: pathlib.Path) -> StableDiffusion:
   """The model of a size; writes it below `root` if it is not the shipped one."""
   if size.architecture is None:
     return pretrained.load(pretrained.EMOJI_SD)
@@ -273,7 +274,7 @@ def _model(size: Size, root: pathlib.Path) -> pretrained.StableDiffusion:
 
 
 def _work(
-  model: pretrained.StableDiffusion,
+  model: StableDiffusion,
   root: pathlib.Path,
   numbers: Mapping[str, Any],
   dtype: str,
@@ -298,13 +299,13 @@ def _work(
   )
 
 
-def count_flops(model: pretrained.StableDiffusion, work: Work) -> dict[str, float]:
+def count_flops(model: StableDiffusion, work: Work) -> dict[str, float]:
   """Of a call of each suite, as the networks define them: a gradient is three forward passes.
 
   What a side computes twice, or spares itself, plays no part.
   """
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), dict(model.params))
-  size, shape = sampler_lib.image_size(model), (1, *sampler_lib.latent_shape(model))
+  size, shape = stable_diffusion.image_size(model), (1, *stable_diffusion.latent_shape(model))
   ids = jax.ShapeDtypeStruct((1, *work.ids.shape[1:]), jnp.int32)
   latents = jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -315,7 +316,7 @@ def count_flops(model: pretrained.StableDiffusion, work: Work) -> dict[str, floa
     return model.unet.apply({"params": params}, latents, jnp.zeros(1, jnp.int32), text)
 
   def decode(params, latents):
-    return sampler_lib.decode(model, params, latents)
+    return stable_diffusion.decode(model, params, latents)
 
   def count(function, *args):
     return hlo.flops(jax.make_jaxpr(function)(*args))

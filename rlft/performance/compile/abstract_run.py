@@ -15,8 +15,9 @@ from rlft import train
 from rlft.config.settings import Config
 from rlft.diffusion import ddim
 from rlft.diffusion import sampler as sampler_lib
-from rlft.models import architectures, lora
+from rlft.models import architectures, lora, stable_diffusion
 from rlft.models.files import pretrained
+from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
 from rlft.performance.compile import communication
 from rlft.run import open as run_lib
@@ -61,12 +62,12 @@ class AbstractRun:
 
   config: Config
   mesh: Mesh
-  model: pretrained.StableDiffusion
+  model: StableDiffusion
   state: state_lib.TrainState
   frozen: dict[str, Any]
 
   @classmethod
-  def of(cls, config: Config, mesh: Mesh, model: pretrained.StableDiffusion) -> "AbstractRun":
+  def of(cls, config: Config, mesh: Mesh, model: StableDiffusion) -> "AbstractRun":
     """The run that `config` describes, of the parameters only shapes."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
     model = dataclasses.replace(model, params=shapes)
@@ -152,7 +153,7 @@ class AbstractRun:
 
   def _pretrain(self, programs: train.Programs) -> Call:
     count, state = self.config.pretrain_batch_size, self.state
-    images = self._rows((count, *sampler_lib.image_size(self.model), 3), jnp.uint8)
+    images = self._rows((count, *stable_diffusion.image_size(self.model), 3), jnp.uint8)
     ids = self._rows((count, *self._tokens), jnp.int32)
     others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
     unet = self._computed((state.params, self.frozen.get("unet", {})))
@@ -182,7 +183,7 @@ class AbstractRun:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(self.mesh))
 
 
-def open_model(config: Config, architecture: str = "") -> pretrained.StableDiffusion:
+def open_model(config: Config, architecture: str = "") -> StableDiffusion:
   """The model that a run would open; `architecture` names one in the place of a directory."""
   dtype = jnp.dtype(config.compute_dtype)
   if architecture:

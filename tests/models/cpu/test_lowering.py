@@ -12,7 +12,7 @@ import train_cases
 
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import unet
-from rlft.models.files import torch_layout
+from rlft.models.shapes import param_shapes
 from rlft.performance.compile import targets
 from rlft.performance.compile.abstract_run import AbstractRun
 
@@ -54,7 +54,7 @@ def model(config):
     dtype=jnp.dtype(config.compute_dtype),
     remat=config.remat,
   )
-  params = tiny.params | {"unet": torch_layout.param_shapes(network)}
+  params = tiny.params | {"unet": param_shapes(network)}
   return dataclasses.replace(tiny, unet=network, params=params)
 
 

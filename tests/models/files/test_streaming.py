@@ -17,7 +17,8 @@ import pytest
 import repository_cases as cases
 
 from rlft.models import architectures, unet
-from rlft.models.files import arrays, pretrained, torch_layout
+from rlft.models.files import arrays, pretrained
+from rlft.models.shapes import param_shapes
 
 ROOT = pathlib.Path(__file__).parents[3]
 # The fingerprint that runs on the model of the library have in their checkpoints.
@@ -28,8 +29,8 @@ EMOJI_SD = "6acf921d92062fbda6234fa19b4530272b193ab28c0a919ef6530b280773807a"
 _PROGRAM = """
 import pathlib, sys
 import jax
-from rlft import sharding
-from rlft.models import pretrained
+from rlft.models.files import pretrained
+from rlft.parallel import sharding
 
 def status(name):
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -127,7 +128,7 @@ def large(tmp_path_factory):
     model.unet.config, block_out_channels=(224, 448), attention_head_dim=(8, 8)
   )
   network = unet.UNet2DCondition(config)
-  params = architectures.random_params(torch_layout.param_shapes(network), 0)
+  params = architectures.random_params(param_shapes(network), 0)
   root = tmp_path_factory.mktemp("large") / "model"
   params = {**model.params, "unet": params}
   pretrained.save(root, dataclasses.replace(model, unet=network, params=params))
