@@ -21,6 +21,7 @@ import sys
 import time
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -46,7 +47,7 @@ from rlft.report.metrics import MetricsWriter, Progress
 from rlft.rewards.scoring import statistics
 from rlft.rewards.scoring.scorer import RewardError
 from rlft.run.open import Run, measure, open_run
-from rlft.run.preemption import Stop
+from rlft.run.preemption import Stop, Stopped
 from rlft.run.state import TrainState, initial_state, optimizer_of, sampling_weights
 from rlft.storage import files
 from rlft.types import Denoiser, UserError
@@ -230,11 +231,12 @@ def make_programs(
 
 def run_task(
   run: Run, programs: Programs, state: TrainState, number: int, iteration: int, stop: Stop
-) -> tuple[TrainState, dict[str, float]] | None:
+) -> tuple[TrainState, dict[str, float]]:
   """Samples, scores and updates for one task.
 
   Nothing changes before the scores are there: a reward that fails, or a request to stop, leaves the
-  state as it was, and the task can be done again from its start.
+  state as it was, and the task can be done again from its start. Once the updates have begun that
+  state is gone, and they are finished.
 
   Args:
     run: the run.
@@ -242,10 +244,14 @@ def run_task(
     state: donated once the updates begin.
     number: the task's place in `run.tasks`.
     iteration: from 0.
-    stop: asked after scoring.
+    stop: asked before scoring, while a reward is waited for, and after it.
 
   Returns:
-    The new state and the task's metrics; None if the run was told to stop.
+    The new state and the task's metrics.
+
+  Raises:
+    RewardError: the task's reward failed; nothing has changed.
+    Stopped: the run was told to stop; nothing has changed.
   """
   config, task = run.config, run.tasks[number]
   name, group, size = task.config.name, task.config.images_per_prompt, task.config.batch_size
@@ -266,7 +272,9 @@ def run_task(
   sampled = time.perf_counter()
 
   # --- score ---
-  found = task.scorer.submit(images, prompts)()
+  stop.check()
+  with stop.at_once():
+    found = task.scorer.submit(images, prompts)()
   metrics = iteration_metrics.of_task(name, found, sampler_lib.fetch)
   scores = found.scores
   scored = time.perf_counter()
@@ -278,8 +286,7 @@ def run_task(
       f" {source}, more than --max_nan_share={config.max_nan_share:g}: correct the reward, then run"
       " the same command to go on"
     )
-  if stop.requested():
-    return None
+  stop.check()
 
   # --- normalise ---
   if task.history is not None:
@@ -392,18 +399,23 @@ def train(config: Config) -> None:
   state, cursor = _resume(run, initial_state(run, optimizer))
   if run.writes:
     files.write_atomic(run.workdir / "config.json", config_lib.to_json(config) + "\n")
-  try:
-    with Stop() as stop:
+  with Stop() as stop:  # Until nothing is left to be saved.
+    try:
       _loop(run, programs, state, cursor, stop)
-  finally:
-    run.close()
+    finally:
+      run.close()
 
 
 def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop: Stop) -> None:
-  """Iterations, evaluations and checkpoints, until the end or until told to stop.
+  """Iterations, checkpoints and evaluations, until the end or until told to stop.
 
-  Order between two iterations: metrics, evaluation, checkpoint. Whatever a crash loses is then done
-  again, and what was written twice is dropped when it resumes.
+  What keeps every end of the process harmless:
+    - `state` and `cursor` belong together whenever RewardError or Stopped may be raised: neither
+      changes before the result of a unit of work (a task, the pretraining step) is there.
+    - Order between two iterations: metrics, checkpoint, evaluation. What a crash loses is done
+      again, and what was written twice is dropped when the run resumes.
+    - An evaluation, which takes long and calls what users wrote, begins when the state that it
+      measures is on disk.
   """
   config = run.config
   images = sum(task.config.batch_size for task in run.tasks)
@@ -412,45 +424,46 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
     if writing:
       writer = stack.enter_context(MetricsWriter(run.workdir, first_iteration=cursor.iteration))
       progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
-    while True:
-      iteration = cursor.iteration
-      if _evaluation_due(run, cursor):
-        try:
-          measure(run, sampling_weights(config, state.averaged, run.frozen), iteration)
-        except RewardError:
+    try:
+      while True:
+        iteration = cursor.iteration
+        last = iteration >= config.iterations
+        measured = _evaluation_due(run, cursor)
+        due = config.checkpoint_every and iteration % config.checkpoint_every == 0
+        if cursor.task == 0 and iteration > 0 and (last or due or measured):
           _save(run, state, cursor)
-          raise
-        cursor.evaluated = True
-      last = iteration >= config.iterations
-      due = config.checkpoint_every and iteration % config.checkpoint_every == 0
-      if cursor.task == 0 and iteration > 0 and (last or due):
-        _save(run, state, cursor)
-      if last:
-        break
-      while cursor.task < len(run.tasks):
-        try:
-          done = run_task(run, programs, state, cursor.task, iteration, stop)
-        except RewardError:
-          _save(run, state, cursor)  # The state is that before the task: nothing is lost.
-          raise
-        if done is None:
-          _save(run, state, cursor)
-          if writing:
-            progress.say(f"stopped in iteration {iteration}; the same command goes on from here")
-          return
-        state, metrics = done
-        cursor.metrics |= metrics
-        cursor.task += 1
-      if run.pairs is not None:
-        state, metrics = run_pretrain(run, programs, state, iteration)
-        cursor.metrics |= metrics
-      if config.ema_decay:
-        state = programs.average(state)
-      metrics = iteration_metrics.summarise(cursor.metrics, images)
-      cursor = Cursor(iteration + 1)
+        if measured:
+          run.checkpointer.wait()
+          weights = sampling_weights(config, state.averaged, run.frozen)
+          measure(run, weights, iteration, stop)
+          cursor.evaluated = True
+        if last:
+          break
+        while cursor.task < len(run.tasks):
+          stop.check()
+          state, metrics = run_task(run, programs, state, cursor.task, iteration, stop)
+          cursor.metrics |= metrics
+          cursor.task += 1
+        stop.check()
+        if run.pairs is not None:
+          state, metrics = run_pretrain(run, programs, state, iteration)
+          cursor.metrics |= metrics
+        if config.ema_decay:
+          state = programs.average(state)
+        metrics = iteration_metrics.summarise(cursor.metrics, images)
+        cursor = Cursor(iteration + 1)
+        if writing:
+          writer.write(iteration, metrics)
+          progress.update(metrics)
+    except (RewardError, Stopped) as reason:
+      _save(run, state, cursor)
+      run.checkpointer.wait()
+      if not isinstance(reason, Stopped):
+        raise
       if writing:
-        writer.write(iteration, metrics)
-        progress.update(metrics)
+        where = f"stopped in iteration {cursor.iteration}"
+        progress.say(f"{where}; the same command goes on from here")
+      return
   if writing:
     _report(run)
 
@@ -500,8 +513,15 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
     if task.history is not None:
       task.history.restore(history)
   cursor = Cursor(**meta["cursor"])
+  # The checkpoint may be older than the evaluation that followed it.
+  cursor.evaluated = _agreed(run.writes and results.resume_history(run.workdir, cursor.iteration))
   _log.warning("resuming %s at iteration %d", run.workdir, cursor.iteration)
   return state, cursor
+
+
+def _agreed(value: bool) -> bool:
+  """What the process that writes says, on every process."""
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def _report(run: Run) -> None:

@@ -12,7 +12,9 @@ import time
 import pytest
 import train_cases as cases
 
-from rlft.config.settings import Config
+from rlft import train
+from rlft.config.settings import Config, EvalConfig
+from rlft.run import preemption
 
 SEED = 5  # of the moments at which processes are stopped
 ITERATIONS = 15  # of their run; a slow one takes 0.15 s
@@ -118,8 +120,59 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   # One iteration of 3 units, then the first task of the next.
   assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
   assert len(cases.metrics(tmp_path / "run")) == 1
+  monkeypatch.delenv("BROKEN")
   cases.run(config)
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+def test_stopped_wherever_signals_are_looked_at(folder, tmp_path, monkeypatch):
+  expected, config = cases.uninterrupted(folder), cases.config(folder, tmp_path, iterations=3)
+
+  class StopsSoon(preemption.Stop):
+    left = 5
+
+    def check(self):
+      if not self.left:
+        raise preemption.Stopped
+      self.left -= 1
+
+  monkeypatch.setattr(train, "Stop", StopsSoon)
+  places = []
+  while not (tmp_path / "report.html").exists():
+    cases.run(config)
+    places.append(newest(tmp_path))
+  # A task looks three times, the pretraining step once: 7 times an iteration of 3 units of work.
+  assert places == [1, 3, 4, 6, 7, 9]
+  cases.assert_same_run(tmp_path, expected)
+
+
+def test_a_signal_in_an_evaluation(folder, tmp_path, monkeypatch, capfd):
+  metric = f"host:{shutil.copy(folder / 'rewards.py', tmp_path)}:green"
+  evals = (EvalConfig("green", str(folder / "prompts.txt"), metric, images=8),)
+  config = cases.config(
+    folder, tmp_path / "run", eval=evals, eval_every=1, iterations=2, pretrain_weight=0.0
+  )
+  measure, before = train.measure, []
+
+  def watched(run, weights, iteration, stop):
+    before.append((iteration, newest(tmp_path / "run")))
+    measure(run, weights, iteration, stop)
+
+  monkeypatch.setattr(train, "measure", watched)
+  cases.run(dataclasses.replace(config, workdir=str(tmp_path / "whole")))
+  monkeypatch.setenv("BROKEN", "stops@5")  # In the evaluation between the two iterations.
+  cases.run(config)
+  assert "stopped in iteration 1; the same command goes on from here" in capfd.readouterr().err
+  monkeypatch.delenv("BROKEN")
+  cases.run(config)
+  cases.run(config)  # Nothing is left to be done.
+  # The state is on disk before it is measured.
+  assert before[3:] == [(0, -1), (1, 3), (1, 3), (2, 6)]
+  found, expected = (
+    (tmp_path / run / "eval_history.jsonl").read_text() for run in ("run", "whole")
+  )
+  assert found == expected
+  cases.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_killed_and_terminated_at_random_moments(folder, tmp_path, interrupted):

@@ -187,6 +187,19 @@ def append_history(
   files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
 
 
+def resume_history(workdir: str | os.PathLike[str], iteration: int) -> bool:
+  """Drops what `eval_history.jsonl` has of iterations after this one, which a run does again.
+
+  Returns:
+    Whether this iteration has been evaluated.
+
+  Raises:
+    UserError: the file is damaged or cannot be written.
+  """
+  kept = files.keep_before(pathlib.Path(workdir) / HISTORY_FILE, iteration + 1)
+  return any(entry["iteration"] == iteration for entry in kept)
+
+
 def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, EvalResult]]]:
   """The evaluations so far as (iteration, result by name), oldest first; empty if none.
 

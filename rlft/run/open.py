@@ -30,6 +30,7 @@ from rlft.report import samples
 from rlft.rewards.scoring import task as combine
 from rlft.rewards.scoring.task import TaskScorer
 from rlft.run import checks
+from rlft.run.preemption import Stop
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import Prompt, UserError
 
@@ -209,27 +210,35 @@ def sampling_settings(config: Config) -> dict[str, Any]:
   }
 
 
-def measure(run: Run, weights: lora.Weights, iteration: int) -> None:
+def measure(run: Run, weights: lora.Weights, iteration: int, stop: Stop) -> None:
   """Measures the held-out evaluations; keeps their results and pictures in the workdir.
 
   Args:
     run: the run.
     weights: of the UNet, on the devices.
     iteration: number of iterations done; 0 is the base model.
+    stop: asked for each batch, and while a metric is waited for.
+
+  Raises:
+    RewardError: a metric failed.
+    Stopped: the run was told to stop; nothing has been kept of the results.
   """
 
   def sample(prompts, seed):
     texts = [prompt.text for prompt in prompts]
     progress = "evaluating" if run.writes else ""
-    return run.sampler.batches(texts, seed, weights=weights, progress=progress)
+    for batch in run.sampler.batches(texts, seed, weights=weights, progress=progress):
+      stop.check()
+      yield batch
 
   keep = samples.Keeper(run.workdir, iteration, max_prompts=run.config.report_images)
-  measured = evaluate_lib.evaluate(
-    run.evals,
-    sample=sample,
-    score=run.metrics,
-    seed=run.config.eval_seed,
-    keep=keep if run.writes else None,
-  )
+  with stop.at_once():
+    measured = evaluate_lib.evaluate(
+      run.evals,
+      sample=sample,
+      score=run.metrics,
+      seed=run.config.eval_seed,
+      keep=keep if run.writes else None,
+    )
   if run.writes:
     results.append_history(run.workdir, iteration, measured)

@@ -1,5 +1,7 @@
-"""SIGTERM (preemption, a scheduler, a user) asks a run to save and exit."""
+"""Signals that ask a run to save and exit: of a scheduler, of a closed terminal, of a user."""
 
+from collections.abc import Iterator
+import contextlib
 import signal
 import threading
 
@@ -7,34 +9,68 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+# SLURM warns by USR1, a terminal that is closed by HUP.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Stopped(Exception):
+  """The run was told to stop; what was being done is given up."""
+
 
 class Stop:
-  """Context manager that notes SIGTERM and SIGINT; a second SIGINT interrupts at once.
+  """Context manager that notes the signals; a second SIGINT interrupts at once.
 
-  On several processes the answer is agreed upon: all must call `requested` in the same order.
+  A signal that is ignored (as by nohup) stays ignored. On several processes the answer is agreed
+  upon: all must call `check` in the same order.
   """
 
   def __init__(self):
     self._flag = threading.Event()
+    self._at_once = False
     self._previous = {}
 
   def __enter__(self) -> "Stop":
     # Only the main thread may set handlers; elsewhere (a notebook's worker) nothing is caught.
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._note)
+      for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._note)
     return self
 
   def _note(self, number, frame) -> None:
     if self._flag.is_set() and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._flag.set()
+    if self._at_once:
+      raise Stopped
 
-  def requested(self) -> bool:
-    """Whether any process was told to stop."""
-    if jax.process_count() == 1:
-      return self._flag.is_set()
-    return bool(multihost_utils.process_allgather(np.array(self._flag.is_set())).any())
+  def check(self) -> None:
+    """Returns if no process was told to stop.
+
+    Raises:
+      Stopped: one was; on every process.
+    """
+    flag = self._flag.is_set()
+    if jax.process_count() > 1:
+      flag = multihost_utils.process_allgather(np.array(flag)).any()
+    if flag:
+      raise Stopped
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """Lets a signal end the block itself, which may wait long for something outside of it.
+
+    Raises:
+      Stopped: out of the middle of the block, whose work must have no effect before its end. Never
+        on several processes, which can only agree between their programs.
+    """
+    self._at_once = jax.process_count() == 1
+    try:
+      if self._at_once and self._flag.is_set():
+        raise Stopped
+      yield
+    finally:
+      self._at_once = False
 
   def __exit__(self, *_) -> None:
     for number, handler in self._previous.items():

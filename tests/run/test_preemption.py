@@ -1,0 +1,50 @@
+"""Signals are noted, and end a block where that is allowed."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from rlft.run.preemption import Stop, Stopped
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_is_noted(name):
+  number = getattr(signal, name)
+  handler = signal.getsignal(number)
+  with Stop() as stop:
+    stop.check()
+    os.kill(os.getpid(), number)
+    with pytest.raises(Stopped):
+      stop.check()
+    with pytest.raises(Stopped), stop.at_once():  # Also one that came before the block.
+      pytest.fail("the block must not begin")
+  assert signal.getsignal(number) is handler
+
+
+def test_a_signal_ends_what_waits():
+  with Stop() as stop:
+    start = time.monotonic()
+    with pytest.raises(Stopped), stop.at_once():
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(60)
+    assert time.monotonic() - start < 30
+    os.kill(os.getpid(), signal.SIGTERM)  # Outside of the block it is noted again.
+
+
+def test_a_second_interrupt_is_not_waited_for():
+  with Stop():
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
+  try:
+    with Stop() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      stop.check()
+  finally:
+    signal.signal(signal.SIGHUP, handler)
