@@ -437,6 +437,9 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
           weights = sampling_weights(config, state.averaged, run.frozen)
           measure(run, weights, iteration, stop)
           cursor.evaluated = True
+          if writing:
+            for line in results.lines(results.read_history(run.workdir)):
+              progress.say(line)
         if last:
           break
         while cursor.task < len(run.tasks):

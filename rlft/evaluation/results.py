@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import scipy.special
+import scipy.stats
 
 from rlft.storage import files
 from rlft.types import UserError
@@ -22,8 +23,12 @@ EVAL_FILE = "eval.json"
 HISTORY_FILE = "eval_history.jsonl"
 
 LEVEL = 0.95
+# A change counts from this share of the standard deviation of the scores before: a tenth of what
+# is called a small effect by convention (Cohen's d of 0.2).
+EFFECT = 0.02
 _SEED = 0  # of all resampling
 _CHUNK = 2**22  # resampled values held at once
+_FEWEST_DIGITS, _MOST_DIGITS = 4, 9  # shown after the point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,28 @@ class EvalResult:
     """How many scores are NaN: images, or sets for a set metric."""
     return int(np.isnan(self.scores).sum())
 
+  @property
+  def spread(self) -> float:
+    """The standard deviation of the scores that are not NaN; NaN if all are."""
+    return _spread(self.scores)
+
+  @property
+  def digits(self) -> int:
+    """How many digits after the point show a change that counts: 4, more where scores are small."""
+    if not self.spread > 0:
+      return _FEWEST_DIGITS
+    digits = range(_FEWEST_DIGITS, _MOST_DIGITS)
+    return next((d for d in digits if 0.5 * 10.0**-d <= EFFECT * self.spread), _MOST_DIGITS)
+
+  @property
+  def text(self) -> str:
+    """The mean and half the width of its interval, for people."""
+    if np.isnan(self.mean):
+      return "not scored"
+    mean = f"{self.mean:.{self.digits}f}"
+    half = (self.high - self.low) / 2
+    return mean if np.isnan(half) else f"{mean} ±{half:.{self.digits}f}"
+
   def summary(self) -> dict[str, Any]:
     """The result without its scores, for JSON: NaN is None."""
     return {
@@ -81,7 +108,7 @@ class Difference:
     mean: of the pairwise differences after - before; NaN if no pair was scored.
     low, high: its 95 % bootstrap interval, over the pairs.
     relative: `mean` as a share of the size of the mean before; NaN if that is 0.
-    verdict: 'better' or 'worse' if the interval excludes 0, else 'unclear'.
+    verdict: 'better' or 'worse', 'no effect' or 'unclear'; see `verdict`.
   """
 
   mean: float
@@ -99,6 +126,15 @@ def mean(values: np.ndarray) -> float:
   values = np.asarray(values, np.float64)
   values = values[~np.isnan(values)]
   return float(values.mean()) if len(values) else float("nan")
+
+
+def _spread(values: np.ndarray) -> float:
+  """The standard deviation of what is not NaN; NaN if there is nothing."""
+  values = np.asarray(values, np.float64)
+  values = values[~np.isnan(values)]
+  if not len(values):
+    return float("nan")
+  return float(values.std()) if values.min() < values.max() else 0.0  # Not what rounding leaves.
 
 
 def bootstrap_interval(
@@ -125,17 +161,17 @@ def bootstrap_interval(
   count = len(values)
   if count < 2:
     return float("nan"), float("nan")
-  rng = np.random.default_rng(seed)
-  chunk = max(_CHUNK // count, 1)
-  means = np.concatenate(
-    [
-      values[rng.integers(count, size=(min(chunk, samples - start), count))].mean(axis=1)
-      for start in range(0, samples, chunk)
-    ]
-  )
   t = scipy.special.stdtrit(count - 1, (1 + level) / 2)
   tail = scipy.special.ndtr(-t * np.sqrt(count / (count - 1)))
-  low, high = np.quantile(means, [tail, 1 - tail])
+  low, high = scipy.stats.bootstrap(
+    (values,),
+    np.mean,
+    n_resamples=samples,
+    batch=max(_CHUNK // count, 1),
+    confidence_level=1 - 2 * tail,
+    method="percentile",
+    rng=np.random.default_rng(seed),
+  ).confidence_interval
   return float(low), float(high)
 
 
@@ -157,11 +193,32 @@ def paired_difference(before: EvalResult, after: EvalResult) -> Difference:
   pairs = after.scores.astype(np.float64) - before.scores.astype(np.float64)
   change = mean(pairs)
   low, high = bootstrap_interval(pairs)
-  size = abs(mean(np.where(np.isnan(pairs), np.nan, before.scores)))
-  verdict = "unclear"
-  if low > 0 or high < 0:
-    verdict = "worse" if (change > 0) == after.lower_is_better else "better"
-  return Difference(change, low, high, change / size if size else float("nan"), verdict)
+  compared = np.where(np.isnan(pairs), np.nan, before.scores)
+  size = abs(mean(compared))
+  # Nor does a change count that is not seen at the digits that are shown.
+  least = max(EFFECT * _spread(compared), 0.5 * 10.0**-before.digits)
+  found = verdict(change, low, high, least=least, lower_is_better=after.lower_is_better)
+  return Difference(change, low, high, change / size if size else float("nan"), found)
+
+
+def verdict(
+  change: float, low: float, high: float, *, least: float, lower_is_better: bool = False
+) -> str:
+  """What a change is called.
+
+  Args:
+    change: of a mean; may be NaN.
+    low, high: its interval; may be NaN.
+    least: the size from which a change counts, more than 0.
+    lower_is_better: direction of improvement.
+
+  Returns:
+    'better' or 'worse' if the interval excludes 0 and the change counts; 'no effect' if no change
+    in the interval counts; else 'unclear'.
+  """
+  if (low > 0 or high < 0) and abs(change) >= least:
+    return "worse" if (change > 0) == lower_is_better else "better"
+  return "no effect" if -least < low and high < least else "unclear"
 
 
 def append_history(
@@ -293,14 +350,11 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
     header += ["after", "change", f"{LEVEL:.0%} interval", "relative", ""]
   rows = [[*header, "images"]]
   for name, old in before.items():
-    row = [name, old.metric, "lower" if old.lower_is_better else "higher", _mean_text(old)]
+    row = [name, old.metric, "lower" if old.lower_is_better else "higher", old.text]
     last = old
     if after is not None and name in after:
       last = after[name]
-      change = paired_difference(old, last)
-      interval = f"[{change.low:+.4f}, {change.high:+.4f}]"
-      relative = "" if np.isnan(change.relative) else f"{change.relative:+.1%}"
-      row += [_mean_text(last), f"{change.mean:+.4f}", interval, relative, change.verdict]
+      row += [last.text, *_change_texts(old, last)]
     row += [""] * (len(header) - len(row))
     unscored = f", {last.unscored} unscored" if last.unscored else ""
     rows.append([*row, f"{last.images} ({last.prompts} prompts{unscored})"])
@@ -316,5 +370,38 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
   return "\n".join(lines)
 
 
-def _mean_text(result: EvalResult) -> str:
-  return f"{result.mean:.4f} ±{(result.high - result.low) / 2:.4f}"
+def _change_texts(before: EvalResult, after: EvalResult) -> list[str]:
+  """The change, its interval, its share of the mean before, and its verdict; '' for NaN."""
+  change = paired_difference(before, after)
+  digits = f"+.{before.digits}f"
+  return [
+    "" if np.isnan(change.mean) else f"{change.mean:{digits}}",
+    "" if np.isnan(change.low) else f"[{change.low:{digits}}, {change.high:{digits}}]",
+    "" if np.isnan(change.relative) else f"{change.relative:+.1%}",
+    change.verdict,
+  ]
+
+
+def lines(history: History) -> list[str]:
+  """The last evaluations, a line for each: the mean, and how it changed since the first.
+
+  Args:
+    history: as `read_history` returns it.
+  """
+  if not history:
+    return []
+  (_, start), (iteration, found) = history[0], history[-1]
+  when = f"after {iteration} iterations" if iteration else "at the start"
+  width = max(map(len, found))
+  texts = []
+  for name, result in found.items():
+    parts = [result.text]
+    if 0 < result.unscored < len(result.scores):
+      parts.append(f"{result.unscored} of {len(result.scores)} not scored")
+    if result.spread == 0 and len(result.scores) > 1:
+      parts.append("the same score for all")
+    if len(history) > 1 and name in start:
+      change, interval, _, called = _change_texts(start[name], result)
+      parts.append(f"{change} {interval} since the start: {called}" if change else called)
+    texts.append(f"{when}: {name:{width}}  {', '.join(parts)}")
+  return texts

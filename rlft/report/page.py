@@ -156,15 +156,21 @@ def _results_table(history: results.History) -> str:
       change = results.paired_difference(old, new)
       kind = change.verdict
       relative = "" if np.isnan(change.relative) else f"{change.relative:+.1%}, "
-      mark = {"better": "▲ better", "worse": "▼ worse", "unclear": "no clear change"}[kind]
+      mark = {"better": "▲ better", "worse": "▼ worse", "unclear": "no clear change"}.get(
+        kind, kind
+      )
       cells += [_interval(new), f"{_interval(change, '+')}<b>{relative}{mark}</b>"]
-    rows.append(f'<tr class="{kind}">' + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
+    rows.append(
+      f'<tr class="{kind.replace(" ", "-")}">' + "".join(f"<td>{cell}" for cell in cells) + "</tr>"
+    )
   return (
     f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
     f"<p><small>Same prompts and same noise at each evaluation. In brackets: {results.LEVEL:.0%}"
     " bootstrap intervals; that of a change is of the pairwise differences, and the change is"
-    " called better or worse only if it excludes 0. A metric that was <em>trained on</em> may rise"
-    " because the reward is exploited: trust it only if the others agree.</small></p>"
+    " called better or worse only if it excludes 0 and the change is at least"
+    f" {results.EFFECT:.0%} of the standard deviation of the scores before. A metric that was"
+    " <em>trained on</em> may rise because the reward is exploited: trust it only if the others"
+    " agree.</small></p>"
   )
 
 
@@ -278,7 +284,7 @@ th, td {{ border-bottom: 1px solid #ddd; padding: 5px 10px; text-align: left;
 th {{ font-weight: 600; font-size: 13px; }}
 tr.better td:nth-child(n+4) {{ background: #e2f3e6; }}
 tr.worse td:nth-child(n+4) {{ background: #fbe4e0; }}
-tr.unclear td:nth-child(n+4) {{ background: #f2f2f2; }}
+tr.unclear td:nth-child(n+4), tr.no-effect td:nth-child(n+4) {{ background: #f2f2f2; }}
 td em {{ color: #8a4b00; font-style: normal; font-weight: 600; }}
 td b {{ font-size: 13px; }}
 .grid td {{ border: 0; padding: 2px 4px 8px; }} .grid img {{ display: block; }}

@@ -41,7 +41,9 @@ def test_interval_of_few_values_holds_the_truth_as_often_as_it_says():
 def test_interval_on_literals():
   # Of two values, Student's t with one degree of freedom is 12.7: the widest there is.
   assert results.bootstrap_interval(np.array([0.0, 1.0]), seed=0) == (0.0, 1.0)
-  assert results.bootstrap_interval(np.full(9, 2.5), seed=0) == (2.5, 2.5)
+  for constant in (0.0, 0.1, 2.5):
+    interval = results.bootstrap_interval(np.full(7, constant), seed=0)
+    assert interval == pytest.approx((constant, constant), rel=1e-15)
   assert np.isnan(results.bootstrap_interval(np.array([1.0]), seed=0)).all()
   assert np.isnan(results.bootstrap_interval(np.array([NAN, NAN]), seed=0)).all()
 
@@ -67,9 +69,59 @@ def test_paired_difference_on_literals():
   assert (back.mean, back.relative, back.verdict) == (-1.0, -0.4, "better")
 
 
-def test_paired_difference_needs_an_interval_without_zero():
+@pytest.mark.parametrize(
+  ("change", "low", "high", "expected"),
+  [
+    # Changes count from 0.1.
+    (0.3, 0.2, 0.4, "better"),
+    (0.1, 0.01, 0.2, "better"),
+    (-0.3, -0.4, -0.2, "worse"),
+    (0.3, 0.0, 0.6, "unclear"),  # may be nothing
+    (0.05, 0.02, 0.2, "unclear"),  # is something; whether enough is not known
+    (0.0, -0.2, 0.2, "unclear"),
+    (0.02, 0.01, 0.03, "no effect"),  # is something, and too little
+    (-0.02, -0.09, 0.05, "no effect"),
+    (0.0, 0.0, 0.0, "no effect"),
+    (0.5, NAN, NAN, "unclear"),  # a single score
+    (NAN, NAN, NAN, "unclear"),
+  ],
+)
+def test_verdicts(change, low, high, expected):
+  def called(lower):
+    return results.verdict(change, low, high, least=0.1, lower_is_better=lower)
+
+  opposite = {"better": "worse", "worse": "better"}
+  assert called(False) == expected
+  assert called(True) == opposite.get(expected, expected)
+
+
+def test_an_interval_without_zero_is_not_enough_for_better():
+  # Scores 0 and 1 have the standard deviation 0.5: 0.01 and more counts, 2 % of it.
+  before = np.arange(400) % 2
+  tiny = np.where(np.arange(400) % 4, 0.00003, 0)  # seen for certain, and yet nothing
+  change = results.paired_difference(result(before), result(before + tiny))
+  assert change.low > 0 and change.verdict == "no effect"
+  for factor, expected in ((0.9, "no effect"), (1.1, "better")):
+    after = result(before + factor * 0.01)
+    assert results.paired_difference(result(before), after).verdict == expected
   same = result([1, 2, 3])
-  assert results.paired_difference(same, same).verdict == "unclear"
+  assert results.paired_difference(same, same).verdict == "no effect"
+
+
+def test_what_rounds_to_zero_is_not_better():
+  # Without any spread before, the digits decide; what counts is never shown as 0.
+  constant = np.full(16, 0.5)
+  for change, expected in ((0.00004, "no effect"), (0.00006, "better")):
+    found = results.paired_difference(result(constant), result(constant + change))
+    assert found.verdict == expected
+    assert (f"{found.mean:+.4f}" == "+0.0000") == (expected == "no effect")
+  # Small scores are shown with more digits: 2 % of 5e-5 is 1e-6.
+  small = result(np.arange(400) % 2 * 1e-4)
+  assert small.digits == 6 and small.text == "0.000050 ±0.000005"
+  assert result(np.arange(400) % 2).digits == result(constant).digits == 4
+
+
+def test_paired_difference_needs_several_pairs():
   mixed = results.paired_difference(result([0, 0, 0, 0]), result([1, -1, 1, -1]))
   assert mixed.verdict == "unclear" and np.isnan(mixed.relative)
   one = results.paired_difference(result([0]), result([1]))
@@ -171,4 +223,30 @@ def test_table():
   assert results.table(before).splitlines()[:2] == [
     "evaluation  metric  better            mean  images",
     "a           m       higher  1.5000 ±0.5000  32 (16 prompts, 1 unscored)",
+  ]
+
+
+def test_table_without_scores():
+  none, one = result([NAN, NAN]), result([2])
+  both = {"none": none, "one": one}
+  _, *rows = [line.split() for line in results.table(both, both).splitlines()]
+  assert rows == [
+    "none m higher not scored not scored unclear 32 (16 prompts, 2 unscored)".split(),
+    "one m higher 2.0000 2.0000 +0.0000 +0.0% unclear 32 (16 prompts)".split(),
+  ]
+
+
+def test_lines():
+  assert results.lines([]) == []
+  first = {"a": result([0, 1, 0, 1]), "bb": result([NAN, 2, 2, 2]), "c": result([NAN, NAN])}
+  assert results.lines([(0, first)]) == [
+    "at the start: a   0.5000 ±0.5000",
+    "at the start: bb  2.0000 ±0.0000, 1 of 4 not scored, the same score for all",
+    "at the start: c   not scored",
+  ]
+  then = {"a": result([1, 2, 1, 2]), "bb": result([1, 2, 3, 4]), "new": result([7])}
+  assert results.lines([(0, first), (5, first), (10, then)]) == [
+    "after 10 iterations: a    1.5000 ±0.5000, +1.0000 [+1.0000, +1.0000] since the start: better",
+    "after 10 iterations: bb   2.5000 ±1.5000, +1.0000 [+0.0000, +2.0000] since the start: unclear",
+    "after 10 iterations: new  7.0000",
   ]

@@ -102,8 +102,8 @@ def test_page_says_what_was_run(workdir):
 
 def test_table_shows_direction_and_significance(workdir):
   page = report.write_report(workdir).read_text()
-  rows = re.findall(r'<tr class="(\w+)"><td><b>(.*?)</b>', page)
-  assert rows == [("better", "up"), ("worse", "down"), ("unclear", "same &lt;b&gt;")]
+  rows = re.findall(r'<tr class="([\w-]+)"><td><b>(.*?)</b>', page)
+  assert rows == [("better", "up"), ("worse", "down"), ("no-effect", "same &lt;b&gt;")]
   assert "+4.0000" in page and "+42.1%, ▲ better" in page  # 4 / 9.5
   assert page.count("<em>trained on</em></") + page.count("<em>trained on</em><br>") == 1
   assert "iteration 4" in page
