@@ -38,8 +38,9 @@ from rlft.evaluation import results
 from rlft.models import lora as lora_lib
 from rlft.models import stable_diffusion
 from rlft.models import text as text_lib
+from rlft.models.precision import cast
 from rlft.models.stable_diffusion import StableDiffusion
-from rlft.parallel import gradients, sharding
+from rlft.parallel import cpu, gradients, sharding
 from rlft.parallel import microbatch as microbatch_lib
 from rlft.report import iteration as iteration_metrics
 from rlft.report import page as report
@@ -122,6 +123,7 @@ def make_programs(
       frozen.get("unet", {}),
       rows,
       mesh=mesh,
+      cast=cast,
       dtype=model.unet.dtype,
       microbatch=config.microbatch,
     )
@@ -275,7 +277,7 @@ def run_task(
   stop.check()
   with stop.at_once():
     found = task.scorer.submit(images, prompts)()
-  metrics = iteration_metrics.of_task(name, found, sampler_lib.fetch)
+  metrics = iteration_metrics.of_task(name, found, sharding.fetch)
   scores = found.scores
   scored = time.perf_counter()
   unscored = metrics[f"reward/{name}/unscored"]
@@ -291,7 +293,7 @@ def run_task(
   # --- normalise ---
   if task.history is not None:
     texts = [prompt.text for prompt in prompts]
-    rewards = sampler_lib.fetch(scores).tolist()
+    rewards = sharding.fetch(scores).tolist()
     values = task.history.advantages(texts, rewards, clip=config.advantage_clip)
     advantages = sharding.put(np.asarray(values, np.float32), run.rows)
   else:
@@ -392,7 +394,7 @@ def train(config: Config) -> None:
     UserError: a mistake in the settings, a reward that failed, a full disk. The last consistent
       state is on disk then, and the same command goes on from it.
   """
-  sharding.split_host(config.cpu_devices)
+  cpu.split_host(config.cpu_devices)
   run = open_run(config)
   optimizer = optimizer_of(config)
   programs = make_programs(config, run.model, run.schedule, optimizer, run.mesh)

@@ -2,7 +2,7 @@
 
 import os
 
-# As few threads as `sharding.split_host` makes do with; JAX's own two are too few for 8 devices.
+# As few threads as `cpu.split_host` makes do with; JAX's own two are too few for 8 devices.
 os.environ["PJRT_NPROC"] = "8"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -298,7 +298,7 @@ class Sampler:
     starts = range(0, count, size)
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
       batch = self.rollout(weights, ids[start : start + size], _keys(seed, start, size))[1]
-      yield fetch(batch)[: count - start]
+      yield sharding.fetch(batch)[: count - start]
 
 
 def _keys(seed: int, start: int, count: int) -> jax.Array:
@@ -309,12 +309,3 @@ def _keys(seed: int, start: int, count: int) -> jax.Array:
 def image_keys(key: jax.Array, start: jax.Array, count: int) -> jax.Array:
   """`[count]` keys of images start, start + 1, ...; `key` is consumed."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(count))
-
-
-def fetch(x: jax.Array) -> np.ndarray:
-  """A sharded array as a numpy array on every process."""
-  if x.is_fully_addressable:
-    return np.asarray(x)
-  from jax.experimental import multihost_utils
-
-  return multihost_utils.process_allgather(x, tiled=True)

@@ -36,7 +36,7 @@ from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.models.unet import UNet2DCondition, UNetConfig
 from rlft.models.vae import AutoencoderKL, VAEConfig
-from rlft.parallel import sharding
+from rlft.parallel import cpu, sharding
 from rlft.storage import images as images_lib
 from rlft.storage.checkpoint import Checkpointer
 
@@ -269,7 +269,7 @@ def _to_signed(images: jax.Array) -> jax.Array:
 
 def run(config: PretrainConfig) -> StableDiffusion:
   """Trains all stages (or what is left of them) and writes `<workdir>/emoji-sd`."""
-  sharding.split_host(config.cpu_devices)
+  cpu.split_host(config.cpu_devices)
   workdir = Path(config.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   images, captions = world.training_pairs(config.seed, config.scenes)

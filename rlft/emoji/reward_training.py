@@ -18,7 +18,7 @@ import optax
 import tqdm
 
 from rlft.config.settings import option, suggestion
-from rlft.parallel import sharding
+from rlft.parallel import cpu, sharding
 from rlft.storage import files
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
@@ -183,7 +183,7 @@ def run(config: RewardConfig) -> None:
 
   The model is `<workdir>/<reward>/`, the figures are printed and kept in `<workdir>/held_out.json`.
   """
-  sharding.split_host(config.cpu_devices)
+  cpu.split_host(config.cpu_devices)
   recipe = make_recipe(config)
   params = fit(config, recipe)
   path = Path(config.workdir, config.reward)

@@ -7,7 +7,6 @@ import math
 from jax.sharding import NamedSharding
 import numpy as np
 
-from rlft.diffusion import sampler
 from rlft.parallel import sharding
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.types import Prompt, Reward, UserError
@@ -83,7 +82,7 @@ class MetricScorer:
       for metric, scores in zip(metrics, found, strict=True):
         scorer = self._scorer(metric, size, images_per_prompt)
         pending = scorer.submit(placed, drawn_for)
-        scores.append(sampler.fetch(pending.result())[: len(images)])
+        scores.append(sharding.fetch(pending.result())[: len(images)])
         scorer.free()
       start += len(images)
     return [

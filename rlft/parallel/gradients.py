@@ -1,4 +1,4 @@
-"""The gradient of a loss over the images of all devices, with what that takes and sends."""
+"""The gradient of a loss over the images of all devices: what is gathered, computed and sent."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlft.models.precision import cast
+from rlft.parallel import cpu, sharding
 from rlft.parallel import microbatch as microbatch_lib
-from rlft.parallel import sharding
 
 # (trained parameters, base parameters, rows [n, ...]) -> (sum over the rows, outputs [n, ...]);
 # the parameters are whole.
@@ -22,6 +21,7 @@ def over_devices(
   rows: Any,
   *,
   mesh: Mesh,
+  cast: Callable[[Any, Any], Any],
   dtype: Any,
   microbatch: int,
 ) -> tuple[Any, Any]:
@@ -37,7 +37,8 @@ def over_devices(
     base: further parameters, laid out in the same way.
     rows: a tree of `[K, B, ...]`: K steps of B images, which are spread over the devices.
     mesh: all devices.
-    dtype: see `precision.cast`.
+    cast: (parameters, type) -> what the loss reads when it computes in that type.
+    dtype: type of the computation.
     microbatch: images of a device in a part, see `microbatch.size`.
 
   Returns:
@@ -48,7 +49,7 @@ def over_devices(
   def local(params, base, rows):
     steps, images = jax.tree.leaves(rows)[0].shape[:2]
     part = microbatch_lib.size(microbatch, images, mesh, dtype)
-    part = part or images * microbatch_lib.steps_at_once(images, steps, mesh, dtype)
+    part = part or images * cpu.steps_at_once(images, steps, mesh, dtype)
     params, base = (
       sharding.gather(cast(tree, dtype), specs)
       for tree, specs in ((params, where), (base, base_where))

@@ -11,19 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-Rows = Any  # a tree of arrays [b, ...], a row for each image
+from rlft.parallel import cpu
 
-# What the caches of a CPU hold: updates are 1.2 times as fast as with 32 or 64 images at once, and
-# sampling no slower; see experiments/cpu_kernels.md.
-_CPU_SIZES = range(16, 7, -1)
+Rows = Any  # a tree of arrays [b, ...], a row for each image
 
 
 def size(asked: int, count: int, mesh: Mesh, dtype: Any) -> int:
   """Images of a device in a part.
 
   Args:
-    asked: 0 leaves it to this function: all images, but in float32 on CPUs 16, or 8 and more that
-      divide them. (In bfloat16 XLA rounds elsewhere in a loop than outside.)
+    asked: 0 leaves it to this function: all images, but on CPUs see `cpu.images_at_once`.
     count: images of a device.
     mesh: the devices.
     dtype: type of the computation.
@@ -31,32 +28,7 @@ def size(asked: int, count: int, mesh: Mesh, dtype: Any) -> int:
   Returns:
     The number, or 0 for all.
   """
-  if asked or not _is_exact(mesh, dtype):
-    return asked
-  return next((n for n in _CPU_SIZES if count % n == 0), 0)
-
-
-def steps_at_once(count: int, steps: int, mesh: Mesh, dtype: Any) -> int:
-  """Timesteps of all of a device's images in a part, where one optimizer step trains several.
-
-  One, as in sampling, but on CPUs as many as make 16 images: each part reads all weights. In
-  float32 only, where another shape changes the ratio by no more than a rounding error.
-
-  Args:
-    count: images of a device.
-    steps: timesteps; what is returned divides them.
-    mesh: the devices.
-    dtype: type of the computation.
-  """
-  if not _is_exact(mesh, dtype):
-    return 1
-  most = max(1, _CPU_SIZES[0] // count)
-  return next(n for n in range(most, 0, -1) if steps % n == 0)
-
-
-def _is_exact(mesh: Mesh, dtype: Any) -> bool:
-  """Whether the devices are CPUs, and what depends on shapes and loops is no more than 1e-6."""
-  return mesh.devices.flat[0].platform == "cpu" and dtype == jnp.float32
+  return asked or cpu.images_at_once(count, mesh, dtype)
 
 
 def mapped(function: Callable[[Rows], Rows], rows: Rows, size: int) -> Rows:

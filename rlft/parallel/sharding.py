@@ -6,92 +6,28 @@ refuse convolutions.
 """
 
 from collections.abc import Callable
-import ctypes
 import math
-import os
 from typing import Any
 
 import jax
-from jax.flatten_util import ravel_pytree
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
-from rlft.types import UserError
+from rlft.parallel import cpu
 
 _SMALLEST_SHARDED = 4096  # elements; gathering less costs more than keeping it
-_LARGEST_JOINED = 2**16  # elements; on CPUs devices wait for each other for every array summed
 
 EVERYWHERE = P()
 ROWS = P(("data", "fsdp"))  # axis 0 spread over all devices
 COLUMNS = P(None, ("data", "fsdp"))  # axis 1
 
 
-def split_host(devices: int) -> None:
-  """Splits the host's CPU into devices; before JAX has started, and 0 leaves it as it is.
-
-  XLA runs many operations of a program on one thread: two devices on two cores train the miniature
-  1.7 times as fast as one. A network of 50 M parameters is 1.1 times as fast on one, which reads
-  all weights once. Freed memory stays with the process. Accelerators are not affected.
-
-  Raises:
-    UserError: JAX has started already, with another number of CPU devices.
-  """
-  if devices:
-    # XLA cuts an operation into as many tasks as there are threads, and those of two devices get in
-    # each other's way: with 5 threads for two cores sampling takes a fifth longer than with 2
-    # (experiments/cpu_kernels.md). So few threads are safe because of `jit`.
-    os.environ.setdefault("PJRT_NPROC", str(max(devices, os.cpu_count() or 1)))
-    _keep_heap()
-    try:
-      jax.config.update("jax_num_cpu_devices", devices)
-      jax.config.update("jax_cpu_enable_async_dispatch", False)  # See `_keep_heap`.
-    except RuntimeError as error:  # JAX has started: a second run in a notebook, for example.
-      if jax.default_backend() == "cpu" and jax.device_count() != devices:
-        raise UserError(
-          f"--cpu_devices={devices}: JAX has started with {jax.device_count()} devices already;"
-          " start a new process, or give 0 to use them"
-        ) from error
-
-
-def _keep_heap() -> None:
-  """Has the C library keep memory that the calling thread has freed, where it is glibc.
-
-  Each call of a program on a CPU allocates its activations anew, and fresh pages for them take a
-  tenth of an iteration at 50 M parameters (experiments/cpu_kernels.md). A program of one device
-  allocates in the thread that calls it. Those of more allocate in threads of XLA, whose arenas hold
-  64 MB at most: nothing changes for them, as to share an arena costs more than the pages do.
-  """
-  trim_threshold, mmap_max = -1, -4  # M_... of malloc.h
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (OSError, AttributeError):
-    return
-  for option, value in ((mmap_max, 0), (trim_threshold, -1)):
-    mallopt(option, value)
-
-
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-  """`jax.jit` for programs of several devices; on CPUs a call returns when its program has run.
-
-  A device of a CPU waits for the others in one of the few threads. Of two programs at once, one
-  device may be in the first and another in the second, with no thread left for either to go on.
-  """
-  return _Awaited(jax.jit(function, **options))
-
-
-class _Awaited:
-  """Behaves like the jitted function, but for when it returns."""
-
-  def __init__(self, program: Any):
-    self._program = program
-
-  def __call__(self, *args: Any) -> Any:
-    result = self._program(*args)
-    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._program, name)
+  """`jax.jit` for programs of several devices; on CPUs a call is awaited, see `cpu.Awaited`."""
+  return cpu.Awaited(jax.jit(function, **options))
 
 
 def make_mesh(fsdp: int = 1, count: int = 0) -> Mesh:
@@ -159,13 +95,12 @@ def gather(shards: Any, where: Any) -> Any:
 def scatter(gradient: Any, where: Any) -> Any:
   """The sum of all devices' gradients, each device's own shard of it; inside `on_each`.
 
-  CPUs send small arrays that no device has a shard of as one; elsewhere XLA combines them itself.
+  Small arrays that no device has a shard of are sent as one: by XLA, but on CPUs by `cpu.joined`.
 
   Args:
     gradient: of whole parameters, by this device's images.
     where: specs of the parameters.
   """
-
   specs, structure = jax.tree.flatten(where, is_leaf=_is_spec)
   leaves = [x.astype(jnp.float32) for x in structure.flatten_up_to(gradient)]
   several = [axis for axis in ("data", "fsdp") if jax.lax.axis_size(axis) > 1]
@@ -185,14 +120,10 @@ def scatter(gradient: Any, where: Any) -> Any:
   def summed(tree):
     return jax.tree.map(lambda x: total(x, "data", "fsdp"), tree)
 
-  def joined(tree):
-    line, separate = ravel_pytree(tree)
-    return separate(summed(line))
-
   small = {
-    i: x for i, x in enumerate(leaves) if "fsdp" not in specs[i] and x.size < _LARGEST_JOINED
+    i: x for i, x in enumerate(leaves) if "fsdp" not in specs[i] and x.size < cpu.LARGEST_JOINED
   }
-  sums = jax.lax.platform_dependent(small, cpu=joined, default=summed) if small else {}
+  sums = jax.lax.platform_dependent(small, cpu=cpu.joined(summed), default=summed) if small else {}
   return structure.unflatten(
     [sums[i] if i in sums else leaf(specs[i], x) for i, x in enumerate(leaves)]
   )
@@ -216,3 +147,10 @@ def put(x: Any, sharding: Any) -> Any:
   if isinstance(sharding, NamedSharding):
     return jax.tree.map(lambda value: leaf(value, sharding), x)
   return jax.tree.map(leaf, x, sharding)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """A sharded array as a numpy array on every process."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import tqdm
 
 from rlft.config.settings import option, suggestion
-from rlft.parallel import sharding
+from rlft.parallel import cpu, sharding
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -218,7 +218,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
   # What XLA reserves in advance on a GPU, PyTorch would not have.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   if suite.cpu_devices:
-    sharding.split_host(config.cpu_devices or suite.cpu_devices)
+    cpu.split_host(config.cpu_devices or suite.cpu_devices)
   load, results = _load(), []
   with tqdm.tqdm(total=len(sides) * (config.repeats + 1) * len(names), unit="call") as bar:
     for name in names:

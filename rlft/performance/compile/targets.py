@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from rlft.parallel import sharding
+from rlft.parallel import cpu
 from rlft.types import UserError
 
 GIB = 2**30
@@ -52,7 +52,7 @@ def open_target(name: str, fsdp: int) -> Target:
   """
   kind, _, shape = name.partition(":")
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
-    sharding.split_host(int(shape))
+    cpu.split_host(int(shape))
     devices, memory = jax.devices("cpu")[: int(shape)], None
   elif kind in _TPU_MEMORY and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
     devices = _tpu_devices(name)

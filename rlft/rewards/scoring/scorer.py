@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from rlft.parallel import processes
 from rlft.parallel import sharding as sharding_lib
 from rlft.rewards.scoring import errors, host
 from rlft.rewards.scoring.errors import RewardError
@@ -197,7 +197,7 @@ class Scorer:
       scores[self._rows] = self._caller.finish(started)
     except RewardError as own:
       error = own
-    _raise_on_every_process(error)
+    processes.raise_together(error, RewardError)
     scores[~np.isfinite(scores)] = np.nan
     return _place(scores, self._sharding)
 
@@ -219,17 +219,3 @@ def _local_shards(x: jax.Array) -> list[jax.Array]:
   for shard in shards.values():
     shard.copy_to_host_async()
   return [shards[start] for start in sorted(shards)]
-
-
-def _raise_on_every_process(error: RewardError | None) -> None:
-  """Raises if the reward failed on any process: else the others would wait for this one forever."""
-  if jax.process_count() > 1:
-    own = np.zeros(1024, np.uint8)
-    text = str(error or "").encode()[: own.size]
-    own[: len(text)] = np.frombuffer(text, np.uint8)
-    for process, other in enumerate(multihost_utils.process_allgather(own)):
-      if error is None and other.any():
-        text = bytes(other[other > 0]).decode(errors="replace")
-        error = RewardError(f"on process {process}: {text}")
-  if error is not None:
-    raise error
