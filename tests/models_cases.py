@@ -294,6 +294,18 @@ SCHEDULER = {
   "set_alpha_to_one": False,
   "steps_offset": 1,
 }
+# Schedules that differ from `SCHEDULER` in what is given here.
+SCHEDULES = {
+  "linspace": {"timestep_spacing": "linspace"},
+  "linspace_to_one": {"timestep_spacing": "linspace", "set_alpha_to_one": True},
+  "trailing": {"timestep_spacing": "trailing"},
+  "trained_betas": {"trained_betas": [0.01 + 1e-5 * (i % 7) for i in range(1000)]},
+  "zero_snr": {
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "prediction_type": "v_prediction",
+  },
+}
 
 
 def tokenizer(**options: Any) -> transformers.CLIPTokenizer:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlft.models.scheduler_config import SchedulerConfig
 from rlft.types import UserError
 
 
@@ -44,66 +45,57 @@ class Schedule:
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
-  """`[num_train_timesteps]` float64 alpha_bar of a diffusers `scheduler_config.json`."""
-  count = config.get("num_train_timesteps", 1000)
-  start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-  kind = config.get("beta_schedule", "linear")
-  if kind == "linear":
+  """`[num_train_timesteps]` float64 alpha_bar of a diffusers `scheduler_config.json`.
+
+  Raises:
+    UserError: see `SchedulerConfig.from_dict`.
+  """
+  return _alphas_cumprod(SchedulerConfig.from_dict(config))
+
+
+def _alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
+  start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
+  if config.trained_betas is not None:
+    betas = np.array(config.trained_betas, np.float64)
+  elif config.beta_schedule == "linear":
     betas = np.linspace(start, end, count)
-  elif kind == "scaled_linear":
-    betas = np.linspace(start**0.5, end**0.5, count) ** 2
   else:
-    raise UserError(
-      f"scheduler_config.json: beta_schedule {kind!r} is not supported; use 'linear' or"
-      " 'scaled_linear'"
-    )
-  if config.get("rescale_betas_zero_snr", False):
-    raise UserError(
-      "scheduler_config.json: rescale_betas_zero_snr is not supported: its first step has no"
-      " signal, so no finite epsilon; set it to false"
-    )
-  return np.cumprod(1.0 - betas)
+    betas = np.linspace(start**0.5, end**0.5, count) ** 2
+  alpha_bar = np.cumprod(1.0 - betas)
+  if config.rescale_betas_zero_snr:
+    # Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2305.08891),
+    # algorithm 1: the first root of alpha_bar stays, the last becomes 0.
+    root = np.sqrt(alpha_bar)
+    alpha_bar = (root[0] * (root - root[-1]) / (root[0] - root[-1])) ** 2
+  return alpha_bar
 
 
 def make_schedule(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) -> Schedule:
-  """The reverse steps of a diffusers scheduler configuration, 'leading' or 'trailing' spacing.
+  """The reverse steps that diffusers' `DDIMScheduler` takes.
+
+  A step leads `num_train_timesteps // steps` timesteps on, whatever the spacing; with 'linspace'
+  that is not quite where the next one begins.
 
   Args:
-    config: `scheduler_config.json`.
+    config: a parsed `scheduler_config.json`.
     steps: T, from 1 to `num_train_timesteps`.
     eta: share of the stochastic noise; 1 is ancestral sampling, 0 deterministic DDIM.
 
   Raises:
-    UserError: the configuration asks for something that changes the maths and is not supported.
+    UserError: the number of steps is impossible, or see `SchedulerConfig.from_dict`.
   """
-  alpha_bar = alphas_cumprod(config)
+  parsed = SchedulerConfig.from_dict(config)
+  alpha_bar = _alphas_cumprod(parsed)
   count = len(alpha_bar)
   if not 1 <= steps <= count:
     raise UserError(f"sampling_steps={steps}: choose from 1 to {count}")
-  spacing = config.get("timestep_spacing", "leading")
-  if spacing == "leading":
-    timesteps = np.arange(steps)[::-1] * (count // steps) + config.get("steps_offset", 0)
-  elif spacing == "trailing":
-    timesteps = np.round(np.arange(count, 0, -count / steps)).astype(np.int64)[:steps] - 1
-  else:
-    raise UserError(
-      f"scheduler_config.json: timestep_spacing {spacing!r} is not supported; use 'leading' or"
-      " 'trailing'"
-    )
+  timesteps = _timesteps(parsed, steps)
   if timesteps.max() >= count:
-    raise UserError(f"scheduler_config.json: steps_offset leads past {count} timesteps; lower it")
-  if config.get("clip_sample", False) or config.get("thresholding", False):
     raise UserError(
-      "scheduler_config.json: clip_sample and thresholding are for pixel-space models; set both"
-      " to false"
+      f"scheduler_config.json: steps_offset={parsed.steps_offset} leads past {count} timesteps;"
+      " lower it with --scheduler=steps_offset=0"
     )
-  prediction_type = config.get("prediction_type", "epsilon")
-  if prediction_type not in ("epsilon", "v_prediction"):
-    raise UserError(
-      f"scheduler_config.json: prediction_type {prediction_type!r} is not supported; use"
-      " 'epsilon' or 'v_prediction'"
-    )
-  final = 1.0 if config.get("set_alpha_to_one", True) else alpha_bar[0]
+  final = 1.0 if parsed.set_alpha_to_one else alpha_bar[0]
   previous = timesteps - count // steps
   alpha = alpha_bar[timesteps]
   alpha_prev = np.where(previous >= 0, alpha_bar[np.maximum(previous, 0)], final)
@@ -117,8 +109,18 @@ def make_schedule(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) ->
     alpha=f32(alpha),
     alpha_prev=f32(alpha_prev),
     std=f32(eta * np.sqrt(np.maximum(variance, 0.0))),
-    prediction_type=prediction_type,
+    prediction_type=parsed.prediction_type,
   )
+
+
+def _timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:
+  """`[steps]` int, falling."""
+  count = config.num_train_timesteps
+  if config.timestep_spacing == "leading":
+    return np.arange(steps)[::-1] * (count // steps) + config.steps_offset
+  if config.timestep_spacing == "trailing":
+    return np.round(np.arange(count, 0, -count / steps)).astype(np.int64)[:steps] - 1
+  return np.linspace(0, count - 1, steps).round()[::-1].astype(np.int64)
 
 
 def at_step(constants: jax.Array, index: jax.Array) -> jax.Array:

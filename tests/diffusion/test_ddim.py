@@ -112,19 +112,39 @@ def test_known_figures_of_stable_diffusion():
     assert list(other.trainable) == list(range(49))
 
 
-@pytest.mark.parametrize(
-  "change, word",
-  [
-    ({"beta_schedule": "sigmoid"}, "beta_schedule"),
-    ({"prediction_type": "sample"}, "prediction_type"),
-    ({"timestep_spacing": "linspace"}, "timestep_spacing"),
-    ({"clip_sample": True}, "clip_sample"),
-    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-  ],
-)
-def test_refuses_what_it_does_not_compute(change, word):
-  with pytest.raises(UserError, match=word):
-    ddim.make_schedule({**SD, **change}, 50)
+@pytest.mark.parametrize("case", models_cases.SCHEDULES)
+def test_eight_steps_equal_diffusers(case):
+  stored = np.load(FIXTURE)
+  config = models_cases.SCHEDULER | models_cases.SCHEDULES[case]
+  sample, output = (jnp.asarray(stored[name][:1, :2]) for name in ("sample", "model_output"))
+  for eta in (0, 1):
+    schedule = ddim.make_schedule(config, 8, eta=eta)
+    np.testing.assert_array_equal(schedule.timesteps, stored[f"{case}/timesteps"])
+    np.testing.assert_allclose(schedule.std, eta * stored[f"{case}/sigma"], rtol=1e-4, atol=1e-7)
+    means = [ddim.step_mean(schedule, i, sample, output) for i in range(8)]
+    chex.assert_trees_all_close(np.stack(means), stored[f"{case}/{eta}/mean"], rtol=2e-5, atol=2e-5)
+
+
+def test_steps_without_noise_are_not_trained():
+  schedule = ddim.make_schedule(models_cases.SCHEDULER | models_cases.SCHEDULES["linspace"], 8)
+  assert schedule.timesteps[-1] == 0 and schedule.std[-1] == 0
+  assert list(schedule.trainable) == list(range(7))
+
+
+def test_nothing_is_left_of_the_image_at_zero_snr():
+  config = models_cases.SCHEDULER | models_cases.SCHEDULES["zero_snr"]
+  alpha_bar = ddim.alphas_cumprod(config)
+  plain = ddim.alphas_cumprod(models_cases.SCHEDULER)
+  assert alpha_bar[-1] == 0 and alpha_bar[0] == pytest.approx(plain[0])
+  # clean = -v, and a step of eta = 1 forgets the noise: mean = sqrt(alpha_prev) * 0.5.
+  schedule = ddim.make_schedule(config, 8)
+  mean = ddim.step_mean(schedule, 0, scalar(3.0), scalar(-0.5))
+  np.testing.assert_allclose(mean, 0.5 * np.sqrt(schedule.alpha_prev[0]), rtol=1e-3)
+
+
+def test_refuses_an_offset_past_the_end():
+  with pytest.raises(UserError, match="steps_offset=20 leads past 1000 timesteps; lower it"):
+    ddim.make_schedule({**SD, "steps_offset": 20}, 50)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

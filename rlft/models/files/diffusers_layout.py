@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.numpy
 
 from rlft.models.files import torch_layout
+from rlft.models.scheduler_config import SchedulerConfig
 from rlft.models.stable_diffusion import StableDiffusion
 
 INDEX = "model_index.json"
@@ -32,25 +33,6 @@ CLASSES = {
   "text_encoder": "CLIPTextModel",
   "text_encoder_2": "CLIPTextModelWithProjection",
 }
-# What diffusers' DDIMScheduler takes; it warns about anything else, such as options of the
-# scheduler that a model was published with.
-_DDIM_OPTIONS = (
-  "num_train_timesteps",
-  "beta_start",
-  "beta_end",
-  "beta_schedule",
-  "trained_betas",
-  "clip_sample",
-  "set_alpha_to_one",
-  "steps_offset",
-  "prediction_type",
-  "thresholding",
-  "dynamic_thresholding_ratio",
-  "clip_sample_range",
-  "sample_max_value",
-  "timestep_spacing",
-  "rescale_betas_zero_snr",
-)
 
 
 def _write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
@@ -73,9 +55,8 @@ def write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
     index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
   else:
     index |= {"force_zeros_for_empty_prompt": model.zero_empty}
-  # Where a scheduler says nothing of it, samples are not clipped; DDIMScheduler would.
-  scheduler = {"clip_sample": False}
-  scheduler |= {key: value for key, value in model.scheduler.items() if key in _DDIM_OPTIONS}
+  # Every option is said: the defaults of a scheduler's own class may be others.
+  scheduler = dataclasses.asdict(SchedulerConfig.from_dict(model.scheduler))
   scheduler |= {"_class_name": "DDIMScheduler", "_diffusers_version": _DIFFUSERS_VERSION}
   _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
 

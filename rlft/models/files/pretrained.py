@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rlft.models import clip, diffusers_unet, unet, vae
+from rlft.models import clip, diffusers_unet, scheduler_config, unet, vae
 from rlft.models import config as config_lib
 from rlft.models.files import arrays, diffusers_layout, hub, streaming
 from rlft.models.files import sources as weights
@@ -120,6 +120,7 @@ def load(
   backend: str = "rlft",
   place: streaming.Place | None = None,
   identify: bool = False,
+  scheduler: Mapping[str, Any] | None = None,
 ) -> StableDiffusion:
   """Reads a model in the diffusers layout.
 
@@ -131,6 +132,7 @@ def load(
     backend: whose UNet, 'rlft' or 'diffusers' (see `diffusers_unet`).
     place: where each parameter belongs, see `streaming.read`; None leaves them on the host.
     identify: whether to set the model's `fingerprint`; all processes have to do the same.
+    scheduler: options in the place of those in `scheduler_config.json`.
 
   Returns:
     the model; parameters are float32, also where the files hold half precision: numpy arrays
@@ -150,7 +152,12 @@ def load(
     if name not in texts:
       _check_class(f"{source}/{file}", found.get("_class_name"), (CLASSES[name],))
     configs[name] = _CONFIGS[name].from_dict(found, f"{source}/{file}")
-  scheduler = _read_json(source, "scheduler/scheduler_config.json")
+  file = "scheduler/scheduler_config.json"
+  options = {**_read_json(source, file), **(scheduler or {})}
+  scheduler_config.SchedulerConfig.from_dict(options, f"{source}/{file}")
+  # Which of the two names diffusers believes depends on how it is asked.
+  if named := index.get("scheduler"):
+    scheduler_config.check_class(named[-1], f"{source}/{INDEX}")
   tokenizers = tuple(
     weights.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
   )
@@ -173,7 +180,7 @@ def load(
     vae=modules["vae"],
     text_encoders=tuple(modules[name] for name in texts),
     tokenizers=tokenizers,
-    scheduler=scheduler,
+    scheduler=options,
     params=params,
     # As in diffusers, where SDXL's index does not say.
     zero_empty=len(texts) > 1 and index.get("force_zeros_for_empty_prompt", True),

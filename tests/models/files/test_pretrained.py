@@ -184,6 +184,28 @@ def test_models_of_another_kind(copy):
   one_line(e)
 
 
+def test_the_scheduler_is_checked_before_the_weights_are_read(copy):
+  (copy / UNET_FILE).unlink()
+  config = copy / "scheduler" / "scheduler_config.json"
+  set_json(config, clip_sample=True)
+  with pytest.raises(UserError, match=r"/scheduler_config\.json: clip_sample is for models") as e:
+    pretrained.load(copy)
+  one_line(e)
+  set_json(config, clip_sample=False, _class_name="EDMEulerScheduler")
+  with pytest.raises(UserError, match=r"/scheduler_config\.json: EDMEulerScheduler samples"):
+    pretrained.load(copy)
+  set_json(config, _class_name="DDIMScheduler")
+  set_json(copy / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
+  with pytest.raises(UserError, match=r"/model_index\.json: LCMScheduler samples"):
+    pretrained.load(copy)
+
+
+def test_options_stand_in_the_place_of_the_schedulers_own(copy):
+  set_json(copy / "scheduler" / "scheduler_config.json", clip_sample=True)
+  found = pretrained.load(copy, scheduler={"clip_sample": False, "steps_offset": 0})
+  assert not found.scheduler["clip_sample"] and found.scheduler["steps_offset"] == 0
+
+
 @pytest.mark.parametrize(
   ("missing", "message"),
   [
