@@ -17,6 +17,7 @@ import json
 
 from absl import flags
 
+from rlft.config import fields
 from rlft.config import flags as cli
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import architectures
@@ -29,7 +30,8 @@ _JSON = flags.DEFINE_string("json", "", "file for the results")
 _CACHE = flags.DEFINE_string("cache_dir", "runs/compile_cache", "directory for compiled programs")
 
 _TARGET, _IMAGES = "v6e:2x4", 16
-_BASE = Config(
+_BASE = fields.make(
+  Config,
   task=(TaskConfig("levers", prompts="-", reward="-", batch_size=8 * _IMAGES),),
   guidance_scale=7.0,
   pretrain_weight=0.0,
@@ -57,23 +59,23 @@ _VARIANTS = {
 
 def _first_level(config: Config):
   whole = architectures.get("sd2-base")
-  unet = dataclasses.replace(
+  unet = fields.replace(
     whole.unet,
     block_out_channels=whole.unet.block_out_channels[:1],
     attention_head_dim=whole.unet.attention_head_dim[:1],
     down_block_types=("CrossAttnDownBlock2D",),
     up_block_types=("CrossAttnUpBlock2D",),
   )
-  part = dataclasses.replace(whole, unet=unet)
-  model = architectures.build(part, dtype=config.compute_dtype, remat=config.remat)
-  return dataclasses.replace(model, unet=model.unet.clone(attention=config.attention))
+  part = fields.replace(whole, unet=unet)
+  model = architectures.build(part, dtype=config.devices.compute_dtype, remat=config.devices.remat)
+  return fields.replace(model, unet=model.unet.clone(attention=config.devices.attention))
 
 
 def _print_states() -> None:
   print("| setting | trained, GiB | optimizer | frozen |\n|---|---|---|---|")
   for name, changes in _STATES.items():
-    config = dataclasses.replace(_BASE, **changes)
-    mesh = targets.open_target("v6e:8x16", config.fsdp).mesh
+    config = fields.replace(_BASE, **changes)
+    mesh = targets.open_target("v6e:8x16", config.devices.fsdp).mesh
     run = AbstractRun.of(config, mesh, open_model(config, "sd2-base"))
     kept = (run.state.params, run.state.opt, run.frozen)
     print("| " + " | ".join([name, *(f"{device_bytes(x) / GIB:.2f}" for x in kept)]) + " |")
@@ -86,7 +88,7 @@ def main() -> None:
   found = {}
   print("| setting | temporary, GiB | peak, GiB | TFLOP per image |\n|---|---|---|---|")
   for name, changes in _VARIANTS.items():
-    config = dataclasses.replace(_BASE, **changes)
+    config = fields.replace(_BASE, **changes)
     run = AbstractRun.of(config, target.mesh, _first_level(config))
     (call,) = (call for call in run.calls() if call.name == "update")
     with compile_lib.compilation_cache(_CACHE.value) as cache:

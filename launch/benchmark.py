@@ -3,16 +3,15 @@
 python launch/benchmark.py --what=rewards --port=clip-score,yolov3-tiny --batch_size=4
 """
 
-from rlft.config import fieldflags
-from rlft.config import flags as cli
+from rlft.config import flags
 from rlft.performance.benchmark.contest import BenchmarkConfig, run
 
-fieldflags.define(BenchmarkConfig)
+flags.define(BenchmarkConfig)
 
 
 def main() -> None:
-  run(fieldflags.read(BenchmarkConfig))
+  run(flags.read(BenchmarkConfig))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

@@ -3,17 +3,17 @@
 python launch/compile.py --flagfile=experiments/sd2_preference.flags --target=v6e:8x16
 """
 
-from rlft.config import fieldflags
-from rlft.config import flags as cli
+from rlft.config import flags
+from rlft.config.settings import Config
 from rlft.performance.compile.ahead import CompileConfig, compile_run
 
-cli.define_flags()
-fieldflags.define(CompileConfig)
+flags.define(Config)
+flags.define(CompileConfig)
 
 
 def main() -> None:
-  compile_run(cli.from_flags(), fieldflags.read(CompileConfig))
+  compile_run(flags.read(Config), flags.read(CompileConfig))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

@@ -5,22 +5,21 @@ python launch/evaluate.py --model=runs/emoji_joint --eval=emoji --output=eval.js
 
 from absl import flags
 
-from rlft.config import fieldflags
 from rlft.config import flags as cli
+from rlft.config.settings import Config
 from rlft.inference import draw as inference
 
-fieldflags.define(inference.Drawing)
-cli.define_flags("eval", "reward_timeout_s", "reward_threads")
+cli.define(inference.Drawing)
+cli.define(Config, "eval", "reward_timeout_s", "reward_threads")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures")
 
 
 def main() -> None:
-  config = cli.from_flags()
+  config = cli.read(Config)
   table = inference.measure(
-    fieldflags.read(inference.Drawing),
+    cli.read(inference.Drawing),
     config.eval,
-    reward_timeout_s=config.reward_timeout_s,
-    reward_threads=config.reward_threads,
+    scoring=config.scoring,
     output=_OUTPUT.value,
   )
   print(table)

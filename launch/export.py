@@ -7,11 +7,12 @@ from absl import flags
 import numpy as np
 
 from rlft.config import flags as cli
+from rlft.config.settings import OutputSettings
 from rlft.inference.export import export
 from rlft.models.files import lora_files
 from rlft.types import UserError
 
-cli.define_flags("workdir")
+cli.define(OutputSettings, "workdir")
 _OUTPUT = flags.DEFINE_string("output", None, "directory for the model, a LoRA merged into it")
 _LORA_OUTPUT = flags.DEFINE_string(
   "lora_output", None, "safetensors file for the LoRA alone, to be used with the base model"
@@ -27,7 +28,7 @@ _EMA = flags.DEFINE_boolean("ema", True, "the averaged weights, where the run ha
 
 
 def main() -> None:
-  workdir, output, lora_output = cli.from_flags().workdir, _OUTPUT.value, _LORA_OUTPUT.value
+  workdir, output, lora_output = cli.read(OutputSettings).workdir, _OUTPUT.value, _LORA_OUTPUT.value
   if not workdir:
     raise UserError("--workdir is missing: give the directory of a run")
   if not (output or lora_output):

@@ -3,16 +3,15 @@
 python launch/pretrain.py --flagfile=experiments/emoji_pretrain.flags
 """
 
-from rlft.config import fieldflags
-from rlft.config import flags as cli
+from rlft.config import flags
 from rlft.emoji.base_model import PretrainConfig, run
 
-fieldflags.define(PretrainConfig)
+flags.define(PretrainConfig)
 
 
 def main() -> None:
-  run(fieldflags.read(PretrainConfig))
+  run(flags.read(PretrainConfig))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

@@ -6,11 +6,10 @@ python launch/sample.py --model=runs/emoji_joint --prompt="a dog and a car" --ou
 from absl import flags
 
 from rlft import catalog
-from rlft.config import fieldflags
 from rlft.config import flags as cli
 from rlft.inference import draw as inference
 
-fieldflags.define(inference.Drawing)
+cli.define(inference.Drawing)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
 _PROMPTS = flags.DEFINE_string(
   "prompts", None, "more to draw: emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file"
@@ -30,7 +29,7 @@ def main() -> None:
     source = catalog.load_prompts(_PROMPTS.value)
     count = min(len(source), _MAX_PROMPTS.value)
     texts += [source[place * len(source) // count].text for place in range(count)]
-  drawing = fieldflags.read(inference.Drawing)
+  drawing = cli.read(inference.Drawing)
   per_prompt = _IMAGES_PER_PROMPT.value
   print(inference.save_grid(drawing, texts, _OUTPUT.value, images_per_prompt=per_prompt))
 

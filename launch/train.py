@@ -3,15 +3,16 @@
 python launch/train.py --flagfile=experiments/emoji_joint.flags
 """
 
-from rlft.config import flags as cli
+from rlft.config import flags
+from rlft.config.settings import Config
 from rlft.train import train
 
-cli.define_flags()
+flags.define(Config)
 
 
 def main() -> None:
-  train(cli.from_flags())
+  train(flags.read(Config))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

@@ -3,16 +3,15 @@
 python launch/train_reward.py --flagfile=experiments/reward_tone.flags
 """
 
-from rlft.config import fieldflags
-from rlft.config import flags as cli
+from rlft.config import flags
 from rlft.emoji.reward_training import RewardConfig, run
 
-fieldflags.define(RewardConfig)
+flags.define(RewardConfig)
 
 
 def main() -> None:
-  run(fieldflags.read(RewardConfig))
+  run(flags.read(RewardConfig))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

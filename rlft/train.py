@@ -28,7 +28,7 @@ import optax
 
 from rlft.algorithms import losses
 from rlft.algorithms.optimizer import full_precision
-from rlft.config import settings as config_lib
+from rlft.config import stored
 from rlft.config.settings import Config
 from rlft.data import pairs as pairs_lib
 from rlft.data import shuffle as order
@@ -84,7 +84,7 @@ def make_programs(
   divergence needs it.
   """
   alphas = jnp.asarray(ddim.alphas_cumprod(model.scheduler), jnp.float32)
-  lora_scale = lora_lib.scale(config.lora_rank, config.lora_alpha)
+  lora_scale = lora_lib.scale(config.policy.lora_rank, config.policy.lora_alpha)
 
   def denoiser(weights) -> Denoiser:
     return lora_lib.denoiser(model.unet, weights, lora_scale)
@@ -101,20 +101,20 @@ def make_programs(
         before,
         after,
         text,
-        guidance_scale=config.guidance_scale,
+        guidance_scale=config.policy.guidance_scale,
         prepare=functools.partial(lora_lib.prepare, model.unet, weights, lora_scale),
       )
 
     log_prob, mean = step(weights_of(whole, base))
     found = {"log_ratio": log_prob - old_log_prob}
-    if config.kl_weight:
+    if config.algorithm.kl_weight:
       _, base_mean = step(lora_lib.Weights(base))
       std = jnp.asarray(schedule.std)[index]
       found["kl"] = losses.gaussian_kl(mean, base_mean, std)
     return found
 
   def weights_of(trained, base):
-    return lora_lib.Weights(base, trained) if config.lora_rank else lora_lib.Weights(trained)
+    return lora_lib.Weights(base, trained) if config.policy.lora_rank else lora_lib.Weights(trained)
 
   def gradient_of(loss, state, frozen, rows):
     return gradients.over_devices(
@@ -125,7 +125,7 @@ def make_programs(
       mesh=mesh,
       cast=cast,
       dtype=model.unet.dtype,
-      microbatch=config.microbatch,
+      microbatch=config.devices.microbatch,
     )
 
   def policy_gradient(state, frozen, path, text, advantages, mask, indices):
@@ -137,10 +137,10 @@ def make_programs(
       # One number for all images of a timestep, as in sampling: XLA rounds the same then.
       found = step_errors(whole, base, step, index if len(index) > images else index[0])
       values = losses.clipped_surrogate(
-        found["log_ratio"], advantages, clip_range=config.clip_range
+        found["log_ratio"], advantages, clip_range=config.algorithm.clip_range
       )
-      if config.kl_weight:
-        values += config.kl_weight * found["kl"]
+      if config.algorithm.kl_weight:
+        values += config.algorithm.kl_weight * found["kl"]
       return losses.weighted_sum(values, weights), found
 
     # Whatever belongs to an image belongs to each of its timesteps: all is [K, B, ...].
@@ -154,8 +154,10 @@ def make_programs(
     gradient, found = gradient_of(loss, state, frozen, rows)
     # Images first: they are what is spread over the devices, and stay where they are.
     found, weights = jax.tree.map(lambda x: x.T.ravel(), (found, weights))
-    metrics = losses.ratio_metrics(found["log_ratio"], weights, clip_range=config.clip_range)
-    if config.kl_weight:
+    metrics = losses.ratio_metrics(
+      found["log_ratio"], weights, clip_range=config.algorithm.clip_range
+    )
+    if config.algorithm.kl_weight:
       metrics["kl_to_base"] = losses.weighted_sum(found["kl"], weights)
     return gradient, metrics | {"grad_norm": optax.tree.norm(gradient)}
 
@@ -181,7 +183,7 @@ def make_programs(
       )
 
     def weigh(errors):
-      return config.pretrain_weight * errors.sum() / count, errors
+      return config.pretraining.pretrain_weight * errors.sum() / count, errors
 
     latents, text = encode_pairs(frozen, images, ids)
     rows = jax.tree.map(lambda x: x[None], (latents, text, timesteps, noise))
@@ -198,7 +200,7 @@ def make_programs(
       text = text_lib.encode(model, frozen, ids, stable_diffusion.image_size(model))
       encode = functools.partial(stable_diffusion.encode, model, frozen["vae"])
       images = images.astype(jnp.float32) / 255.0
-      return microbatch_lib.mapped(encode, images, config.decode_chunk), text
+      return microbatch_lib.mapped(encode, images, config.devices.decode_chunk), text
 
     return sharding.on_each(
       mesh,
@@ -209,7 +211,7 @@ def make_programs(
 
   def average(state):
     def mix(e, p):
-      return config.ema_decay * e + (1 - config.ema_decay) * p
+      return config.optimizer.ema_decay * e + (1 - config.optimizer.ema_decay) * p
 
     params = full_precision(state.params, state.opt)
     return dataclasses.replace(state, ema=jax.tree.map(mix, state.ema, params))
@@ -217,7 +219,7 @@ def make_programs(
   return Programs(
     advantages=sharding.jit(
       lambda rewards, group: statistics.normalise(
-        rewards, clip=config.advantage_clip, group_size=group
+        rewards, clip=config.algorithm.advantage_clip, group_size=group
       ),
       static_argnums=1,
       out_shardings=sharding.batch(mesh),
@@ -281,12 +283,12 @@ def run_task(
   scores = found.scores
   scored = time.perf_counter()
   unscored = metrics[f"reward/{name}/unscored"]
-  if unscored > config.max_nan_share:
+  if unscored > config.scoring.max_nan_share:
     source = task.config.reward + (f" and veto={task.config.veto}" if task.config.veto else "")
     raise RewardError(
       f"task {name}, iteration {iteration}: {unscored:.0%} of the images could not be scored by"
-      f" {source}, more than --max_nan_share={config.max_nan_share:g}: correct the reward, then run"
-      " the same command to go on"
+      f" {source}, more than --max_nan_share={config.scoring.max_nan_share:g}: correct the reward,"
+      " then run the same command to go on"
     )
   stop.check()
 
@@ -294,10 +296,12 @@ def run_task(
   if task.history is not None:
     texts = [prompt.text for prompt in prompts]
     rewards = sharding.fetch(scores).tolist()
-    values = task.history.advantages(texts, rewards, clip=config.advantage_clip)
+    values = task.history.advantages(texts, rewards, clip=config.algorithm.advantage_clip)
     advantages = sharding.put(np.asarray(values, np.float32), run.rows)
   else:
-    advantages = programs.advantages(scores, group if config.advantage == "group" else None)
+    advantages = programs.advantages(
+      scores, group if config.algorithm.advantage == "group" else None
+    )
 
   # --- update ---
   picked = run.schedule.trainable[
@@ -305,12 +309,12 @@ def run_task(
       config.seed,
       _TIMESTEP_STREAM + number,
       iteration,
-      count=config.train_timesteps,
+      count=config.algorithm.train_timesteps,
       size=len(run.schedule.trainable),
     )
   ].astype(np.int32)
   updates = []
-  for indices in [picked] if config.accumulate_timesteps else picked[:, None]:
+  for indices in [picked] if config.algorithm.accumulate_timesteps else picked[:, None]:
     state, values = programs.update(
       state, run.frozen, path, text, advantages, jnp.isfinite(scores), indices
     )
@@ -323,11 +327,11 @@ def run_task(
   }
   where = f"task {name}, iteration {iteration}"
   deviation = metrics[f"ratio/max_abs_deviation/{name}"]
-  if not deviation <= config.ratio_tolerance:
+  if not deviation <= config.algorithm.ratio_tolerance:
     raise UserError(
       f"{where}: the ratio before the first update deviates from 1 by {deviation:.2e}, more than"
-      f" --ratio_tolerance={config.ratio_tolerance:g}: sampling and training disagree; use"
-      " --compute_dtype=float32, or raise the tolerance knowingly"
+      f" --ratio_tolerance={config.algorithm.ratio_tolerance:g}: sampling and training disagree;"
+      " use --compute_dtype=float32, or raise the tolerance knowingly"
     )
   _check_finite(where, metrics[f"grad_norm/{name}"])
   return state, metrics
@@ -339,7 +343,7 @@ def run_pretrain(
   """One step on the pretraining loss; `state` is donated."""
   config, start = run.config, time.perf_counter()
   rows = pairs_lib.pair_indices(
-    config.seed, iteration, count=config.pretrain_batch_size, size=len(run.pairs)
+    config.seed, iteration, count=config.pretraining.pretrain_batch_size, size=len(run.pairs)
   )
   captions = [run.pairs.captions[row] for row in rows]
   ids, _ = run.model.tokenize(captions)
@@ -388,19 +392,19 @@ class Cursor:
 
 
 def train(config: Config) -> None:
-  """Runs (or resumes) a training; everything that it writes is in `config.workdir`.
+  """Runs (or resumes) a training; everything that it writes is in `config.output.workdir`.
 
   Raises:
     UserError: a mistake in the settings, a reward that failed, a full disk. The last consistent
       state is on disk then, and the same command goes on from it.
   """
-  cpu.split_host(config.cpu_devices)
+  cpu.split_host(config.devices.cpu_devices)
   run = open_run(config)
   optimizer = optimizer_of(config)
   programs = make_programs(config, run.model, run.schedule, optimizer, run.mesh)
   state, cursor = _resume(run, initial_state(run, optimizer))
   if run.writes:
-    files.write_atomic(run.workdir / "config.json", config_lib.to_json(config) + "\n")
+    files.write_atomic(run.workdir / "config.json", stored.to_json(config) + "\n")
   with Stop() as stop:  # Until nothing is left to be saved.
     try:
       _loop(run, programs, state, cursor, stop)
@@ -431,7 +435,7 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
         iteration = cursor.iteration
         last = iteration >= config.iterations
         measured = _evaluation_due(run, cursor)
-        due = config.checkpoint_every and iteration % config.checkpoint_every == 0
+        due = config.output.checkpoint_every and iteration % config.output.checkpoint_every == 0
         if cursor.task == 0 and iteration > 0 and (last or due or measured):
           _save(run, state, cursor)
         if measured:
@@ -453,7 +457,7 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
         if run.pairs is not None:
           state, metrics = run_pretrain(run, programs, state, iteration)
           cursor.metrics |= metrics
-        if config.ema_decay:
+        if config.optimizer.ema_decay:
           state = programs.average(state)
         metrics = iteration_metrics.summarise(cursor.metrics, images)
         cursor = Cursor(iteration + 1)
@@ -477,7 +481,7 @@ def _evaluation_due(run: Run, cursor: Cursor) -> bool:
   """Before the first iteration, after the last, and every `eval_every`."""
   if not run.evals or cursor.evaluated or cursor.task > 0:
     return False
-  every = run.config.eval_every
+  every = run.config.evaluation.eval_every
   return cursor.iteration in (0, run.config.iterations) or bool(
     every and cursor.iteration % every == 0
   )
@@ -490,7 +494,7 @@ def _save(run: Run, state: TrainState, cursor: Cursor) -> None:
     state,
     {
       "cursor": dataclasses.asdict(cursor),
-      "config": config_lib.to_json(run.config),
+      "config": stored.to_json(run.config),
       "base_model": run.fingerprint,
       "histories": [task.history.state() if task.history else None for task in run.tasks],
     },
@@ -512,7 +516,7 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
       f"the checkpoint in {run.workdir} was trained from another base model than"
       f" {run.config.pretrained}: give that model, or a new --workdir"
     )
-  for change in config_lib.check_resume(config_lib.from_json(meta["config"]), run.config):
+  for change in stored.check_resume(stored.from_json(meta["config"]), run.config):
     _log.warning("resuming with a changed setting: %s", change)
   for task, history in zip(run.tasks, meta["histories"], strict=True):
     if task.history is not None:
@@ -534,7 +538,7 @@ def _report(run: Run) -> None:
   history = results.read_history(run.workdir)
   if history:
     before, after = history[0][1], history[-1][1]
-    results.write_eval_json(run.workdir, before, after, history, dataclasses.asdict(run.config))
+    results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config))
     print(results.table(before, after))
   page = report.write_report(run.workdir, command=shlex.join(["python", *sys.argv]))
   print(f"report: {page}")

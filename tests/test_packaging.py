@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import dataclasses
 import functools
 import json
 import os
@@ -17,7 +16,9 @@ import zipfile
 from absl import flags
 import pytest
 
+from rlft.config import fields
 from rlft.config import flags as cli
+from rlft.config.settings import Config
 from rlft.run import checks
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -141,11 +142,11 @@ def test_flagfile(path, tmp_path, monkeypatch, parsed):
   assert parsed[script, f"--flagfile={flagfile}"] == "parsed"
   if script == "launch/train.py":
     values = flags.FlagValues()
-    cli.define_flags(flag_values=values)
+    cli.define(Config, flag_values=values)
     values(["train", f"--flagfile={flagfile}"])
-    config = cli.from_flags(values)
-    assert config.workdir.startswith("runs/")
-    checks.validate(dataclasses.replace(config, workdir=str(tmp_path / "run")))
+    config = cli.read(Config, flag_values=values)
+    assert config.output.workdir.startswith("runs/")
+    checks.validate(fields.replace(config, workdir=str(tmp_path / "run")))
 
 
 # Runs launch scripts up to where their flags are parsed. Importing one takes seconds; forks of a

@@ -1,7 +1,6 @@
 """What goes wrong in a run says so in one line, and nothing is lost."""
 
 import contextlib
-import dataclasses
 import logging
 import resource
 import shutil
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import train_cases as cases
 
+from rlft.config import fields
 from rlft.config.settings import EvalConfig
 from rlft.models.files import pretrained
 from rlft.run.open import open_run
@@ -63,7 +63,7 @@ def test_an_evaluation_fails_after_the_last_iteration(folder, tmp_path, monkeypa
   settings = config(folder, tmp_path, task=(cases.task(folder),), pretrain_weight=0.0)
   metric = f"host:{tmp_path / 'rewards.py'}:green"
   evals = (EvalConfig("green", str(folder / "prompts.txt"), metric, images=8),)
-  settings = dataclasses.replace(settings, eval=evals)
+  settings = fields.replace(settings, eval=evals)
   monkeypatch.setenv("BROKEN", "raises@2")
   with one_line("raised ValueError: no luck"):
     cases.run(settings)
@@ -124,9 +124,9 @@ def test_a_checkpoint_of_another_model(tmp_path, trained):
     directory = tmp_path / str(other)
     pretrained.save(directory, cases.tiny_model(**other))
     with one_line(f"checkpoint .*{message} --workdir"):
-      cases.run(dataclasses.replace(trained, pretrained=str(directory)))
+      cases.run(fields.replace(trained, pretrained=str(directory)))
   with one_line(r"other settings \(seed: 0 -> 1; guidance_scale: 2.0 -> 3.0\): give the old ones"):
-    cases.run(dataclasses.replace(trained, seed=1, guidance_scale=3.0))
+    cases.run(fields.replace(trained, seed=1, guidance_scale=3.0))
   after = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
   assert after[1] == before[1]
   jax.tree.map(np.testing.assert_array_equal, after[0], before[0])

@@ -1,7 +1,6 @@
 """A run that was stopped and goes on is, bit for bit, the run that was not."""
 
 from concurrent import futures
-import dataclasses
 import pathlib
 import random
 import shutil
@@ -13,6 +12,7 @@ import pytest
 import train_cases as cases
 
 from rlft import train
+from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig
 from rlft.run import preemption
 
@@ -48,7 +48,7 @@ def run_with_interruptions(config: Config, cache: pathlib.Path) -> list[tuple[in
     For each process its exit status, what it wrote to stderr, and the number of lines of metrics
     that it left.
   """
-  moments, workdir = random.Random(SEED), pathlib.Path(config.workdir)
+  moments, workdir = random.Random(SEED), pathlib.Path(config.output.workdir)
   found = []
   for stop in (subprocess.Popen.kill, subprocess.Popen.terminate, None):
     # A slow reward leaves time in which to stop it.
@@ -159,7 +159,7 @@ def test_a_signal_in_an_evaluation(folder, tmp_path, monkeypatch, capfd):
     measure(run, weights, iteration, stop)
 
   monkeypatch.setattr(train, "measure", watched)
-  cases.run(dataclasses.replace(config, workdir=str(tmp_path / "whole")))
+  cases.run(fields.replace(config, workdir=str(tmp_path / "whole")))
   monkeypatch.setenv("BROKEN", "stops@5")  # In the evaluation between the two iterations.
   cases.run(config)
   assert "stopped in iteration 1; the same command goes on from here" in capfd.readouterr().err
@@ -177,12 +177,12 @@ def test_a_signal_in_an_evaluation(folder, tmp_path, monkeypatch, capfd):
 
 def test_killed_and_terminated_at_random_moments(folder, tmp_path, interrupted):
   config, running = interrupted
-  whole = dataclasses.replace(config, workdir=str(tmp_path), checkpoint_every=0)
+  whole = fields.replace(config, workdir=str(tmp_path), checkpoint_every=0)
   cases.run(whole)
   (killed, _, _), (stopped, errors, lines), (finished, _, _) = running.result()
   assert killed == -signal.SIGKILL
   assert stopped == 0 and "the same command goes on from here" in errors and lines < ITERATIONS
   assert finished == 0
-  workdir = pathlib.Path(config.workdir)
+  workdir = pathlib.Path(config.output.workdir)
   cases.assert_same_run(workdir, tmp_path)
   assert (workdir / "report.html").exists()

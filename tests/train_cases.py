@@ -24,6 +24,7 @@ import PIL.Image
 import pytest
 
 from rlft import train
+from rlft.config import fields
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import clip, unet, vae
 from rlft.models.files import pretrained
@@ -190,7 +191,7 @@ def config(folder: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> Confi
     "checkpoint_every": 0,
     "report_images": 2,
   }
-  return Config(**(settings | changes))
+  return fields.make(Config, **(settings | changes))
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -257,10 +258,12 @@ _ELSEWHERE += ("checkpoint_every", "keep_checkpoints", "eval_every", "reward_tim
 
 def _share(what: str, config: Config, make: Callable[[], Any], *key: Any) -> Any:
   """What `make` made for the first run with settings that give the same programs."""
-  neutral = {name: getattr(Config(), name) for name in _ELSEWHERE}
-  if not config.pretrain_weight:  # Then nothing calls the one program that depends on it.
+  neutral = {name: fields.flat(Config())[name] for name in _ELSEWHERE}
+  if (
+    not config.pretraining.pretrain_weight
+  ):  # Then nothing calls the one program that depends on it.
     neutral["pretrain_weight"] = PRETRAIN_WEIGHT
-  key = what, dataclasses.replace(config, **neutral), *key
+  key = what, fields.replace(config, **neutral), *key
   if key not in _shared:
     _shared[key] = make()
   return _shared[key]
@@ -369,12 +372,12 @@ def flags(config: Config) -> list[str]:
     return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(value).items())
 
   line = []
-  for field in dataclasses.fields(Config):
-    value = getattr(config, field.name)
-    if isinstance(value, tuple):
-      line += [f"--{field.name}={entry(each)}" for each in value]
-    elif value != field.default:
-      line.append(f"--{field.name}={value}")
+  values = fields.flat(config)
+  for name, field in fields.leaves(Config).items():
+    if isinstance(values[name], tuple):
+      line += [f"--{name}={entry(each)}" for each in values[name]]
+    elif values[name] != field.default:
+      line.append(f"--{name}={values[name]}")
   return line
 
 

@@ -1,10 +1,10 @@
-"""Command line: flags made from the fields of `Config`, and errors of one line.
+"""Command line: flags made from the fields of settings, and errors of one line.
 
 A launch script defines its flags, then hands `main` one function without arguments:
 
-    cli.define_flags()
+    flags.define(Config)
     if __name__ == "__main__":
-      cli.main(run)
+      flags.main(lambda: run(flags.read(Config)))
 """
 
 from collections.abc import Callable, Sequence
@@ -12,82 +12,126 @@ import dataclasses
 import os
 import re
 import sys
-from typing import NoReturn
+import types
+import typing
+from typing import Any, NoReturn
 
 from absl import app, flags
 
-from rlft.config import tasks
-from rlft.config.settings import EMOJI, EMOJI_SD, Config, EvalConfig, TaskConfig, suggestion
+from rlft.config import fields, tasks
+from rlft.config.settings import EMOJI, EMOJI_SD, EvalConfig, TaskConfig
 from rlft.types import UserError
 
+# Fields that hold several entries, each from a flag of its own.
 _REPEATED = {
   "task": (TaskConfig, tasks.parse_task, tasks.TASK_PRESETS),
   "eval": (EvalConfig, tasks.parse_eval, tasks.EVAL_PRESETS),
 }
-_DEFINE = {
-  int: flags.DEFINE_integer,
-  float: flags.DEFINE_float,
-  bool: flags.DEFINE_boolean,
-  str: flags.DEFINE_string,
-}
+_SHIPPED = (EMOJI_SD, EMOJI)  # names that stand where a path may stand
+
+Settings = typing.TypeVar("Settings")
 
 
-def define_flags(*names: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines a flag for each field of `Config`, or for the named fields only.
+def define(kind: type, *names: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines a flag for each leaf of a dataclass of settings, or for the named ones only.
 
   Args:
-    *names: fields that the script uses; all if none is named.
+    kind: see `fields`; a leaf without default is a flag that must be given.
+    *names: leaves that the script uses; all if none is named.
     flag_values: where to define them.
   """
-  fields = {field.name: field for field in dataclasses.fields(Config)}
-  for name in names or fields:
-    field = fields[name]
-    help_text = _help(field)
+  leaves = fields.leaves(kind)
+  for name in names or leaves:
+    field = leaves[name]
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
     if name in _REPEATED:
-      flags.DEFINE_multi_string(name, [], help_text, flag_values=flag_values)
-    elif choices := field.metadata.get("choices"):
-      flags.DEFINE_enum(name, field.default, choices, help_text, flag_values=flag_values)
+      flags.DEFINE_multi_string(name, [], _help(field), flag_values=flag_values)
+    elif field.type is bool:
+      flags.DEFINE_boolean(name, default, _help(field), flag_values=flag_values)
     else:
-      _DEFINE[field.type](name, field.default, help_text, flag_values=flag_values)
+      flags.DEFINE(
+        _Parser(field),
+        name,
+        default,
+        _help(field),
+        flag_values,
+        serializer=flags.ArgumentSerializer(),
+      )
     # --help lists the flags of the script that runs, not those of this module.
     flag_values.register_key_flag_for_module(sys.argv[0], flag_values[name])
+    if required:
+      flags.mark_flag_as_required(name, flag_values=flag_values)
 
 
-def _help(field: dataclasses.Field) -> str:
-  bounds = [
-    f"{words} {field.metadata[rule]}"
-    for rule, words in (("least", ">="), ("above", ">"), ("most", "<="), ("below", "<"))
-    if rule in field.metadata
-  ]
-  text = field.metadata["help"] + (f" ({', '.join(bounds)})" if bounds else "")
-  if field.name in _REPEATED:
-    kind, _, presets = _REPEATED[field.name]
-    keys = (f"{key.name} ({key.metadata['help']})" for key in dataclasses.fields(kind))
-    text += f": key=value,... with the keys {', '.join(keys)}; or a preset: {', '.join(presets)}"
-  return text
-
-
-def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-  """The parsed flags as a `Config`; a field without a flag has its default.
+def read(kind: type[Settings], *, flag_values: flags.FlagValues = flags.FLAGS) -> Settings:
+  """A `kind` with the values of the parsed flags; a leaf without a flag has its default.
 
   Raises:
     UserError: a `--task` or `--eval` that cannot be read.
   """
   values = {}
-  for field in dataclasses.fields(Config):
-    if field.name not in flag_values:
-      continue
-    value = flag_values[field.name].value
-    if field.name in _REPEATED:
-      parse = _REPEATED[field.name][1]
-      value = tuple(entry for text in value for entry in parse(text))
-    elif field.metadata.get("path"):
-      value = os.path.expanduser(value)
-      # A run is read from other working directories, too; the shipped things are no directories.
-      if os.path.isdir(value) and value not in (EMOJI, EMOJI_SD):
-        value = os.path.abspath(value)
-    values[field.name] = value
-  return Config(**values)
+  for name in fields.leaves(kind):
+    if name in flag_values:
+      value = flag_values[name].value
+      if name in _REPEATED:
+        parse = _REPEATED[name][1]
+        value = tuple(entry for text in value for entry in parse(text))
+      values[name] = value
+  return fields.build(kind, values)
+
+
+class _Parser(flags.ArgumentParser):
+  """Reads a flag as its field says; absl writes '--name=value: ' before what is wrong."""
+
+  def __init__(self, field: dataclasses.Field):
+    super().__init__()
+    self._field = field
+
+  def parse(self, argument: Any) -> Any:
+    if not isinstance(argument, str):  # A default.
+      return argument
+    value = fields.convert(argument, self._field.type)
+    if self._field.metadata.get("path"):
+      value = _absolute(value)
+    if wrong := fields.mistake(value, self._field):
+      raise ValueError(wrong)
+    return value
+
+  def flag_type(self) -> str:
+    return _plain(self._field.type).__name__
+
+
+def _absolute(path: str) -> str:
+  """The path of a directory that is there as it is read from other working directories, too."""
+  path = os.path.expanduser(path)
+  if os.path.isdir(path) and path not in _SHIPPED:
+    return os.path.abspath(path)
+  return path
+
+
+def _plain(annotation: Any) -> type:
+  """int for `int | None`."""
+  if isinstance(annotation, types.UnionType):
+    (annotation,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
+  return annotation
+
+
+def _help(field: dataclasses.Field) -> str:
+  rules = field.metadata
+  bounds = [
+    f"{words} {rules[rule]}"
+    for rule, words in (("least", ">="), ("above", ">"), ("most", "<="), ("below", "<"))
+    if rule in rules
+  ]
+  if "choices" in rules:
+    bounds.append(" or ".join(rules["choices"]))
+  text = rules["help"] + (f" ({', '.join(bounds)})" if bounds else "")
+  if field.name in _REPEATED:
+    kind, _, presets = _REPEATED[field.name]
+    keys = (f"{key.name} ({key.metadata['help']})" for key in dataclasses.fields(kind))
+    text += f": key=value,... with the keys {', '.join(keys)}; or a preset: {', '.join(presets)}"
+  return text
 
 
 def main(run: Callable[[], None]) -> None:
@@ -114,23 +158,18 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     name, space, value = error.flagname.partition(" ")
     if space and name in flags.FLAGS:  # a line of a flagfile is one argument
       _fail(f"'--{error.flagname}': write --{name}={value.strip()}")
-    near = suggestion(f"--{name}", (f"--{known}" for known in flags.FLAGS), "see --help")
+    near = fields.suggestion(f"--{name}", (f"--{known}" for known in flags.FLAGS), "see --help")
     _fail(f"unknown flag --{name}: {near}")
   except flags.CantOpenFlagFileError as error:
     _fail(f"{str(error).removeprefix('ERROR:: ')}: give a file with one --flag=value a line")
   except flags.Error as error:
-    _fail(re.sub(r": (invalid literal|could not convert|\('Non-boolean).*", _wanted, str(error)))
+    message = str(error).replace(": is ", " is ").replace(": has ", " has ")
+    _fail(re.sub(r": \('Non-boolean.*", " is neither true nor false: give one of them", message))
   except UnicodeDecodeError as error:
     _fail(f"a flagfile is not text ({error}): give a file with one --flag=value a line")
   if len(rest) > 1:
     _fail(f"unexpected argument '{rest[1]}': write options as --flag=value")
   return rest
-
-
-def _wanted(python: re.Match[str]) -> str:
-  """What to give, in the place of Python's words for what it cannot convert."""
-  kinds = {"invalid": "a whole number", "could": "a number", "('Non": "true or false"}
-  return next(f": give {kind}" for word, kind in kinds.items() if python[1].startswith(word))
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,38 +1,18 @@
 """Every setting of a training run: names, defaults (the paper's), meaning and range.
 
-A field carries its help text, its range and whether a resumed run may change it; the flags
-(rlft/config/flags.py), the check of ranges and the comparison on resume are all made from these.
+A run's settings come in parts, so that a function is given the part that it needs. A field carries
+its help text, its range and whether a resumed run may change it; the flags (rlft/config/flags.py),
+the check of ranges and the comparison on resume (rlft/config/stored.py) are all made from these.
 What depends on several fields, on files or on devices is checked in rlft/run/checks.py.
 """
 
-from collections.abc import Iterable
 import dataclasses
-import difflib
-import json
-import math
-import re
-from typing import Any
 
-from rlft.types import UserError
+from rlft.config.fields import option
 
 EMOJI = "emoji"  # the renderer, in the place of a folder of images with captions
 EMOJI_SD = "emoji-sd"  # the name of the shipped checkpoint, in the place of a directory
-_ADDRESS = re.compile(r"https?://\S*?(?=/v2/models/)")  # of a model on an inference server
 _SEED_LIMIT = 2**32  # jax.random.key drops higher bits
-
-
-def option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
-  """A field with its flag's help and rules.
-
-  Args:
-    help_text: one line, shown by `--help`.
-    default: of the flag; none for a required key of `--task` or `--eval`.
-    **rules: `least`, `most` (inclusive) and `above`, `below` (exclusive) bounds; `choices`; `path`
-      (a leading `~` stands for the home directory); `fixed`: True if a resumed run must have the
-      same value, 'switch' if only zero and non-zero must not be exchanged; `free`: True if a
-      resumed run may change this key of a task that is otherwise fixed.
-  """
-  return dataclasses.field(default=default, metadata={"help": help_text, **rules})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +44,9 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """A training run. Defaults are those of arXiv 2401.12244, where it gives them."""
+class PolicySettings:
+  """How images are drawn, in sampling and in training, and which weights are trained."""
 
-  pretrained: str = option(
-    "the model to fine-tune: a directory in the diffusers layout, org/name@revision of the Hugging"
-    f" Face hub, or {EMOJI_SD}",
-    "",
-    path=True,
-  )
-  workdir: str = option("directory for checkpoints, metrics and the report", "", path=True)
-  task: tuple[TaskConfig, ...] = option("what to maximise", (), fixed=True)
-  eval: tuple[EvalConfig, ...] = option("what to measure before and after", (), fixed=True)
-  seed: int = option(
-    "seed of prompts, noise and timesteps", 0, least=0, below=_SEED_LIMIT, fixed=True
-  )
-  iterations: int = option("iterations of sampling, scoring and updating", 1000, least=1)
-
-  # The policy: how images are drawn.
   sampling_steps: int = option("DDIM steps per image", 50, least=1, most=1000, fixed=True)
   guidance_scale: float = option(
     "classifier-free guidance, in sampling and in training; 1 is none", 7.0, above=0, fixed=True
@@ -93,8 +58,24 @@ class Config:
     most=1,
     fixed=True,
   )
+  lora_rank: int = option("rank of LoRA; 0 trains the full UNet", 0, least=0, fixed=True)
+  lora_alpha: float = option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
 
-  # Policy gradient.
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmSettings:
+  """How the model learns from scored images.
+
+  The fields below `algorithm` are parameters of algorithms: each takes those that its factory
+  names, and one that is changed though the algorithm has no use for it is refused.
+  """
+
+  algorithm: str = option(
+    "how scored images change the model: policy-gradient or reward-weighted, with options of its"
+    " own as 'NAME?key=value&key=value'",
+    "policy-gradient",
+    fixed=True,
+  )
   train_timesteps: int = option("timesteps trained per iteration, drawn at random", 5, least=1)
   accumulate_timesteps: bool = option(
     "one optimizer update over all trained timesteps (DDPO) instead of one for each", False
@@ -119,6 +100,15 @@ class Config:
     "rewards of a prompt before its own statistics are used (advantage=prompt)", 16, least=2
   )
   kl_weight: float = option("weight of the KL divergence to the base model", 0.0, least=0)
+  ratio_tolerance: float = option(
+    "stop if the ratio before an iteration's first update is further from 1", 1e-5, above=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingSettings:
+  """The loss that keeps the pictures good, after the tasks of every iteration."""
+
   pretrain_weight: float = option("weight of the pretraining loss; 0 is off", 1.0, least=0)
   pretrain_data: str = option(
     "emoji, or a folder of images with metadata.jsonl", "", path=True, fixed=True
@@ -127,7 +117,11 @@ class Config:
     "images per pretraining step, over all devices", 2048, least=1, fixed=True
   )
 
-  # Optimizer (AdamW).
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """AdamW, and the average of the weights."""
+
   learning_rate: float = option("constant learning rate", 2e-6, above=0)
   adam_b1: float = option("decay of the gradient's mean", 0.9, least=0, below=1)
   adam_b2: float = option("decay of the gradient's square", 0.999, least=0, below=1)
@@ -143,16 +137,6 @@ class Config:
     below=1,
     fixed="switch",
   )
-  lora_rank: int = option("rank of LoRA; 0 trains the full UNet", 0, least=0, fixed=True)
-  lora_alpha: float = option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
-
-  # Numerics and devices.
-  compute_dtype: str = option(
-    "of the UNet's products; latents and log-probabilities stay float32",
-    "bfloat16",
-    choices=("float32", "bfloat16"),
-    fixed=True,
-  )
   param_dtype: str = option(
     "of the trained parameters; bfloat16 keeps float32 ones in the optimizer's state",
     "float32",
@@ -162,6 +146,18 @@ class Config:
   moments_dtype: str = option(
     "of Adam's moments; bfloat16, rounded at random, halves their memory",
     "float32",
+    choices=("float32", "bfloat16"),
+    fixed=True,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSettings:
+  """Numbers in which the networks compute, and how the work is spread and cut."""
+
+  compute_dtype: str = option(
+    "of the UNet's products; latents and log-probabilities stay float32",
+    "bfloat16",
     choices=("float32", "bfloat16"),
     fixed=True,
   )
@@ -192,7 +188,11 @@ class Config:
   )
   fsdp: int = option("parameter shards; divides the number of devices", 1, least=1)
 
-  # Rewards and safety.
+
+@dataclasses.dataclass(frozen=True)
+class ScoringSettings:
+  """How rewards and metrics are called."""
+
   reward_timeout_s: float = option(
     "deadline in seconds for a batch of host rewards", 300.0, above=0
   )
@@ -200,15 +200,12 @@ class Config:
   max_nan_share: float = option(
     "stop if more than this share of a batch could not be scored", 0.1, least=0, most=1
   )
-  ratio_tolerance: float = option(
-    "stop if the ratio before an iteration's first update is further from 1", 1e-5, above=0
-  )
 
-  # Output.
-  checkpoint_every: int = option(
-    "iterations between checkpoints; 0: only at the end and on SIGTERM", 10, least=0
-  )
-  keep_checkpoints: int = option("newest checkpoints kept", 2, least=1)
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+  """When and with which noise the evaluations are made, and what they keep."""
+
   eval_every: int = option("iterations between evaluations; 0: before and after", 0, least=0)
   eval_seed: int = option(
     "seed of the evaluations' noise", 1000, least=0, below=_SEED_LIMIT, fixed=True
@@ -216,124 +213,38 @@ class Config:
   report_images: int = option("prompts of each task in the report's grids", 8, least=0)
 
 
-def suggestion(word: str, options: Iterable[str], otherwise: str | None = None) -> str:
-  """'did you mean ...?' with the nearest of `options`; if none is near, `otherwise` or them all."""
-  options = sorted(options)
-  near = difflib.get_close_matches(word, options, n=1)
-  if near:
-    return f"did you mean {near[0]}?"
-  return otherwise or f"use one of {', '.join(options)}"
+@dataclasses.dataclass(frozen=True)
+class OutputSettings:
+  """Where and when the state is saved."""
 
-
-def check_fields(config: Config | TaskConfig | EvalConfig, where: str = "--") -> None:
-  """Checks type and range of every field by itself.
-
-  Args:
-    config: the settings; the tasks and evaluations of a Config are checked with it.
-    where: what to write before a field's name in a message.
-  """
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if isinstance(value, tuple):
-      for entry in value:
-        check_fields(entry, f"--{field.name}=name={entry.name},...,")
-      continue
-    shown, rules = f"{where}{field.name}={value}", field.metadata
-    numbers = {int: int, float: (int, float)}.get(field.type)
-    if numbers is None:
-      if not isinstance(value, field.type):
-        raise UserError(f"{shown} has the wrong type: give a {field.type.__name__}")
-    elif not isinstance(value, numbers) or isinstance(value, bool) or not math.isfinite(value):
-      raise UserError(f"{shown} is not a number: give a finite {field.type.__name__}")
-    if "choices" in rules and value not in rules["choices"]:
-      raise UserError(f"{shown} is not known: {suggestion(value, rules['choices'])}")
-    for rule, words, holds in (
-      ("least", "at least", lambda bound, v=value: v >= bound),
-      ("most", "at most", lambda bound, v=value: v <= bound),
-      ("above", "greater than", lambda bound, v=value: v > bound),
-      ("below", "less than", lambda bound, v=value: v < bound),
-    ):
-      if rule in rules and not holds(rules[rule]):
-        raise UserError(f"{shown} is out of range: it must be {words} {rules[rule]}")
-
-
-def to_json(config: Config) -> str:
-  """The configuration as one JSON object."""
-  return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_json(text: str) -> Config:
-  """The inverse of `to_json`; a field that is not in `text` has its default.
-
-  Raises:
-    UserError: it is no configuration, or has fields that this version does not know.
-  """
-  kinds = {"task": TaskConfig, "eval": EvalConfig}
-  try:
-    values = json.loads(text)
-    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(Config)})
-    if unknown:
-      raise UserError(
-        f"the stored configuration has unknown fields ({', '.join(unknown)}): "
-        "go on with the version of rlft that wrote it"
-      )
-    for name, kind in kinds.items():
-      if name in values:
-        values[name] = tuple(kind(**entry) for entry in values[name])
-    config = Config(**values)
-  except (ValueError, TypeError, AttributeError) as error:
-    raise UserError(
-      f"the stored configuration cannot be read ({error}): go on with the version of rlft that "
-      "wrote it"
-    ) from error
-  check_fields(config, "stored ")
-  return config
-
-
-def check_resume(stored: Config, current: Config) -> list[str]:
-  """Compares a resumed run's settings with those that its checkpoint was written with.
-
-  Args:
-    stored: from the checkpoint.
-    current: from the flags.
-
-  Returns:
-    One 'name: old -> new' for each permitted change, for the log.
-
-  Raises:
-    UserError: a setting differs that is part of the policy, of the order of data or of the shape
-      of the state.
-  """
-  refused, permitted = [], []
-  for field in dataclasses.fields(Config):
-    old, new = getattr(stored, field.name), getattr(current, field.name)
-    if old == new or field.name == "workdir":
-      continue
-    fixed = field.metadata.get("fixed", False)
-    if fixed == "switch":
-      fixed = bool(old) != bool(new)
-    elif fixed and isinstance(old, tuple):
-      fixed = [_without_free(entry) for entry in old] != [_without_free(entry) for entry in new]
-    (refused if fixed else permitted).append(f"{field.name}: {_shown(old)} -> {_shown(new)}")
-  if refused:
-    raise UserError(
-      f"the run in {current.workdir} was started with other settings ({'; '.join(refused)}): "
-      "give the old ones to resume it, or a new --workdir"
-    )
-  return permitted
-
-
-def _without_free(entry: TaskConfig | EvalConfig) -> dict[str, Any]:
-  """The entry without what a resumed run may change: free keys, and the addresses of servers."""
-  fixed = [field.name for field in dataclasses.fields(entry) if not field.metadata.get("free")]
-  return {name: _ADDRESS.sub("", str(getattr(entry, name))) for name in fixed}
-
-
-def _shown(value: Any) -> str:
-  """A field's value as on the command line."""
-  if not isinstance(value, tuple):
-    return str(value)
-  entries = (
-    ",".join(f"{k}={v}" for k, v in dataclasses.asdict(entry).items() if v != "") for entry in value
+  workdir: str = option("directory for checkpoints, metrics and the report", "", path=True)
+  checkpoint_every: int = option(
+    "iterations between checkpoints; 0: only at the end and on SIGTERM", 10, least=0
   )
-  return " ".join(entries) or "none"
+  keep_checkpoints: int = option("newest checkpoints kept", 2, least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A training run. Defaults are those of arXiv 2401.12244, where it gives them."""
+
+  pretrained: str = option(
+    "the model to fine-tune: a directory in the diffusers layout, org/name@revision of the Hugging"
+    f" Face hub, or {EMOJI_SD}",
+    "",
+    path=True,
+  )
+  task: tuple[TaskConfig, ...] = option("what to maximise", (), fixed=True)
+  eval: tuple[EvalConfig, ...] = option("what to measure before and after", (), fixed=True)
+  seed: int = option(
+    "seed of prompts, noise and timesteps", 0, least=0, below=_SEED_LIMIT, fixed=True
+  )
+  iterations: int = option("iterations of sampling, scoring and updating", 1000, least=1)
+  policy: PolicySettings = PolicySettings()
+  algorithm: AlgorithmSettings = AlgorithmSettings()
+  pretraining: PretrainingSettings = PretrainingSettings()
+  optimizer: OptimizerSettings = OptimizerSettings()
+  devices: DeviceSettings = DeviceSettings()
+  scoring: ScoringSettings = ScoringSettings()
+  evaluation: EvaluationSettings = EvaluationSettings()
+  output: OutputSettings = OutputSettings()

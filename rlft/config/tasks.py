@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
-from rlft.config.settings import EvalConfig, TaskConfig, suggestion
+from rlft.config.fields import convert, suggestion
+from rlft.config.settings import EvalConfig, TaskConfig
 from rlft.types import UserError
 
 # The paper's three tasks in the emoji world, in sizes for a few CPU cores. The oracle that judges
@@ -88,12 +89,10 @@ def _parse(flag: str, text: str, kind: type, presets: Mapping[str, Sequence[Any]
       raise UserError(f"{where}: unknown key '{key}', {suggestion(key, ('preset', *fields))}")
     if not value and (key not in fields or fields[key].default != ""):
       raise UserError(f"{where}: {key} has no value, write {key}=...")
-    if key in fields and fields[key].type is int:
-      try:
-        value = int(value)
-      except ValueError:
-        raise UserError(f"{where}: {key}={value} is not a whole number") from None
-    values[key] = value
+    try:
+      values[key] = convert(value, fields[key].type if key in fields else str)
+    except ValueError as error:
+      raise UserError(f"{where}: {key}={value} {error}") from None
 
   preset = values.pop("preset", None)
   if preset is not None:

@@ -27,6 +27,7 @@ from transformers import CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from rlft.algorithms import losses
+from rlft.config.fields import option
 from rlft.diffusion import ddim, sampler
 from rlft.emoji import world
 from rlft.models import lora, stable_diffusion
@@ -66,34 +67,25 @@ SCHEDULER = {
 class PretrainConfig:
   """What `launch/pretrain.py` takes; each field is a flag of the same name."""
 
-  workdir: str = dataclasses.field(metadata={"help": "directory for checkpoints and the result"})
-  seed: int = dataclasses.field(default=0, metadata={"help": "seed of data, weights and noise"})
-  scenes: int = dataclasses.field(default=30_000, metadata={"help": "rendered scenes to train on"})
-  vae_steps: int = dataclasses.field(default=1_500, metadata={"help": "steps of the autoencoder"})
-  vae_batch_size: int = dataclasses.field(default=16, metadata={"help": "images a VAE step"})
-  unet_steps: int = dataclasses.field(
-    default=8_000, metadata={"help": "steps of the UNet and text encoder"}
+  workdir: str = option("directory for checkpoints and the result", path=True)
+  seed: int = option("seed of data, weights and noise", 0, least=0)
+  scenes: int = option("rendered scenes to train on", 30_000, least=1)
+  vae_steps: int = option("steps of the autoencoder", 1_500, least=1)
+  vae_batch_size: int = option("images a VAE step", 16, least=1)
+  unet_steps: int = option("steps of the UNet and text encoder", 8_000, least=1)
+  unet_batch_size: int = option("latents a UNet step", 64, least=1)
+  learning_rate: float = option("peak rate of Adam; linear to 0 at the end", 1e-3, above=0)
+  decay_share: float = option(
+    "last part of the steps, in which the rate falls", 0.25, least=0, most=1
   )
-  unet_batch_size: int = dataclasses.field(default=64, metadata={"help": "latents a UNet step"})
-  learning_rate: float = dataclasses.field(
-    default=1e-3,
-    metadata={"help": "peak rate of Adam; linear to 0 at the end"},
+  ema_decay: float = option(
+    "decay of the averaged weights, which are the result", 0.999, least=0, below=1
   )
-  decay_share: float = dataclasses.field(
-    default=0.25, metadata={"help": "last part of the steps, in which the rate falls"}
+  caption_dropout: float = option(
+    "share of captions left empty, for guidance", 0.1, least=0, most=1
   )
-  ema_decay: float = dataclasses.field(
-    default=0.999, metadata={"help": "decay of the averaged weights, which are the result"}
-  )
-  caption_dropout: float = dataclasses.field(
-    default=0.1, metadata={"help": "share of captions left empty, for guidance"}
-  )
-  cpu_devices: int = dataclasses.field(
-    default=0, metadata={"help": "on CPUs, split the host into so many devices; 0 leaves it"}
-  )
-  checkpoint_every: int = dataclasses.field(
-    default=500, metadata={"help": "steps between checkpoints and sample grids"}
-  )
+  cpu_devices: int = option("on CPUs, split the host into so many devices; 0 leaves it", 0, least=0)
+  checkpoint_every: int = option("steps between checkpoints and sample grids", 500, least=1)
 
 
 def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -> CLIPTokenizer:

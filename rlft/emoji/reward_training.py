@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import tqdm
 
-from rlft.config.settings import option, suggestion
+from rlft.config.fields import option, suggestion
 from rlft.parallel import cpu, sharding
 from rlft.storage import files
 from rlft.storage.checkpoint import Checkpointer
@@ -40,7 +40,7 @@ class RewardConfig:
   """What `launch/train_reward.py` takes; each field is a flag of the same name."""
 
   reward: str = option(f"what to train: {', '.join(RECIPES)}")
-  workdir: str = option("directory for checkpoints, metrics.jsonl and the model")
+  workdir: str = option("directory for checkpoints, metrics.jsonl and the model", path=True)
   seed: int = option("seed of data and weights", 0, least=0)
   steps: int = option("training steps", 3_000, least=1)
   batch_size: int = option("pictures a step, over all devices", 64, least=4)

@@ -7,6 +7,7 @@ import math
 from jax.sharding import NamedSharding
 import numpy as np
 
+from rlft.config.settings import ScoringSettings
 from rlft.parallel import sharding
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.types import Prompt, Reward, UserError
@@ -23,15 +24,18 @@ class MetricScorer:
   Between two batches, no weights are on the devices.
   """
 
-  def __init__(self, *, rows: NamedSharding, timeout_s: float, threads: int):
+  def __init__(self, *, rows: NamedSharding, scoring: ScoringSettings):
     """Keeps the settings.
 
     Args:
       rows: how a batch is spread over the mesh.
-      timeout_s: deadline in seconds for a batch of a host metric.
-      threads: for a host metric, see `Scorer`.
+      scoring: how host metrics are called.
     """
-    self._settings = {"batch_sharding": rows, "timeout_s": timeout_s, "threads": threads}
+    self._settings = {
+      "batch_sharding": rows,
+      "timeout_s": scoring.reward_timeout_s,
+      "threads": scoring.reward_threads,
+    }
     self._rows = rows
     self._scorers: dict[tuple[int, int, int], Scorer] = {}
 

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from rlft import catalog
-from rlft.config.settings import Config, EvalConfig, check_fields, option
+from rlft.config import fields
+from rlft.config.fields import option
+from rlft.config.settings import Config, EvalConfig, ScoringSettings
 from rlft.diffusion import sampler
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import results
@@ -34,7 +36,7 @@ class Drawing:
   noise are part of what was trained, and other values give other pictures.
   """
 
-  model: str = option("a run's directory, a model in the diffusers layout, or emoji-sd")
+  model: str = option("a run's directory, a model in the diffusers layout, or emoji-sd", path=True)
   ema: bool = option("the averaged weights, where the run has them", default=True)
   seed: int | None = option(
     "of the noise; if not given, that of the run's evaluations",
@@ -74,11 +76,11 @@ class Drawer:
       UserError: it cannot be read, or cannot be sampled in this way.
     """
     self.found = finetuned.load(drawing.model, ema=drawing.ema)
-    trained = self.found.config or Config()
+    trained = fields.flat(self.found.config or Config())
 
     def setting(name, own):
       value = getattr(drawing, name)
-      return getattr(trained, own) if value is None else value
+      return trained[own] if value is None else value
 
     policy = {name: setting(name, name) for name in ("sampling_steps", "guidance_scale", "eta")}
     if not math.isfinite(policy["guidance_scale"]):
@@ -138,8 +140,7 @@ def measure(
   drawing: Drawing,
   evals: Sequence[EvalConfig],
   *,
-  reward_timeout_s: float,
-  reward_threads: int,
+  scoring: ScoringSettings,
   output: str | os.PathLike[str] | None = None,
 ) -> str:
   """Measures a model on held-out prompts.
@@ -147,8 +148,7 @@ def measure(
   Args:
     drawing: the model, and how it draws.
     evals: what to measure; if empty, what the run measured itself.
-    reward_timeout_s: deadline in seconds for a batch of a host metric.
-    reward_threads: threads for host metrics.
+    scoring: how host metrics are called.
     output: JSON file for the figures.
 
   Returns:
@@ -157,10 +157,7 @@ def measure(
   Raises:
     UserError: nothing to measure, a model or prompts that cannot be read, a metric that fails.
   """
-  given = Config(
-    eval=tuple(evals), reward_timeout_s=reward_timeout_s, reward_threads=reward_threads
-  )
-  check_fields(given)
+  fields.check(Config(eval=tuple(evals), scoring=scoring))
   if output:
     _check_output(output)
   specs = catalog.make_specs(evals)
@@ -177,7 +174,7 @@ def measure(
   def sample(prompts, seed):
     return draw.batches([prompt.text for prompt in prompts], progress="evaluating")
 
-  with MetricScorer(rows=rows, timeout_s=reward_timeout_s, threads=reward_threads) as score:
+  with MetricScorer(rows=rows, scoring=scoring) as score:
     measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
   if output:
     content = {

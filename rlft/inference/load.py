@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlft.config import settings as config_lib
+from rlft.config import stored
 from rlft.config.settings import Config
 from rlft.models import lora as lora_lib
 from rlft.models.files import pretrained
@@ -53,7 +53,7 @@ def load(path: str, *, ema: bool = True) -> Finetuned:
       f"{path} has no checkpoint yet: wait for the run's first, or give another model"
     )
   state, meta = restored
-  config = config_lib.from_json(meta["config"])
+  config = stored.from_json(meta["config"])
   base = pretrained.load(config.pretrained, identify=True)
   if base.fingerprint != meta["base_model"]:
     raise UserError(
@@ -62,8 +62,8 @@ def load(path: str, *, ema: bool = True) -> Finetuned:
     )
   params = state["ema"] if ema and state.get("ema") else _full_precision(state)
   adapter, scale = None, 0.0
-  if config.lora_rank:
-    adapter, scale = params, lora_lib.scale(config.lora_rank, config.lora_alpha)
+  if config.policy.lora_rank:
+    adapter, scale = params, lora_lib.scale(config.policy.lora_rank, config.policy.lora_alpha)
     params = lora_lib.merge(base.params["unet"], adapter, scale)
   model = dataclasses.replace(base, params={**base.params, "unet": params}, fingerprint="")
   return Finetuned(model, config, adapter, scale, meta["cursor"]["iteration"])

@@ -10,7 +10,8 @@ import dataclasses
 import json
 from typing import Any
 
-from rlft.config.settings import check_fields, option, suggestion
+from rlft.config import fields
+from rlft.config.fields import option, suggestion
 from rlft.models import config as config_lib
 from rlft.types import UserError
 
@@ -140,7 +141,7 @@ class SchedulerConfig:
           f" {config_lib.USE_SUPPORTED}"
         )
     found = cls(**kept)
-    check_fields(dataclasses.replace(found, trained_betas=None), f"{what}: ")
+    fields.check(dataclasses.replace(found, trained_betas=None), f"{what}: ")
     _check_together(found, what)
     return found
 
@@ -182,7 +183,7 @@ def parse(text: str) -> dict[str, Any]:
       found[key] = json.loads(value)
     except ValueError:
       found[key] = value  # A word.
-  check_fields(SchedulerConfig(**found), f"{where}: ")
+  fields.check(SchedulerConfig(**found), f"{where}: ")
   return found
 
 

@@ -14,19 +14,16 @@ import inspect
 import math
 import pathlib
 import re
-import types
-import typing
 from typing import Any
 import urllib.parse
 
-from rlft.config.settings import TaskConfig, suggestion
+from rlft.config import fields
+from rlft.config.settings import TaskConfig
 from rlft.types import UserError
 
 _PLUS = re.compile(r"\s\+\s")
 _WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
 _VETO = re.compile(r"(.+?)\s*(>=|<=)\s*(\S+)")
-_NUMBERS = {int: "a whole number", float: "a number"}
-_TEXT = (str, pathlib.Path)
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
@@ -87,7 +84,7 @@ def _convert(
     elif others:
       values[key] = text
     else:
-      remedy = suggestion(key, parameters) if parameters else "it takes none"
+      remedy = fields.suggestion(key, parameters) if parameters else "it takes none"
       raise UserError(f"reward {spec!r}: unknown option '{key}', {remedy}")
   missing = [
     name
@@ -117,38 +114,18 @@ def _parameters(factory: Callable, positional: int) -> tuple[dict[str, inspect.P
 
 def _read(spec: str, key: str, text: str, annotation: Any) -> Any:
   """Reads one value as its annotation says."""
-  where = f"reward {spec!r}: {key}={text}"
-  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    # Of several kinds the text is kept, where it may be text.
-    annotation = kinds[0] if len(kinds) == 1 else str if str in kinds else annotation
-  if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
-    return text
-  if typing.get_origin(annotation) is typing.Literal:
-    choices = typing.get_args(annotation)
-    if text not in choices:
-      raise UserError(f"{where} is not known: {suggestion(text, choices)}")
-    return text
-  if annotation in _TEXT:
-    if not text:
-      raise UserError(f"{where} has no value, write {key}=...")
-    return annotation(text)
-  if annotation is bool:
-    if text.lower() not in ("true", "false"):
-      raise UserError(f"{where} is neither true nor false")
-    return text.lower() == "true"
-  if annotation in _NUMBERS:
-    try:
-      value = annotation(text)
-    except ValueError:
-      value = math.nan
-    if not math.isfinite(value):
-      raise UserError(f"{where} is not {_NUMBERS[annotation]}")
-    return value
-  raise UserError(
-    f"reward {spec!r}: {key} cannot be given as text, as its factory takes {annotation}: annotate"
-    " it with str, int, float or bool there"
-  )
+  try:
+    value = fields.convert(text, annotation)
+  except ValueError as error:
+    raise UserError(f"reward {spec!r}: {key}={text} {error}") from None
+  except TypeError:
+    raise UserError(
+      f"reward {spec!r}: {key} cannot be given as text, as its factory takes {annotation}: annotate"
+      " it with str, int, float or bool there"
+    ) from None
+  if not text and isinstance(value, str | pathlib.Path):
+    raise UserError(f"reward {spec!r}: {key}={text} has no value, write {key}=...")
+  return value
 
 
 # Sums and vetoes.

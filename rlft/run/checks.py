@@ -11,7 +11,8 @@ import re
 import tempfile
 
 from rlft import catalog
-from rlft.config.settings import EMOJI_SD, Config, TaskConfig, check_fields
+from rlft.config import fields
+from rlft.config.settings import EMOJI_SD, Config, TaskConfig
 from rlft.models.files import pretrained
 from rlft.types import UserError
 
@@ -29,7 +30,7 @@ def validate(config: Config) -> None:
     ("workdir", "give a directory for the run's files"),
     ("task", "give at least one, e.g. --task=emoji-skintone"),
   ):
-    if not getattr(config, name):
+    if not fields.flat(config)[name]:
       raise UserError(f"--{name} is missing: {remedy}")
   validate_settings(config)
 
@@ -37,9 +38,9 @@ def validate(config: Config) -> None:
   validate_pretrained(config.pretrained)
   for entry in (*config.task, *config.eval):
     catalog.check_prompts(entry.prompts)
-  if config.pretrain_weight:
-    catalog.check_pairs(config.pretrain_data)
-  _make_workdir(config.workdir)
+  if config.pretraining.pretrain_weight:
+    catalog.check_pairs(config.pretraining.pretrain_data)
+  _make_workdir(config.output.workdir)
 
 
 def validate_settings(config: Config) -> None:
@@ -48,13 +49,14 @@ def validate_settings(config: Config) -> None:
   Raises:
     UserError: a value out of range, or a contradiction.
   """
-  check_fields(config)
+  fields.check(config)
   for message in _contradictions(config):
     raise UserError(message)
 
 
 def _contradictions(config: Config) -> Iterator[str]:
   """One line for every pair of settings that cannot both be meant."""
+  policy, algorithm, pretraining = config.policy, config.algorithm, config.pretraining
   for flag, entries in (("task", config.task), ("eval", config.eval)):
     names = [entry.name for entry in entries]
     for name in names:
@@ -69,7 +71,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         f"{where}: batch_size={size} is not a multiple of images_per_prompt={per_prompt}: "
         f"{_nearest_multiples('batch_size', size, per_prompt)}"
       )
-    if config.advantage == "group" and per_prompt == 1:
+    if algorithm.advantage == "group" and per_prompt == 1:
       yield (
         f"{where}: with --advantage=group and images_per_prompt=1 every advantage is 0: "
         "give images_per_prompt of 2 or more, or --advantage=batch"
@@ -81,30 +83,31 @@ def _contradictions(config: Config) -> Iterator[str]:
         f"images_per_prompt={entry.images_per_prompt}: "
         f"{_nearest_multiples('images', entry.images, entry.images_per_prompt)}"
       )
-  if config.train_timesteps > config.sampling_steps:
+  if algorithm.train_timesteps > policy.sampling_steps:
     yield (
-      f"--train_timesteps={config.train_timesteps} is more than "
-      f"--sampling_steps={config.sampling_steps}: train at most as many as are sampled"
+      f"--train_timesteps={algorithm.train_timesteps} is more than "
+      f"--sampling_steps={policy.sampling_steps}: train at most as many as are sampled"
     )
-  if config.prompt_history_min > config.prompt_history:
+  if algorithm.prompt_history_min > algorithm.prompt_history:
     yield (
-      f"--prompt_history_min={config.prompt_history_min} is more than "
-      f"--prompt_history={config.prompt_history}: the history would never be full enough, lower it"
+      f"--prompt_history_min={algorithm.prompt_history_min} is more than "
+      f"--prompt_history={algorithm.prompt_history}: the history would never be full enough, lower"
+      " it"
     )
-  if config.pretrain_weight and not config.pretrain_data:
+  if pretraining.pretrain_weight and not pretraining.pretrain_data:
     yield (
-      f"--pretrain_weight={config.pretrain_weight} needs data: give --pretrain_data=emoji or a "
-      "folder with metadata.jsonl, or --pretrain_weight=0 to go without"
+      f"--pretrain_weight={pretraining.pretrain_weight} needs data: give --pretrain_data=emoji or a"
+      " folder with metadata.jsonl, or --pretrain_weight=0 to go without"
     )
-  if config.lora_alpha and not config.lora_rank:
-    yield f"--lora_alpha={config.lora_alpha} has no effect without LoRA: give --lora_rank too"
-  if config.param_dtype != config.compute_dtype and config.param_dtype == "bfloat16":
+  if policy.lora_alpha and not policy.lora_rank:
+    yield f"--lora_alpha={policy.lora_alpha} has no effect without LoRA: give --lora_rank too"
+  if (config.optimizer.param_dtype, config.devices.compute_dtype) == ("bfloat16", "float32"):
     yield (
       "--param_dtype=bfloat16 would round what --compute_dtype=float32 computes with: use"
       " --compute_dtype=bfloat16 too, or --param_dtype=float32"
     )
-  if config.eval_every and not config.eval:
-    yield f"--eval_every={config.eval_every} has nothing to evaluate: give --eval too"
+  if config.evaluation.eval_every and not config.eval:
+    yield f"--eval_every={config.evaluation.eval_every} has nothing to evaluate: give --eval too"
 
 
 def _nearest_multiples(name: str, value: int, step: int) -> str:
@@ -141,9 +144,10 @@ def validate_devices(config: Config, *, device_count: int, process_count: int) -
     device_count: devices of all processes.
     process_count: processes; the images of one prompt stay on one, where host rewards see them.
   """
-  if device_count % config.fsdp:
+  if device_count % config.devices.fsdp:
     raise UserError(
-      f"--fsdp={config.fsdp} does not divide the {device_count} devices: use a divisor of them"
+      f"--fsdp={config.devices.fsdp} does not divide the {device_count} devices: use a divisor of"
+      " them"
     )
   for task in config.task:
     step = math.lcm(device_count, process_count * task.images_per_prompt)
@@ -155,20 +159,20 @@ def validate_devices(config: Config, *, device_count: int, process_count: int) -
       )
     where = f"--task=name={task.name}: batch_size={task.batch_size}"
     _check_parts(config, where, task.batch_size // device_count)
-  size = config.pretrain_batch_size
-  if config.pretrain_weight and size % device_count:
+  size = config.pretraining.pretrain_batch_size
+  if config.pretraining.pretrain_weight and size % device_count:
     raise UserError(
       f"--pretrain_batch_size={size} is not a multiple of the {device_count} devices: "
       f"{_nearest_multiples('pretrain_batch_size', size, device_count)}"
     )
-  if config.pretrain_weight:
+  if config.pretraining.pretrain_weight:
     _check_parts(config, f"--pretrain_batch_size={size}", size // device_count)
 
 
 def _check_parts(config: Config, where: str, images: int) -> None:
   """Checks that a device's images can be taken in parts."""
   for name in ("microbatch", "decode_chunk"):
-    part = getattr(config, name)
+    part = getattr(config.devices, name)
     if part and images % part:
       raise UserError(
         f"{where} is {images} images on each device, which is no multiple of --{name}={part}:"
@@ -192,11 +196,11 @@ def validate_set_reward(
     raise UserError(f"{where}: give images_per_prompt, e.g. 16")
   if not same_in_set:
     return
-  if config.advantage == "group":
+  if config.algorithm.advantage == "group":
     raise UserError(
       f"{where}, so with --advantage=group every advantage is 0: use --advantage=batch"
     )
-  if config.advantage == "batch" and task.batch_size == task.images_per_prompt:
+  if config.algorithm.advantage == "batch" and task.batch_size == task.images_per_prompt:
     raise UserError(
       f"{where}, and a batch of a single set has advantages of 0: "
       f"use batch_size={2 * task.images_per_prompt} or more"
@@ -206,8 +210,8 @@ def validate_set_reward(
 def validate_prompt_count(config: Config, task: TaskConfig, count: int) -> None:
   """Checks that a task with `count` prompts can fill its per-prompt histories."""
   seen = config.iterations * task.batch_size / count
-  if config.advantage == "prompt" and seen < config.prompt_history_min:
+  if config.algorithm.advantage == "prompt" and seen < config.algorithm.prompt_history_min:
     raise UserError(
       f"--task=name={task.name}: {count} prompts are seen {seen:.2g} times each, fewer than "
-      f"--prompt_history_min={config.prompt_history_min}: use --advantage=batch"
+      f"--prompt_history_min={config.algorithm.prompt_history_min}: use --advantage=batch"
     )

@@ -111,7 +111,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
   checks.validate_devices(
     config, device_count=devices or jax.device_count(), process_count=jax.process_count()
   )
-  mesh = sharding.make_mesh(config.fsdp, devices)
+  mesh = sharding.make_mesh(config.devices.fsdp, devices)
   made_once = functools.cache(catalog.make_reward)
   rewards = [combine.task_reward(task, made_once) for task in config.task]
   for task, reward in zip(config.task, rewards, strict=True):
@@ -131,33 +131,35 @@ def open_run(config: Config, devices: int = 0) -> Run:
 
   model = pretrained.load(
     config.pretrained,
-    dtype=jnp.dtype(config.compute_dtype),
-    remat=config.remat,
-    attention=config.attention,
-    backend=config.backend,
+    dtype=jnp.dtype(config.devices.compute_dtype),
+    remat=config.devices.remat,
+    attention=config.devices.attention,
+    backend=config.devices.backend,
     place=place,
     identify=True,
   )
-  schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
-  if len(schedule.trainable) < config.train_timesteps:
+  schedule = ddim.make_schedule(
+    model.scheduler, config.policy.sampling_steps, eta=config.policy.eta
+  )
+  if len(schedule.trainable) < config.algorithm.train_timesteps:
     raise UserError(
-      f"--train_timesteps={config.train_timesteps}: only {len(schedule.trainable)} of the"
-      f" {config.sampling_steps} sampling steps are random; lower it"
+      f"--train_timesteps={config.algorithm.train_timesteps}: only {len(schedule.trainable)} of the"
+      f" {config.policy.sampling_steps} sampling steps are random; lower it"
     )
   for task, entries in zip(config.task, prompts, strict=True):
     texts = [entry.text for entry in entries[:_COUNTED_PROMPTS]]
     model.tokenize(texts, source=task.prompts)
   pairs = None
-  if config.pretrain_weight:
+  if config.pretraining.pretrain_weight:
     size = stable_diffusion.latent_shape(model)[0] * model.vae.config.downscale
-    pairs = catalog.load_pairs(config.pretrain_data, size=size, seed=config.seed)
+    pairs = catalog.load_pairs(config.pretraining.pretrain_data, size=size, seed=config.seed)
 
-  kept = config.lora_rank or config.kl_weight
+  kept = config.policy.lora_rank or config.algorithm.kl_weight
   frozen = {name: tree for name, tree in model.params.items() if name != "unet" or kept}
   rows = sharding.batch(mesh)
   return Run(
     config=config,
-    workdir=Path(config.workdir),
+    workdir=Path(config.output.workdir),
     mesh=mesh,
     rows=rows,
     model=model,
@@ -172,41 +174,44 @@ def open_run(config: Config, devices: int = 0) -> Run:
           batch_sharding=rows,
           batch_size=task.batch_size,
           images_per_prompt=task.images_per_prompt,
-          timeout_s=config.reward_timeout_s,
-          threads=config.reward_threads,
+          timeout_s=config.scoring.reward_timeout_s,
+          threads=config.scoring.reward_threads,
         ),
-        history=PromptHistory(length=config.prompt_history, minimum=config.prompt_history_min)
-        if config.advantage == "prompt"
+        history=PromptHistory(
+          length=config.algorithm.prompt_history,
+          minimum=config.algorithm.prompt_history_min,
+        )
+        if config.algorithm.advantage == "prompt"
         else None,
       )
       for task, entries, reward in zip(config.task, prompts, rewards, strict=True)
     ],
     evals=evals,
-    metrics=MetricScorer(
-      rows=rows, timeout_s=config.reward_timeout_s, threads=config.reward_threads
-    ),
+    metrics=MetricScorer(rows=rows, scoring=config.scoring),
     pairs=pairs,
     frozen=frozen,
     sampler=sampler_lib.Sampler(
       model,
       batch_size=max(task.batch_size for task in config.task),
-      sampling_steps=config.sampling_steps,
-      guidance_scale=config.guidance_scale,
-      eta=config.eta,
+      sampling_steps=config.policy.sampling_steps,
+      guidance_scale=config.policy.guidance_scale,
+      eta=config.policy.eta,
       mesh=mesh,
       frozen={name: tree for name, tree in frozen.items() if name != "unet"},
       **sampling_settings(config),
     ),
-    checkpointer=Checkpointer(Path(config.workdir, "checkpoints"), keep=config.keep_checkpoints),
+    checkpointer=Checkpointer(
+      Path(config.output.workdir, "checkpoints"), keep=config.output.keep_checkpoints
+    ),
   )
 
 
 def sampling_settings(config: Config) -> dict[str, Any]:
   """Settings of `sampler.generate` that a run has and a plain model has not."""
   return {
-    "lora_scale": lora.scale(config.lora_rank, config.lora_alpha),
-    "microbatch": config.microbatch,
-    "decode_chunk": config.decode_chunk,
+    "lora_scale": lora.scale(config.policy.lora_rank, config.policy.lora_alpha),
+    "microbatch": config.devices.microbatch,
+    "decode_chunk": config.devices.decode_chunk,
   }
 
 
@@ -231,13 +236,13 @@ def measure(run: Run, weights: lora.Weights, iteration: int, stop: Stop) -> None
       stop.check()
       yield batch
 
-  keep = samples.Keeper(run.workdir, iteration, max_prompts=run.config.report_images)
+  keep = samples.Keeper(run.workdir, iteration, max_prompts=run.config.evaluation.report_images)
   with stop.at_once():
     measured = evaluate_lib.evaluate(
       run.evals,
       sample=sample,
       score=run.metrics,
-      seed=run.config.eval_seed,
+      seed=run.config.evaluation.eval_seed,
       keep=keep if run.writes else None,
     )
   if run.writes:

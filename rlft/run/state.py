@@ -40,24 +40,24 @@ class TrainState:
 def optimizer_of(config: Config) -> optax.GradientTransformation:
   """The optimizer that a run's settings describe."""
   return make_optimizer(
-    learning_rate=config.learning_rate,
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    weight_decay=config.weight_decay,
-    max_grad_norm=config.max_grad_norm,
-    param_dtype=config.param_dtype,
-    moments_dtype=config.moments_dtype,
+    learning_rate=config.optimizer.learning_rate,
+    b1=config.optimizer.adam_b1,
+    b2=config.optimizer.adam_b2,
+    eps=config.optimizer.adam_eps,
+    weight_decay=config.optimizer.weight_decay,
+    max_grad_norm=config.optimizer.max_grad_norm,
+    param_dtype=config.optimizer.param_dtype,
+    moments_dtype=config.optimizer.moments_dtype,
   )
 
 
 def make_state(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
   """The state before the first update, from the trained tree in float32."""
-  used = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
+  used = jax.tree.map(lambda x: x.astype(config.optimizer.param_dtype), params)
   opt = optimizer.init(used)
   if isinstance(opt, MasterState):
     opt = opt._replace(master=params)  # With the digits that `used` has lost.
-  return TrainState(params=used, opt=opt, ema=params if config.ema_decay else None)
+  return TrainState(params=used, opt=opt, ema=params if config.optimizer.ema_decay else None)
 
 
 def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
@@ -66,18 +66,22 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
   The model's own parameters are given up, unless `run.frozen` has them.
   """
   config, params = run.config, run.model.params["unet"]
-  if config.lora_rank:
+  if config.policy.lora_rank:
     key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
-    init = functools.partial(lora_lib.init, params=params, rank=config.lora_rank)
+    init = functools.partial(lora_lib.init, params=params, rank=config.policy.lora_rank)
     shardings = sharding.parameters(run.mesh, jax.eval_shape(init, key))
     params = sharding.jit(init, out_shardings=shardings)(key)
 
   make = functools.partial(make_state, config, optimizer)
   shardings = sharding.parameters(run.mesh, jax.eval_shape(make, params))
-  donated = () if "unet" in run.frozen and not config.lora_rank else (0,)
+  donated = () if "unet" in run.frozen and not config.policy.lora_rank else (0,)
   return sharding.jit(make, out_shardings=shardings, donate_argnums=donated)(params)
 
 
 def sampling_weights(config: Config, params: Any, frozen: Any) -> lora_lib.Weights:
   """What the sampler takes, from the trained tree and `Run.frozen`."""
-  return lora_lib.Weights(frozen["unet"], params) if config.lora_rank else lora_lib.Weights(params)
+  return (
+    lora_lib.Weights(frozen["unet"], params)
+    if config.policy.lora_rank
+    else lora_lib.Weights(params)
+  )

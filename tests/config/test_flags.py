@@ -6,32 +6,36 @@ import subprocess
 import sys
 
 from absl import flags
+import pytest
 
+from rlft.config import fields, tasks
 from rlft.config import flags as cli
-from rlft.config import tasks
+from rlft.config.fields import option
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 
 
 def parse(*argv: str) -> Config:
   values = flags.FlagValues()
-  cli.define_flags(flag_values=values)
+  cli.define(Config, flag_values=values)
   values(["train.py", *argv])
-  return cli.from_flags(values)
+  return cli.read(Config, flag_values=values)
 
 
 def test_without_flags_the_paper():
   settings = parse()
   assert settings == Config()
-  assert (settings.sampling_steps, settings.train_timesteps, settings.guidance_scale) == (50, 5, 7)
-  assert (settings.learning_rate, settings.clip_range, settings.iterations) == (2e-6, 1e-4, 1000)
-  assert (settings.pretrain_batch_size, settings.compute_dtype) == (2048, "bfloat16")
+  assert (settings.policy.sampling_steps, settings.policy.guidance_scale) == (50, 7)
+  assert (settings.algorithm.train_timesteps, settings.algorithm.clip_range) == (5, 1e-4)
+  assert (settings.optimizer.learning_rate, settings.iterations) == (2e-6, 1000)
+  assert settings.pretraining.pretrain_batch_size == 2048
+  assert settings.devices.compute_dtype == "bfloat16"
 
 
 def test_every_field_has_a_flag_with_its_help():
   values = flags.FlagValues()
-  cli.define_flags(flag_values=values)
-  for field in dataclasses.fields(Config):
-    assert field.metadata["help"] in values[field.name].help
+  cli.define(Config, flag_values=values)
+  for name, field in fields.leaves(Config).items():
+    assert field.metadata["help"] in values[name].help
 
 
 def test_flags_of_every_type(monkeypatch):
@@ -47,9 +51,10 @@ def test_flags_of_every_type(monkeypatch):
     "--task=emoji-skintone",
     "--eval=name=e,prompts=p.txt,metric=m",
   )
-  assert (settings.seed, settings.eta, settings.advantage) == (3, 0.5, "group")
-  assert (settings.remat, settings.accumulate_timesteps) == (False, True)
-  assert settings.workdir == "/home/someone/run"
+  assert (settings.seed, settings.policy.eta) == (3, 0.5)
+  assert (settings.algorithm.advantage, settings.algorithm.accumulate_timesteps) == ("group", True)
+  assert not settings.devices.remat
+  assert settings.output.workdir == "/home/someone/run"
   assert settings.task == (
     TaskConfig(name="a", prompts="p.txt", reward="host:f.py:g", batch_size=8),
     *tasks.TASK_PRESETS["emoji-skintone"],
@@ -59,10 +64,10 @@ def test_flags_of_every_type(monkeypatch):
 
 def test_a_script_may_define_some_flags_only():
   values = flags.FlagValues()
-  cli.define_flags("pretrained", "eta", flag_values=values)
+  cli.define(Config, "pretrained", "eta", flag_values=values)
   values(["sample.py", "--eta=0.5"])
   assert "seed" not in values
-  assert cli.from_flags(values) == Config(eta=0.5)
+  assert cli.read(Config, flag_values=values) == fields.make(Config, eta=0.5)
   assert [flag.name for flag in values.get_key_flags_for_module(sys.argv[0])] == [
     "pretrained",
     "eta",
@@ -80,9 +85,10 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     import json, sys
     from rlft import types
     from rlft.config import flags as cli
-    cli.define_flags()
+    from rlft.config.settings import Config
+    cli.define(Config)
     def run():
-      cli.from_flags()
+      cli.read(Config)
       raise types.UserError("first\\nsecond")
     for argv in json.loads(sys.argv[1]):
       sys.argv = ["train.py", *argv]
@@ -94,10 +100,10 @@ def test_the_command_line_fails_in_one_line(tmp_path):
   cases = [
     (["--learning_rat=1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
     (["--qqqqqqq"], "unknown flag --qqqqqqq: see --help"),
-    (["--seed=1.5"], "flag --seed=1.5: give a whole number"),
-    (["--eta=high"], "flag --eta=high: give a number"),
-    (["--remat=3"], "flag --remat=3: give true or false"),
-    (["--advantage=grup"], "flag --advantage=grup: value should be one of <batch|prompt|group>"),
+    (["--seed=1.5"], "flag --seed=1.5 is not a whole number: give one"),
+    (["--eta=high"], "flag --eta=high is not a number: give one"),
+    (["--remat=3"], "flag --remat=3 is neither true nor false: give one of them"),
+    (["--advantage=grup"], "flag --advantage=grup is not known: did you mean group?"),
     (["--seed"], "Missing value for flag --seed"),
     (["seed=1"], "unexpected argument 'seed=1': write options as --flag=value"),
     ([f"--flagfile={tmp_path}/none.flags"], "Unable to open flagfile"),
@@ -118,3 +124,46 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     assert shown.startswith(f"error: {message}")
     assert code == "2"
   assert not done.stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+  name: str = option("what it is called")
+  count: int = option("how many", 3, least=1, most=9)
+  rate: float | None = option("how fast", default=None, least=0.0)
+  loud: bool = option("heard far away", default=True)
+
+
+def parse_own(*arguments):
+  values = flags.FlagValues()
+  cli.define(Own, flag_values=values)
+  values(["script", *arguments])
+  return cli.read(Own, flag_values=values)
+
+
+def test_defaults_are_those_of_the_fields():
+  assert parse_own("--name=a") == Own(name="a", count=3, rate=None, loud=True)
+
+
+def test_every_type_is_read():
+  given = parse_own("--name=b", "--count=9", "--rate=0.5", "--noloud")
+  assert given == Own(name="b", count=9, rate=0.5, loud=False)
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--count=0", "--count=0: is out of range: it must be at least 1"),
+    ("--count=10", "--count=10: .* at most 9"),
+    ("--count=x", "flag --count=x"),
+    ("--rate=-1", "--rate=-1: .* at least 0.0"),
+  ],
+)
+def test_values_out_of_range_are_refused(argument, message):
+  with pytest.raises(flags.IllegalFlagValueError, match=message):
+    parse_own("--name=a", argument)
+
+
+def test_a_field_without_a_default_must_be_given():
+  with pytest.raises(flags.IllegalFlagValueError, match="--name must have a value"):
+    parse_own("--count=1")

@@ -1,23 +1,21 @@
 """Settings stored with a checkpoint, and what a resumed run may change."""
 
-import dataclasses
 import re
 
 import pytest
 
-from rlft.config import settings as config
-from rlft.config import tasks
+from rlft.config import fields, stored, tasks
 from rlft.config.settings import Config, TaskConfig
 from rlft.types import UserError
 
 TASK = TaskConfig(name="tone", prompts="emoji:portrait/train", reward="r", batch_size=32)
-RUN = Config(pretrained="emoji-sd", workdir="run", task=(TASK,), pretrain_data="emoji")
+RUN = fields.make(Config, pretrained="emoji-sd", workdir="run", task=(TASK,), pretrain_data="emoji")
 
 
 def test_json_keeps_everything():
-  full = dataclasses.replace(RUN, eval=tasks.parse_eval("emoji"), clip_range=1e-3, remat=False)
-  assert config.from_json(config.to_json(full)) == full
-  assert config.from_json("{}") == Config()
+  full = fields.replace(RUN, eval=tasks.parse_eval("emoji"), clip_range=1e-3, remat=False)
+  assert stored.from_json(stored.to_json(full)) == full
+  assert stored.from_json("{}") == Config()
 
 
 @pytest.mark.parametrize(
@@ -32,7 +30,7 @@ def test_json_keeps_everything():
 )
 def test_a_stored_configuration_that_is_none_is_refused(text, message):
   with pytest.raises(UserError, match=re.escape(message)):
-    config.from_json(text)
+    stored.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,7 @@ def test_a_stored_configuration_that_is_none_is_refused(text, message):
     {"eta": 0.5},
     {"sampling_steps": 20},
     {"lora_rank": 4},
-    {"task": (dataclasses.replace(TASK, batch_size=64),)},
+    {"task": (fields.replace(TASK, batch_size=64),)},
     {"ema_decay": 0.99},
   ],
 )
@@ -51,41 +49,41 @@ def test_resume_refuses_another_policy_or_order(change):
   (name,) = change
   remedy = "give the old ones to resume it, or a new --workdir"
   with pytest.raises(UserError, match=rf"\({name}: .* -> .*\): {remedy}"):
-    config.check_resume(RUN, dataclasses.replace(RUN, **change))
+    stored.check_resume(RUN, fields.replace(RUN, **change))
 
 
 def test_resume_permits_the_rest_and_says_what_changed():
-  averaged = dataclasses.replace(RUN, ema_decay=0.9)
-  later = dataclasses.replace(
+  averaged = fields.replace(RUN, ema_decay=0.9)
+  later = fields.replace(
     averaged, workdir="/moved", iterations=2000, checkpoint_every=5, ema_decay=0.99
   )
-  assert config.check_resume(averaged, later) == [
+  assert stored.check_resume(averaged, later) == [
     "iterations: 1000 -> 2000",
     "ema_decay: 0.9 -> 0.99",
     "checkpoint_every: 10 -> 5",
   ]
-  assert config.check_resume(RUN, RUN) == []
+  assert stored.check_resume(RUN, RUN) == []
 
 
 def test_resume_permits_another_judge_and_no_other_veto():
   watched, vetoed = (
-    dataclasses.replace(RUN, task=(dataclasses.replace(TASK, **change),))
+    fields.replace(RUN, task=(fields.replace(TASK, **change),))
     for change in ({"watch": "oracle-parity"}, {"veto": "jpeg>=-1"})
   )
-  (change,) = config.check_resume(RUN, watched)
+  (change,) = stored.check_resume(RUN, watched)
   assert change.startswith("task: name=tone,") and change.endswith(",watch=oracle-parity")
   for old, new in ((RUN, vetoed), (watched, vetoed)):
     with pytest.raises(UserError, match="veto=jpeg>=-1"):
-      config.check_resume(old, new)
+      stored.check_resume(old, new)
 
 
 def test_resume_permits_another_address_of_the_same_model():
   def served(reward):
-    return dataclasses.replace(RUN, task=(dataclasses.replace(TASK, reward=reward),))
+    return fields.replace(RUN, task=(fields.replace(TASK, reward=reward),))
 
   old = served("http://a:8000/v2/models/unidet?output=score")
-  (change,) = config.check_resume(old, served("https://b.org/x/v2/models/unidet?output=score"))
+  (change,) = stored.check_resume(old, served("https://b.org/x/v2/models/unidet?output=score"))
   assert "https://b.org" in change
   for other in ("http://a:8000/v2/models/owl?output=score", "http://a:8000/v2/models/unidet"):
     with pytest.raises(UserError, match="was started with other settings"):
-      config.check_resume(old, served(other))
+      stored.check_resume(old, served(other))

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlft.config.settings import ScoringSettings
 from rlft.evaluation import metric
 from rlft.evaluation.metric import MetricScorer
 from rlft.parallel import sharding
@@ -24,7 +25,9 @@ def pictures(count):
 
 
 def scorer():
-  return MetricScorer(rows=sharding.batch(sharding.make_mesh()), timeout_s=60.0, threads=1)
+  return MetricScorer(
+    rows=sharding.batch(sharding.make_mesh()), scoring=ScoringSettings(reward_threads=1)
+  )
 
 
 @pytest.mark.parametrize("count", [3, 9, 60])

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from rlft import catalog
+from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 from rlft.inference import draw as inference
 from rlft.inference import load as finetuned
@@ -92,7 +93,7 @@ def test_batches_are_a_multiple_of_the_devices(model, made):
 
 def test_settings_that_are_not_given_are_the_runs_own(model, monkeypatch):
   load = finetuned.load
-  run = Config(eval_seed=7, sampling_steps=3, guidance_scale=2.5, eta=0.25)
+  run = fields.make(Config, eval_seed=7, sampling_steps=3, guidance_scale=2.5, eta=0.25)
   monkeypatch.setattr(
     finetuned, "load", lambda path, ema: dataclasses.replace(load(path, ema=ema), config=run)
   )

@@ -10,7 +10,7 @@ import pytest
 
 from rlft import catalog
 from rlft.config import settings as config
-from rlft.config import tasks
+from rlft.config import stored, tasks
 from rlft.rewards import grammar
 from rlft.types import Reward, UserError
 
@@ -123,7 +123,7 @@ def test_a_task_takes_all_of_it():
   (entry,) = tasks.parse_eval(f"name=a,prompts=p.txt,metric={spec}")
   assert entry.metric == spec
   settings = config.Config(task=(task,), eval=(entry,))
-  assert config.from_json(config.to_json(settings)) == settings
+  assert stored.from_json(stored.to_json(settings)) == settings
   with pytest.raises(UserError, match=r"'b' is not key=value \(a value cannot hold a comma\)"):
     tasks.parse_task("name=a,prompts=p.txt,reward=r?x=a,b")
 
@@ -135,7 +135,7 @@ def test_importing_the_package_imports_no_reward():
     [sys.executable, "-c", program], env={"PYTHONPATH": path}, capture_output=True, text=True
   )
   assert set(found.stdout.split()) == {
-    *("rlft", "rlft.config", "rlft.config.settings", "rlft.types"),
+    *("rlft", "rlft.config", "rlft.config.fields", "rlft.config.settings", "rlft.types"),
     *(
       "rlft.rewards",
       "rlft.rewards.scoring",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlft import catalog
-from rlft.config.settings import EvalConfig
+from rlft.config.settings import EvalConfig, ScoringSettings
 from rlft.evaluation.metric import MetricScorer
 from rlft.parallel import sharding
 from rlft.rewards import parity, sets
@@ -170,7 +170,7 @@ def test_credit_is_no_metric(tmp_path):
   rows = sharding.batch(sharding.make_mesh())
   images = np.random.default_rng(0).random((8, 2, 2, 3), np.float32)
   with (
-    MetricScorer(rows=rows, timeout_s=30.0, threads=1) as score,
+    MetricScorer(rows=rows, scoring=ScoringSettings(reward_threads=1)) as score,
     pytest.raises(UserError, match="'own' gives the images of a set different scores"),
   ):
     score([Reward("own", "host", own, is_set=True)], [images], [Prompt("")] * 8, 2)

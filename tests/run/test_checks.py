@@ -1,11 +1,10 @@
 """What is refused before a run starts, and with which words."""
 
-import dataclasses
 import os
 
 import pytest
 
-from rlft.config import tasks
+from rlft.config import fields, tasks
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 from rlft.run import checks
 from rlft.types import UserError
@@ -16,8 +15,12 @@ TASK = TaskConfig(name="tone", prompts="emoji:portrait/train", reward="r", batch
 @pytest.fixture
 def run(tmp_path) -> Config:
   """A run that passes every check."""
-  return Config(
-    pretrained="emoji-sd", workdir=str(tmp_path / "run"), task=(TASK,), pretrain_data="emoji"
+  return fields.make(
+    Config,
+    pretrained="emoji-sd",
+    workdir=str(tmp_path / "run"),
+    task=(TASK,),
+    pretrain_data="emoji",
   )
 
 
@@ -67,9 +70,9 @@ def refusal(check, *args, **kwargs) -> str:
   ],
 )
 def test_a_wrong_setting_is_refused(run, change, message):
-  wrong = dataclasses.replace(run, **change)
+  wrong = fields.replace(run, **change)
   assert message in refusal(checks.validate, wrong)
-  assert not os.path.exists(run.workdir)
+  assert not os.path.exists(run.output.workdir)
 
 
 @pytest.mark.parametrize(
@@ -87,61 +90,61 @@ def test_a_wrong_setting_is_refused(run, change, message):
   ],
 )
 def test_a_wrong_task_setting_is_refused(run, change, message):
-  wrong = dataclasses.replace(run, task=(dataclasses.replace(TASK, **change),))
+  wrong = fields.replace(run, task=(fields.replace(TASK, **change),))
   assert message in refusal(checks.validate, wrong)
-  assert not os.path.exists(run.workdir)
+  assert not os.path.exists(run.output.workdir)
 
 
 def test_an_evaluation_that_does_not_divide_is_refused(run):
   entry = EvalConfig(name="e", prompts="emoji:pair/test", metric="m", images=10)
-  entry = dataclasses.replace(entry, images_per_prompt=16)
-  message = refusal(checks.validate, dataclasses.replace(run, eval=(entry,)))
+  entry = fields.replace(entry, images_per_prompt=16)
+  message = refusal(checks.validate, fields.replace(run, eval=(entry,)))
   assert "images=10 is not a multiple of images_per_prompt=16: use images=16" in message
 
 
 def test_validate_creates_the_working_directory(run):
   checks.validate(run)
-  assert os.listdir(run.workdir) == []
+  assert os.listdir(run.output.workdir) == []
   checks.validate(run)
 
 
 def test_sizes_must_divide_among_devices(run):
-  checks.validate_devices(dataclasses.replace(run, fsdp=4), device_count=8, process_count=2)
+  checks.validate_devices(fields.replace(run, fsdp=4), device_count=8, process_count=2)
   check = checks.validate_devices
   assert "--fsdp=4 does not divide the 6 devices" in refusal(
-    check, dataclasses.replace(run, fsdp=4), device_count=6, process_count=1
+    check, fields.replace(run, fsdp=4), device_count=6, process_count=1
   )
   assert "batch_size=32 cannot be divided among 3 devices" in refusal(
     check, run, device_count=3, process_count=1
   )
   assert "--pretrain_batch_size=100 is not a multiple of the 8 devices" in refusal(
-    check, dataclasses.replace(run, pretrain_batch_size=100), device_count=8, process_count=1
+    check, fields.replace(run, pretrain_batch_size=100), device_count=8, process_count=1
   )
   # 32 images on 4 processes are 8 each, but the 16 images of a prompt belong together.
-  sets = dataclasses.replace(run, task=(dataclasses.replace(TASK, images_per_prompt=16),))
+  sets = fields.replace(run, task=(fields.replace(TASK, images_per_prompt=16),))
   check(sets, device_count=8, process_count=2)
   assert "use batch_size=64" in refusal(check, sets, device_count=8, process_count=4)
 
 
 def test_set_rewards_need_sets(run):
   check = checks.validate_set_reward
-  sets = dataclasses.replace(TASK, images_per_prompt=16)
+  sets = fields.replace(TASK, images_per_prompt=16)
   score, credit = ({"on_sets": ["r"], "same_in_set": same} for same in (True, False))
   check(run, TASK, on_sets=[], same_in_set=False)
   check(run, sets, **score)
   for kind in (score, credit):
     message = "r scores the images of a prompt as a set: give images_per_prompt, e.g. 16"
     assert message in refusal(check, run, TASK, **kind)
-  grouped = dataclasses.replace(run, advantage="group")
+  grouped = fields.replace(run, advantage="group")
   assert "every advantage is 0" in refusal(check, grouped, sets, **score)
   check(grouped, sets, **credit)
-  single = dataclasses.replace(sets, batch_size=16)
+  single = fields.replace(sets, batch_size=16)
   assert "use batch_size=32 or more" in refusal(check, run, single, **score)
   check(run, single, **credit)
 
 
 def test_prompt_histories_must_fill(run):
-  per_prompt = dataclasses.replace(run, advantage="prompt", iterations=100)
+  per_prompt = fields.replace(run, advantage="prompt", iterations=100)
   checks.validate_prompt_count(run, TASK, 1_000_000)
   checks.validate_prompt_count(per_prompt, TASK, 200)  # 100 * 32 / 200 = 16 each
   message = refusal(checks.validate_prompt_count, per_prompt, TASK, 1_000_000)
@@ -150,8 +153,6 @@ def test_prompt_histories_must_fill(run):
 
 @pytest.mark.parametrize("preset", tasks.TASK_PRESETS)
 def test_every_preset_passes_the_checks(preset, run):
-  everything = dataclasses.replace(
-    run, task=tasks.parse_task(preset), eval=tasks.parse_eval("emoji")
-  )
+  everything = fields.replace(run, task=tasks.parse_task(preset), eval=tasks.parse_eval("emoji"))
   checks.validate(everything)
   checks.validate_devices(everything, device_count=8, process_count=1)

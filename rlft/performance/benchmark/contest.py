@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from rlft.config.settings import option, suggestion
+from rlft.config.fields import option, suggestion
 from rlft.parallel import cpu, sharding
 from rlft.storage import files
 from rlft.types import UserError

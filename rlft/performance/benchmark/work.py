@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft import train
-from rlft.config import settings as config_lib
+from rlft.config import fields as fields_lib
+from rlft.config.settings import Config, TaskConfig
 from rlft.diffusion import sampler as sampler_lib
 from rlft.models import architectures, clip, stable_diffusion, unet, vae
 from rlft.models import text as text_lib
@@ -240,19 +241,17 @@ def _about(what: str, model: StableDiffusion, work: Work) -> str:
 
 def parse_settings(text: str) -> dict[str, Any]:
   """'key=value,...' as fields of `Config`; raises `UserError`."""
-  fields = {field.name: field for field in dataclasses.fields(config_lib.Config)}
-  kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+  leaves = fields_lib.leaves(Config)
   found: dict[str, Any] = {}
   for entry in filter(None, text.split(",")):
     key, _, value = entry.partition("=")
-    if key not in fields or fields[key].type not in kinds:
-      near = config_lib.suggestion(key, fields, "see launch/train.py --help")
+    if key not in leaves or leaves[key].type not in (str, int, float, bool):
+      near = fields_lib.suggestion(key, leaves, "see launch/train.py --help")
       raise UserError(f"--settings={entry}: no setting of a training is called {key}: {near}")
-    kind = fields[key].type
     try:
-      found[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
-    except (KeyError, ValueError) as error:
-      raise UserError(f"--settings={entry}: give {kinds[kind]} for {key}") from error
+      found[key] = fields_lib.convert(value, leaves[key].type)
+    except ValueError as error:
+      raise UserError(f"--settings={entry} {error}") from error
   return found
 
 
@@ -342,9 +341,9 @@ def brightness(images: jax.Array) -> jax.Array:
   return images.mean(axis=(1, 2, 3))
 
 
-def training(what: str, work: Work, settings: Mapping[str, Any]) -> config_lib.Config:
+def training(what: str, work: Work, settings: Mapping[str, Any]) -> Config:
   """The training that does the work; `settings` have the last word."""
-  task = config_lib.TaskConfig(
+  task = TaskConfig(
     name="benchmark",
     prompts=PROMPTS,
     reward=f"jax:{__name__}:{brightness.__name__}",
@@ -363,7 +362,7 @@ def training(what: str, work: Work, settings: Mapping[str, Any]) -> config_lib.C
     "remat": False,
     "ratio_tolerance": 1.0,  # Nothing is learnt here.
   }
-  return config_lib.Config(**(options | settings))
+  return fields_lib.make(Config, **(options | settings))
 
 
 def ours(what: str, work: Work, settings: Mapping[str, Any]) -> benchmark.Side:

@@ -72,11 +72,13 @@ class AbstractRun:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
     model = dataclasses.replace(model, params=shapes)
     params = shapes["unet"]
-    if config.lora_rank:
-      params = jax.eval_shape(lambda key, x: lora.init(key, x, config.lora_rank), _KEY, params)
+    if config.policy.lora_rank:
+      params = jax.eval_shape(
+        lambda key, x: lora.init(key, x, config.policy.lora_rank), _KEY, params
+      )
     optimizer = state_lib.optimizer_of(config)
     state = jax.eval_shape(lambda x: state_lib.make_state(config, optimizer, x), params)
-    has_base = config.lora_rank or config.kl_weight
+    has_base = config.policy.lora_rank or config.algorithm.kl_weight
     frozen = {name: tree for name, tree in shapes.items() if name != "unet" or has_base}
     state, frozen = (_placed(tree, sharding.parameters(mesh, tree)) for tree in (state, frozen))
     return cls(config, mesh, model, state, frozen)
@@ -84,9 +86,11 @@ class AbstractRun:
   def calls(self) -> list[Call]:
     """The programs of an iteration, in its order; one for each size of batch."""
     config, model, mesh = self.config, self.model, self.mesh
-    schedule = ddim.make_schedule(model.scheduler, config.sampling_steps, eta=config.eta)
+    schedule = ddim.make_schedule(
+      model.scheduler, config.policy.sampling_steps, eta=config.policy.eta
+    )
     programs = train.make_programs(config, model, schedule, state_lib.optimizer_of(config), mesh)
-    scale = {"guidance_scale": config.guidance_scale}
+    scale = {"guidance_scale": config.policy.guidance_scale}
     encode = jax.jit(sampler_lib.make_encode(model, mesh, **scale), static_argnums=3)
     sample = jax.jit(
       sampler_lib.make_sample(model, schedule, mesh, **scale, **run_lib.sampling_settings(config))
@@ -101,9 +105,9 @@ class AbstractRun:
       for call in (encoded, drawn, update):
         name = f"{call.name} {size}" if len(sizes) > 1 else call.name
         calls.append(dataclasses.replace(call, name=name, times=count * call.times))
-    if config.pretrain_weight:
+    if config.pretraining.pretrain_weight:
       calls.append(self._pretrain(programs))
-    if config.ema_decay:
+    if config.optimizer.ema_decay:
       calls.append(Call("average", programs.average, (self.state,), 1, 0, {}))
     return calls
 
@@ -134,8 +138,8 @@ class AbstractRun:
 
   def _update(self, programs: train.Programs, sample: Call, size: int) -> Call:
     config, state, mesh = self.config, self.state, self.mesh
-    steps, times = config.train_timesteps, 1
-    if not config.accumulate_timesteps:
+    steps, times = config.algorithm.train_timesteps, 1
+    if not config.algorithm.accumulate_timesteps:
       steps, times = times, steps
     path, _ = jax.eval_shape(sample.program, *sample.args)
     text = sample.args[2]
@@ -152,7 +156,7 @@ class AbstractRun:
     return Call("update", programs.update, (state, *batch), times, size, theory)
 
   def _pretrain(self, programs: train.Programs) -> Call:
-    count, state = self.config.pretrain_batch_size, self.state
+    count, state = self.config.pretraining.pretrain_batch_size, self.state
     images = self._rows((count, *stable_diffusion.image_size(self.model), 3), jnp.uint8)
     ids = self._rows((count, *self._tokens), jnp.int32)
     others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
@@ -185,16 +189,16 @@ class AbstractRun:
 
 def open_model(config: Config, architecture: str = "") -> StableDiffusion:
   """The model that a run would open; `architecture` names one in the place of a directory."""
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = jnp.dtype(config.devices.compute_dtype)
   if architecture:
-    model = architectures.abstract(architecture, dtype=dtype, remat=config.remat)
-    return dataclasses.replace(model, unet=model.unet.clone(attention=config.attention))
+    model = architectures.abstract(architecture, dtype=dtype, remat=config.devices.remat)
+    return dataclasses.replace(model, unet=model.unet.clone(attention=config.devices.attention))
   return pretrained.load(
     config.pretrained,
     dtype=dtype,
-    remat=config.remat,
-    attention=config.attention,
-    backend=config.backend,
+    remat=config.devices.remat,
+    attention=config.devices.attention,
+    backend=config.devices.backend,
   )
 
 

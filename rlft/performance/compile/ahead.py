@@ -20,7 +20,9 @@ import time
 import jax
 import tqdm
 
-from rlft.config.settings import Config, option, suggestion
+from rlft.config import stored
+from rlft.config.fields import option, suggestion
+from rlft.config.settings import Config
 from rlft.performance.compile import hlo, targets
 from rlft.performance.compile.abstract_run import AbstractRun, Call, open_model
 from rlft.performance.compile.table import Result, Row, fits, table
@@ -56,7 +58,7 @@ def compile_run(config: Config, settings: CompileConfig) -> None:
     UserError: a mistake in the settings, or programs that do not fit (after the table).
   """
   _check(config, settings)
-  target = targets.open_target(settings.target, config.fsdp)
+  target = targets.open_target(settings.target, config.devices.fsdp)
   checks.validate_devices(config, device_count=target.mesh.size, process_count=1)
   run = AbstractRun.of(config, target.mesh, open_model(config, settings.architecture))
   calls = _selected(run.calls(), settings.programs)
@@ -206,7 +208,7 @@ def _write_json(path: Path, config: Config, settings: CompileConfig, rows: Seque
   found = {
     "target": settings.target,
     "architecture": settings.architecture,
-    "config": dataclasses.asdict(config),
+    "config": stored.to_dict(config),
     "programs": [
       {"name": row.call.name, "calls": row.call.times, "images": row.call.images}
       | dataclasses.asdict(row.result)

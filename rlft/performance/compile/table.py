@@ -103,9 +103,13 @@ def table(run: AbstractRun, target: Target, name: str, rows: Sequence[Row]) -> s
 def _levers(config: Config, mesh: jax.sharding.Mesh) -> str:
   """The settings on which memory depends."""
   batches = "+".join(str(size // mesh.size) for size in sorted({t.batch_size for t in config.task}))
-  parts = [f"{batches} images a device", config.compute_dtype, f"attention {config.attention}"]
-  parts += [f"LoRA {config.lora_rank}"] if config.lora_rank else []
-  parts += ["remat" if config.remat else "no remat"]
+  parts = [
+    f"{batches} images a device",
+    config.devices.compute_dtype,
+    f"attention {config.devices.attention}",
+  ]
+  parts += [f"LoRA {config.policy.lora_rank}"] if config.policy.lora_rank else []
+  parts += ["remat" if config.devices.remat else "no remat"]
   for name in ("microbatch", "decode_chunk", "param_dtype", "moments_dtype"):
     if getattr(config, name) not in (0, "float32"):
       parts.append(f"{name} {getattr(config, name)}")

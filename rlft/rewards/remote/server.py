@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from rlft.config.settings import suggestion
+from rlft.config.fields import suggestion
 from rlft.rewards.remote.client import Answer, Client
 from rlft.rewards.scoring.errors import RewardError
 

@@ -51,8 +51,8 @@ def model(config):
   tiny = train_cases.tiny_model(channels=16)
   network = unet.UNet2DCondition(
     dataclasses.replace(tiny.unet.config, sample_size=32),
-    dtype=jnp.dtype(config.compute_dtype),
-    remat=config.remat,
+    dtype=jnp.dtype(config.devices.compute_dtype),
+    remat=config.devices.remat,
   )
   params = tiny.params | {"unet": param_shapes(network)}
   return dataclasses.replace(tiny, unet=network, params=params)
@@ -62,7 +62,7 @@ def model(config):
 def test_every_program_lowers_for_every_platform(mesh, variant):
   config = dataclasses.replace(CONFIG, **VARIANTS[variant])
   calls = AbstractRun.of(config, mesh, model(config)).calls()
-  others = ["pretrain", "average"] if config.pretrain_weight else []
+  others = ["pretrain", "average"] if config.pretraining.pretrain_weight else []
   assert [call.name for call in calls] == ["encode", "sample", "update", *others]
   for call in calls:
     traced = call.program.trace(*call.args)

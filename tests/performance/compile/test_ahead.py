@@ -1,6 +1,5 @@
 """Ahead-of-time compilation: what programs cost, what devices tell each other, and its command."""
 
-import dataclasses
 import json
 
 import jax
@@ -9,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 import train_cases
 
+from rlft.config import fields
 from rlft.config.settings import Config, TaskConfig
 from rlft.parallel import sharding
 from rlft.performance.compile import ahead as compile_lib
@@ -17,7 +17,8 @@ from rlft.performance.compile.abstract_run import AbstractRun
 from rlft.performance.compile.ahead import CompileConfig
 from rlft.types import UserError
 
-CONFIG = Config(
+CONFIG = fields.make(
+  Config,
   task=(TaskConfig(name="a", prompts="-", reward="-", batch_size=16, images_per_prompt=2),),
   sampling_steps=3,
   train_timesteps=2,
@@ -127,8 +128,8 @@ def test_an_update_gathers_parameters_and_scatters_gradients_and_nothing_else(
 
 @pytest.mark.parametrize("name", ["sample", "pretrain"])
 def test_other_programs_gather_what_they_use(run, target, little_optimisation, name):
-  config = dataclasses.replace(CONFIG, pretrain_weight=0.1, pretrain_batch_size=8)
-  run = dataclasses.replace(run, config=config)
+  config = fields.replace(CONFIG, pretrain_weight=0.1, pretrain_batch_size=8)
+  run = fields.replace(run, config=config)
   call = next(call for call in run.calls() if call.name == name)
   found = compile_lib.measure(call, target).collectives
   assert found["all-gather"][1] == pytest.approx(call.theory["all-gather"], rel=0.01)
@@ -218,7 +219,7 @@ def test_a_command_given_again_compiles_nothing(tmp_path, monkeypatch, capsys):
 
 def test_what_does_not_fit_is_an_error_after_the_table(tmp_path, monkeypatch, capsys):
   def small(*args):
-    return dataclasses.replace(targets_open(*args), memory=1000.0)
+    return fields.replace(targets_open(*args), memory=1000.0)
 
   targets_open = targets.open_target
   monkeypatch.setattr(targets, "open_target", small)
@@ -243,7 +244,7 @@ def test_what_does_not_fit_is_an_error_after_the_table(tmp_path, monkeypatch, ca
 )
 def test_mistakes(tmp_path, changes, config, words):
   with pytest.raises(UserError, match=words):
-    compile_lib.compile_run(dataclasses.replace(CONFIG, **config), settings(tmp_path, **changes))
+    compile_lib.compile_run(fields.replace(CONFIG, **config), settings(tmp_path, **changes))
 
 
 def test_an_unknown_program_is_named(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import train_cases as cases
 
 from rlft import catalog
+from rlft.config import fields
 from rlft.config.settings import EvalConfig, TaskConfig
 from rlft.rewards import grammar
 from rlft.rewards.scoring import task as combine
@@ -77,21 +78,21 @@ def test_mistakes_are_named(change, message):
     return reward(name, is_measure=name != "credit")
 
   with pytest.raises(UserError) as error:
-    combine.task_reward(dataclasses.replace(TASK, **change), make)
+    combine.task_reward(fields.replace(TASK, **change), make)
   assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_terms_have_names_of_their_own():
   names = ["jpeg?x=1", "host:a/b.py:green", "jpeg", "http://h:80/v2/models/nsfw det?x=/y", "jpeg-2"]
-  found = combine.task_reward(dataclasses.replace(TASK, reward=" + ".join(names)), reward)
+  found = combine.task_reward(fields.replace(TASK, reward=" + ".join(names)), reward)
   assert [term.label for term in found.terms] == ["jpeg", "green", "jpeg-2", "nsfw_det", "jpeg-2-2"]
   assert [term.reward.name for term in found.terms] == names
 
 
 def test_what_is_trained_on():
   tasks = [
-    dataclasses.replace(TASK, reward="2*p?a=1&credit=leave-one-out&b=2 + q", veto="v>=1"),
-    dataclasses.replace(TASK, reward="r", watch="w"),
+    fields.replace(TASK, reward="2*p?a=1&credit=leave-one-out&b=2 + q", veto="v>=1"),
+    fields.replace(TASK, reward="r", watch="w"),
   ]
   is_trained_on = grammar.trained_on(tasks)
   names = ("p?b=2&a=1", "p?a=1", "q", "v", "r", "w")
@@ -180,7 +181,7 @@ def score(devices, **settings):
   mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
   rows = NamedSharding(mesh, PartitionSpec("data"))
   images = np.broadcast_to(np.arange(16.0, dtype=np.float32)[:, None, None, None], (16, 2, 2, 3))
-  task = combine.task_reward(dataclasses.replace(TASK, **settings), PARTS.__getitem__)
+  task = combine.task_reward(fields.replace(TASK, **settings), PARTS.__getitem__)
   scorer = combine.TaskScorer(
     task, batch_sharding=rows, batch_size=16, images_per_prompt=4, timeout_s=30.0, threads=1
   )
@@ -227,7 +228,7 @@ def test_one_reward_is_taken_as_it_is():
 
 def test_when_all_images_of_a_set_score_the_same():
   def same(**settings):
-    return combine.task_reward(dataclasses.replace(TASK, **settings), PARTS.__getitem__).same_in_set
+    return combine.task_reward(fields.replace(TASK, **settings), PARTS.__getitem__).same_in_set
 
   assert same(reward="set") and same(reward="2*set", watch="safe")
   assert not same(reward="set + safe") and not same(reward="set", veto="safe>=0")
@@ -248,7 +249,7 @@ def test_a_run_with_a_sum_a_veto_and_a_judge(folder, tmp_path):
     return f"{kind}:{folder / 'rewards.py'}:{function}"
 
   red, green, spread = name("jax", "red"), name("host", "green"), name("host", "spread")
-  task = dataclasses.replace(
+  task = fields.replace(
     cases.task(folder, "sum", images_per_prompt=2),
     reward=f"2*{red} + -0.5*{green} + {spread}",
     veto=f"{red}>=0.23",
