@@ -4,7 +4,8 @@ python launch/benchmark.py --what=rewards --port=clip-score,yolov3-tiny --batch_
 """
 
 from rlft.config import flags
-from rlft.performance.benchmark.contest import BenchmarkConfig, run
+from rlft.performance.benchmark.contest import BenchmarkConfig
+from rlft.performance.benchmark.suites import run
 
 flags.define(BenchmarkConfig)
 

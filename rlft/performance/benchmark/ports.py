@@ -1,13 +1,11 @@
-"""The reward models at their published sizes with random weights, as contest.py times them.
+"""The reward models at their published sizes with random weights, as `reward` times them.
 
 A call scores a batch: from images in [0, 1] of any size, which are resized and normalised first,
 and token ids of one text an image (detectors: four objects an image) to scores.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
 import dataclasses
-import time
 from typing import Any
 
 import jax
@@ -17,7 +15,6 @@ import numpy as np
 from rlft.models import clip, image_reward, owlvit, yolov3_tiny
 from rlft.models.files import clip_weights, darknet
 from rlft.models.shapes import param_shapes
-from rlft.performance.benchmark import contest as benchmark
 from rlft.rewards import aesthetic, preprocess, yolo
 from rlft.rewards import clip as clip_rewards
 from rlft.rewards import image_reward as image_reward_rewards
@@ -40,9 +37,6 @@ OWLV2_B_16 = owlvit.OwlViTConfig(
   vision_config=clip.CLIPVisionConfig(image_size=960, patch_size=16), model_type="owlv2"
 )
 OBJECTS = 4  # queries of a detector for each image
-_BATCH_SIZE = 2
-# Of a side: its parameters in float32, and as much again for what is computed.
-_BYTES_PER_PARAMETER = 2 * 4
 _NOISE = 0.02  # standard deviation of weights: outputs stay of size 1
 
 
@@ -68,7 +62,7 @@ class Port:
   Attributes:
     config: of the network.
     scorer: `(config, dtype, batch size) -> Scorer`.
-    kind: which function of `rlft.performance.benchmark.torch_ports` makes the same in PyTorch.
+    kind: which function of `torch_ports` makes the same in PyTorch.
   """
 
   config: Any
@@ -164,51 +158,6 @@ PORTS: Mapping[str, Port] = {
   "owlv2": Port(OWLV2_B_16, _owlvit, "owlvit"),
   "yolov3-tiny": Port(yolov3_tiny.YOLOV3_TINY, _yolo, "yolo"),
 }
-
-
-def suite() -> benchmark.Suite:
-  """All of `PORTS`."""
-  return benchmark.Suite(
-    flag="port",
-    names=tuple(PORTS),
-    sides=(benchmark.OURS, "torch"),
-    unit="images",
-    contest=contest,
-  )
-
-
-@contextlib.contextmanager
-def contest(name: str, config: benchmark.BenchmarkConfig) -> Iterator[benchmark.Contest]:
-  """The contest of one of `PORTS`."""
-  from rlft.performance.benchmark import torch_ports as benchmark_torch
-
-  port, dtype = PORTS[name], jnp.dtype(config.dtype)
-  count = config.batch_size or _BATCH_SIZE
-  shape = (count, config.image_size, config.image_size, 3)
-  images = np.random.RandomState(0).uniform(size=shape).astype(np.float32)
-  scorer = port.scorer(port.config, dtype, count)
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(scorer.shapes))
-  yield benchmark.Contest(
-    name=name,
-    about=f"{count} images of {config.image_size} x {config.image_size} pixels, {config.dtype}",
-    count=count,
-    parameters=parameters,
-    side_bytes=parameters * _BYTES_PER_PARAMETER,
-    sides={
-      benchmark.OURS: lambda: ours(scorer, images),
-      "torch": benchmark_torch.side(port.kind, port.config, dtype, images, scorer.features),
-    },
-  )
-
-
-def ours(scorer: Scorer, images: np.ndarray) -> benchmark.Side:
-  """Makes random weights and compiles."""
-  params = random_params(scorer.shapes)
-  given = jax.device_put((images, scorer.features))
-  start = time.perf_counter()
-  score = jax.jit(scorer.score).lower(params, *given).compile()
-  seconds = time.perf_counter() - start
-  return benchmark.Side(lambda: jax.block_until_ready(score(params, *given)), seconds)
 
 
 def random_params(shapes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""diffusers' PyTorch classes at the work of work.py, as one would write it by hand.
+"""diffusers' PyTorch classes at the work of `work`, as one would write it by hand.
 
 The networks are those of a pipeline, loaded from the same directory as ours; the reverse steps, the
 loss and the optimizer are written here with PyTorch's operations. Random numbers are PyTorch's.
@@ -15,20 +15,20 @@ import numpy as np
 
 from rlft.config.settings import Config
 from rlft.diffusion import ddim
-from rlft.performance.benchmark import contest as benchmark
-from rlft.performance.benchmark import torch_ports as benchmark_torch
+from rlft.performance.benchmark.contest import Side, Unavailable, seconds_of
+from rlft.performance.benchmark.torch_ports import start
 from rlft.performance.benchmark.work import Work
 
 _CLIP_RANGE = Config.clip_range
 
 
-def side(what: str, work: Work, *, is_compiled: bool = False) -> benchmark.Side:
+def side(what: str, work: Work, *, is_compiled: bool = False) -> Side:
   """PyTorch's side of a contest; `is_compiled` is for `torch.compile` of the UNet.
 
   Raises:
-    benchmark.Unavailable: it does not run, or does not compile, here.
+    Unavailable: it does not run, or does not compile, here.
   """
-  place = benchmark_torch.start("diffusers", "transformers")
+  place = start("diffusers", "transformers")
   policy = Policy(work, place, trains=what != "sampling")
   if is_compiled:
     import torch
@@ -37,12 +37,12 @@ def side(what: str, work: Work, *, is_compiled: bool = False) -> benchmark.Side:
   call = {"sampling": policy.sampling, "update": policy.update, "iteration": policy.iteration}[what]
   if is_compiled:
     try:
-      seconds = benchmark.seconds_of(call)
+      seconds = seconds_of(call)
     except Exception as error:  # Anything may be missing: a compiler, its headers, a backend.
       reason = str(error).strip().partition("\n")[0] or type(error).__name__
-      raise benchmark.Unavailable(f"torch.compile does not work: {reason}") from error
-    return benchmark.Side(call, compile_s=seconds, close=policy.close)
-  return benchmark.Side(call, close=policy.close)
+      raise Unavailable(f"torch.compile does not work: {reason}") from error
+    return Side(call, compile_s=seconds, close=policy.close)
+  return Side(call, close=policy.close)
 
 
 def _import_quietly() -> Any:

@@ -1,4 +1,4 @@
-"""PyTorch's implementations of the reward models, for contest.py to compare with.
+"""PyTorch's implementations of the reward models, for `reward` to compare with.
 
 Those of transformers and open_clip with their default attention, and YOLOv3-tiny layer by layer.
 Images are resized on the tensor, with antialiasing. Random weights, as on our side.
@@ -15,7 +15,8 @@ import numpy as np
 
 from rlft.models import clip, image_reward, owlvit
 from rlft.models.files import darknet
-from rlft.performance.benchmark import contest as benchmark
+from rlft.performance.benchmark.contest import Side, Unavailable, cores
+from rlft.performance.benchmark.ports import noise
 from rlft.rewards import preprocess
 
 # What is imported for each kind of network, beside torch.
@@ -29,24 +30,24 @@ def start(*packages: str) -> Any:
     *packages: that are needed beside torch.
 
   Raises:
-    benchmark.Unavailable: something is not installed, or PyTorch does not run where JAX does.
+    Unavailable: something is not installed, or PyTorch does not run where JAX does.
   """
   for package in ("torch", *packages):
     if importlib.util.find_spec(package) is None:
-      raise benchmark.Unavailable(f"no {package}")
+      raise Unavailable(f"no {package}")
   import torch
 
   platform = jax.default_backend()
   if platform not in ("cpu", "gpu") or (platform == "gpu" and not torch.cuda.is_available()):
-    raise benchmark.Unavailable(f"PyTorch does not run on this {platform}")
-  torch.set_num_threads(benchmark.cores())
+    raise Unavailable(f"PyTorch does not run on this {platform}")
+  torch.set_num_threads(cores())
   torch.set_float32_matmul_precision("high")  # TF32 on GPUs, which is XLA's default.
   return torch.device("cuda" if platform == "gpu" else "cpu")
 
 
 def side(
   kind: str, config: Any, dtype: Any, images: np.ndarray, features: Any
-) -> Callable[[], benchmark.Side]:
+) -> Callable[[], Side]:
   """What makes PyTorch's side of a contest.
 
   Args:
@@ -54,10 +55,10 @@ def side(
     config: of our network.
     dtype: type of the computation, float32 or bfloat16.
     images: `[B, H, W, 3]` float32 in [0, 1].
-    features: a tree of numpy arrays, see `rlft.benchmark_rewards.Scorer`.
+    features: a tree of numpy arrays, see `ports.Scorer`.
   """
 
-  def make() -> benchmark.Side:
+  def make() -> Side:
     place = start(*_PACKAGES.get(kind, ()))
     import torch
 
@@ -72,7 +73,7 @@ def side(
       with torch.inference_mode():
         return network(given, about).float().cpu()  # Waits for an accelerator.
 
-    return benchmark.Side(run)
+    return Side(run)
 
   return make
 
@@ -80,8 +81,6 @@ def side(
 def _fill(network: Any) -> None:
   """Cheap random weights, and the buffers that the meta device has lost."""
   import torch
-
-  from rlft.performance.benchmark.ports import noise
 
   with torch.no_grad():
     for name, parameter in network.named_parameters():

@@ -11,14 +11,14 @@ import subprocess
 import tempfile
 
 from rlft.config.settings import Config
-from rlft.performance.benchmark import contest as benchmark
+from rlft.performance.benchmark.contest import Side, Unavailable, cores
 from rlft.performance.benchmark.work import Work
 from rlft.types import UserError
 
 _WORKER = pathlib.Path(__file__).with_name("trl_worker.py")
 
 
-def side(work: Work, python: str) -> benchmark.Side:
+def side(work: Work, python: str) -> Side:
   """Starts the process.
 
   Args:
@@ -27,15 +27,15 @@ def side(work: Work, python: str) -> benchmark.Side:
 
   Raises:
     UserError: `python` is no program, or the process ends.
-    benchmark.Unavailable: no environment was named, or TRL cannot train this model.
+    Unavailable: no environment was named, or TRL cannot train this model.
   """
   if not python:
-    raise benchmark.Unavailable("no --trl_python: experiments/trl_venv.sh makes one")
+    raise Unavailable("no --trl_python: experiments/trl_venv.sh makes one")
   if work.ids.shape[1] > 1:
-    raise benchmark.Unavailable("TRL trains models with one text encoder only")
+    raise Unavailable("TRL trains models with one text encoder only")
   if work.guidance_scale == 1.0:
     # Its pipeline then still gives the network the empty prompts, for twice as many images.
-    raise benchmark.Unavailable("TRL samples with guidance only: try --guidance_scale=5")
+    raise Unavailable("TRL samples with guidance only: try --guidance_scale=5")
   log = tempfile.TemporaryFile("w+")
   what = {
     "model": str(work.model),
@@ -48,7 +48,7 @@ def side(work: Work, python: str) -> benchmark.Side:
     "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[work.dtype],
     "learning_rate": Config.learning_rate,
     "clip_range": Config.clip_range,
-    "cores": benchmark.cores(),
+    "cores": cores(),
   }
   try:
     # -I: else the modules beside the worker would hide Python's own.
@@ -90,4 +90,4 @@ def side(work: Work, python: str) -> benchmark.Side:
   except UserError:
     close()
     raise
-  return benchmark.Side(run, close=close)
+  return Side(run, close=close)

@@ -1,4 +1,4 @@
-"""Trains with TRL's DDPOTrainer, an epoch for each line on stdin; started by benchmark_trl.py.
+"""Trains with TRL's DDPOTrainer, an epoch for each line on stdin; started by trl.py.
 
 Runs in TRL's environment, which has none of this library: imports nothing of it. Says a line on
 stdout when the model is loaded, and after each epoch.

@@ -1,4 +1,4 @@
-"""Sampling and training of a whole model: the work, the same for all sides, and our side.
+"""Sampling and training of a whole model: the work, which is the same for all sides.
 
     sampling   from token ids to images, with the trajectory and its log-probabilities
     update     one clipped policy-gradient step of AdamW on one timestep of every image
@@ -8,12 +8,10 @@ Every side reads the same model from a directory in the diffusers layout: the sh
 another size with random weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import pathlib
-import tempfile
 import types
 from typing import Any
 
@@ -21,25 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft import train
-from rlft.config import fields as fields_lib
-from rlft.config.settings import Config, TaskConfig
-from rlft.diffusion import sampler as sampler_lib
+from rlft.catalog import load_prompts
 from rlft.models import architectures, clip, stable_diffusion, unet, vae
 from rlft.models import text as text_lib
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
-from rlft.performance.benchmark import contest as benchmark
 from rlft.performance.compile import hlo
-from rlft.run import open as run_lib
-from rlft.run import preemption
-from rlft.run import state as state_lib
-from rlft.types import UserError
 
 PROMPTS = "emoji:pair/train"
-# Of a side: parameters, gradients and Adam's moments in float32, and as much for what is computed.
-_BYTES_PER_PARAMETER = 2 * 4 * 4
-_PREFIX = "rlft-benchmark-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,102 +147,7 @@ SIZES: Mapping[str, Size] = types.MappingProxyType(
 )
 
 
-def suite(what: str) -> benchmark.Suite:
-  """The suite of 'sampling', 'update' or 'iteration'."""
-  sides = (benchmark.OURS, "torch", "torch.compile", "flax")
-  return benchmark.Suite(
-    flag="size",
-    names=tuple(SIZES),
-    sides=(*sides, "trl") if what == "iteration" else sides,
-    unit="samples" if what == "update" else "images",
-    contest=functools.partial(contest, what),
-    cpu_devices=max(size.cpu_devices for size in SIZES.values()),
-  )
-
-
-@contextlib.contextmanager
-def contest(what: str, name: str, config: benchmark.BenchmarkConfig) -> Iterator[benchmark.Contest]:
-  """The contest at one of `SIZES`; the model is in a temporary directory.
-
-  Raises:
-    UserError: settings that contradict each other.
-  """
-  from rlft.performance.benchmark import torch_policy as benchmark_diffusers
-  from rlft.performance.benchmark import trl as benchmark_trl
-
-  settings = parse_settings(config.settings)
-  size = SIZES[name]
-  given = ("batch_size", "sampling_steps", "guidance_scale", "train_timesteps")
-  numbers = {field: getattr(config, field) or getattr(size, field) for field in given}
-  if numbers["train_timesteps"] > numbers["sampling_steps"]:
-    raise UserError(
-      f"--train_timesteps={numbers['train_timesteps']} is more than"
-      f" --sampling_steps={numbers['sampling_steps']}: train at most as many as are sampled"
-    )
-  devices = jax.device_count()
-  if jax.default_backend() == "cpu":
-    devices = config.cpu_devices or size.cpu_devices
-  if numbers["batch_size"] % devices:
-    raise UserError(
-      f"--batch_size={numbers['batch_size']} cannot be spread over {devices} devices: choose a"
-      " multiple"
-    )
-  with tempfile.TemporaryDirectory(prefix=_PREFIX) as scratch:
-    root = pathlib.Path(scratch)
-    model = _model(size, root)
-    work = _work(model, root, numbers, config.dtype, devices)
-    flops = count_flops(model, work)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params["unet"]))
-    yield benchmark.Contest(
-      name=name,
-      about=_about(what, model, work),
-      count=work.batch_size,
-      parameters=parameters,
-      side_bytes=parameters * _BYTES_PER_PARAMETER,
-      sides={
-        benchmark.OURS: lambda: ours(what, work, settings),
-        "torch": lambda: benchmark_diffusers.side(what, work),
-        "torch.compile": lambda: benchmark_diffusers.side(what, work, is_compiled=True),
-        "flax": lambda: _flax(what, work, settings),
-        "trl": lambda: benchmark_trl.side(work, config.trl_python),
-      },
-      flops=flops[what],
-    )
-
-
-def _about(what: str, model: StableDiffusion, work: Work) -> str:
-  """The work in words."""
-  height, width, _ = stable_diffusion.latent_shape(model)
-  guidance = f"guidance {work.guidance_scale:g}" if work.guidance_scale != 1.0 else "no guidance"
-  words = [
-    f"{work.batch_size} images",
-    f"latents of {height} x {width}",
-    f"{work.ids.shape[-1]} tokens",
-    f"{work.sampling_steps} steps",
-    guidance,
-  ]
-  if what == "iteration":
-    words.append(f"{work.train_timesteps} timesteps trained")
-  return ", ".join([*words, work.dtype])
-
-
-def parse_settings(text: str) -> dict[str, Any]:
-  """'key=value,...' as fields of `Config`; raises `UserError`."""
-  leaves = fields_lib.leaves(Config)
-  found: dict[str, Any] = {}
-  for entry in filter(None, text.split(",")):
-    key, _, value = entry.partition("=")
-    if key not in leaves or leaves[key].type not in (str, int, float, bool):
-      near = fields_lib.suggestion(key, leaves, "see launch/train.py --help")
-      raise UserError(f"--settings={entry}: no setting of a training is called {key}: {near}")
-    try:
-      found[key] = fields_lib.convert(value, leaves[key].type)
-    except ValueError as error:
-      raise UserError(f"--settings={entry} {error}") from error
-  return found
-
-
-def _model(size: Size, root: pathlib.Path) -> StableDiffusion:
+def make_model(size: Size, root: pathlib.Path) -> StableDiffusion:
   """The model of a size; writes it below `root` if it is not the shipped one."""
   if size.architecture is None:
     return pretrained.load(pretrained.EMOJI_SD)
@@ -272,15 +164,13 @@ def _model(size: Size, root: pathlib.Path) -> StableDiffusion:
   return model
 
 
-def _work(
+def make_work(
   model: StableDiffusion,
   root: pathlib.Path,
   numbers: Mapping[str, Any],
   dtype: str,
   devices: int,
 ) -> Work:
-  from rlft.catalog import load_prompts
-
   texts = [prompt.text for prompt in load_prompts(PROMPTS)[: numbers["batch_size"]]]
   texts = [texts[i % len(texts)] for i in range(numbers["batch_size"])]
   steps, count = numbers["sampling_steps"], numbers["train_timesteps"]
@@ -331,101 +221,3 @@ def count_flops(model: StableDiffusion, work: Work) -> dict[str, float]:
     "update": update,
     "iteration": sampling + work.train_timesteps * update,
   }
-
-
-# ---------------------------------------------------------------------------- our side
-
-
-def brightness(images: jax.Array) -> jax.Array:
-  """The trivial reward, `[B]`: the mean of an image's pixels."""
-  return images.mean(axis=(1, 2, 3))
-
-
-def training(what: str, work: Work, settings: Mapping[str, Any]) -> Config:
-  """The training that does the work; `settings` have the last word."""
-  task = TaskConfig(
-    name="benchmark",
-    prompts=PROMPTS,
-    reward=f"jax:{__name__}:{brightness.__name__}",
-    batch_size=work.batch_size,
-  )
-  options: dict[str, Any] = {
-    "pretrained": str(work.model),
-    "workdir": str(work.scratch / f"run_{settings.get('backend', 'rlft')}"),
-    "task": (task,),
-    "sampling_steps": work.sampling_steps,
-    "guidance_scale": work.guidance_scale,
-    "train_timesteps": work.train_timesteps,
-    "accumulate_timesteps": what == "iteration",  # TRL knows no other way.
-    "compute_dtype": work.dtype,
-    "pretrain_weight": 0.0,
-    "remat": False,
-    "ratio_tolerance": 1.0,  # Nothing is learnt here.
-  }
-  return fields_lib.make(Config, **(options | settings))
-
-
-def ours(what: str, work: Work, settings: Mapping[str, Any]) -> benchmark.Side:
-  """What `launch/train.py` runs: its programs, and for an iteration its whole `run_task`."""
-  config = training(what, work, settings)
-  run = run_lib.open_run(config, work.devices)
-  optimizer = state_lib.optimizer_of(config)
-  programs = train.make_programs(config, run.model, run.schedule, optimizer, run.mesh)
-  state = state_lib.initial_state(run, optimizer)
-  makers = {"sampling": sampling, "update": update, "iteration": iteration}
-  return benchmark.Side(makers[what](run, programs, state, work), close=run.close)
-
-
-def rollout(run: run_lib.Run, state: state_lib.TrainState, work: Work, seed: int) -> Any:
-  """What `Sampler.rollout` returns for the work's prompts."""
-  weights = state_lib.sampling_weights(run.config, state.params, run.frozen)
-  keys = sampler_lib.image_keys(jax.random.key(seed), 0, work.batch_size)
-  return run.sampler.rollout(weights, work.ids, keys)
-
-
-def sampling(
-  run: run_lib.Run, programs: train.Programs, state: state_lib.TrainState, work: Work
-) -> Callable[[], Any]:
-  del programs
-  return lambda: jax.block_until_ready(rollout(run, state, work, 0))
-
-
-def update(
-  run: run_lib.Run, programs: train.Programs, state: state_lib.TrainState, work: Work
-) -> Callable[[], Any]:
-  path, images, text = rollout(run, state, work, 0)
-  advantages = programs.advantages(brightness(images), None)
-  mask = jnp.isfinite(advantages)
-  calls = 0
-
-  def update() -> None:
-    nonlocal state, calls
-    index = np.array(work.timesteps, np.int32)[calls % len(work.timesteps)][None]
-    state, _ = programs.update(state, run.frozen, path, text, advantages, mask, index)
-    jax.block_until_ready(state)
-    calls += 1
-
-  return update
-
-
-def iteration(
-  run: run_lib.Run, programs: train.Programs, state: state_lib.TrainState, work: Work
-) -> Callable[[], Any]:
-  del work
-  stop, iteration = preemption.Stop(), 0
-
-  def iterate() -> None:
-    nonlocal state, iteration
-    state, _ = train.run_task(run, programs, state, 0, iteration, stop)
-    jax.block_until_ready(state)
-    iteration += 1
-
-  return iterate
-
-
-def _flax(what: str, work: Work, settings: Mapping[str, Any]) -> benchmark.Side:
-  """The Flax UNet of diffusers in our programs."""
-  try:
-    return ours(what, work, {**settings, "backend": "diffusers"})
-  except UserError as error:
-    raise benchmark.Unavailable(str(error)) from error

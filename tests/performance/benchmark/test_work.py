@@ -1,183 +1,13 @@
-"""Sampling, update and iteration at a tiny size: the sides do the same work, and report it."""
+"""The work of a call, counted."""
 
-import contextlib
 import dataclasses
-import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 
-from rlft import train
-from rlft.diffusion import sampler
-from rlft.models import architectures, vae
-from rlft.performance.benchmark import contest as benchmark
-from rlft.performance.benchmark import trl as benchmark_trl
-from rlft.performance.benchmark import work as benchmark_models
-from rlft.types import UserError
-
-STEPS = 2
-SIZES = benchmark_models.SIZES
-_VAE = vae.VAEConfig(
-  down_block_types=("DownEncoderBlock2D",),
-  up_block_types=("UpDecoderBlock2D",),
-  block_out_channels=(8,),
-  norm_num_groups=4,
-)
-
-
-def architecture():
-  small = benchmark_models.random_architecture((32,), (True,), heads=2, features=16, sample_size=4)
-  return dataclasses.replace(small, vae=_VAE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-  with pytest.MonkeyPatch.context() as patch:
-    size = benchmark_models.Size(architecture, jax.device_count(), STEPS, 3.0, 1)
-    patch.setattr(benchmark_models, "SIZES", {"tiny": size})
-    patch.setattr(benchmark, "_PEAK_SIZES", {"cpu": 16})
-    # Threads of PyTorch that wait for each other on busy cores would take most of the time.
-    patch.setattr(benchmark, "cores", lambda: 1)
-    yield
-
-
-def configured(what="iteration", **given):
-  given = {"size": "tiny", "cpu_devices": jax.device_count(), "repeats": 1} | given
-  return benchmark.BenchmarkConfig(what=what, **given)
-
-
-WORKER = """
-import json, sys
-work = json.loads(sys.argv[1])
-assert len(work["prompts"]) == work["batch_size"] and work["mixed_precision"] == "no"
-print("ready", flush=True)
-for line in sys.stdin:
-  print("done", flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def iterated(tmp_path_factory):
-  """An iteration of all sides but those that compile again, and what ours and PyTorch's held."""
-  worker = tmp_path_factory.mktemp("trl") / "worker.py"
-  worker.write_text(WORKER)
-  seen = types.SimpleNamespace()
-  run_task, rollout = train.run_task, sampler.Sampler.rollout
-
-  def task(*args):
-    seen.state, metrics = run_task(*args)
-    seen.run, seen.programs = args[:2]
-    return seen.state, metrics
-
-  def drawn(*args):
-    result = rollout(*args)
-    if not hasattr(seen, "path"):  # Before the first update: from the weights on disk.
-      seen.path, seen.images, seen.text = result
-    return result
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(benchmark_trl, "_WORKER", worker)
-    patch.setattr(train, "run_task", task)
-    patch.setattr(sampler.Sampler, "rollout", drawn)
-    patch.setattr(jax, "clear_caches", lambda: None)
-    with contextlib.suppress(ImportError):
-      from rlft.performance.benchmark import torch_policy as benchmark_diffusers
-
-      class Kept(benchmark_diffusers.Policy):
-        def __init__(self, *args, **kwargs):
-          super().__init__(*args, **kwargs)
-          seen.policy, state = self, self.unet.state_dict()
-          seen.weights = {name: value.clone() for name, value in state.items()}
-
-        def close(self):
-          pass
-
-      patch.setattr(benchmark_diffusers, "Policy", Kept)
-    config = configured(sides="trl,torch,rlft", trl_python=sys.executable)
-    (seen.result,) = benchmark.run(config)
-    yield seen
-
-
-def test_an_iteration_of_each_side_is_timed(iterated):
-  result = iterated.result
-  assert list(result.sides) == ["rlft", "torch", "trl"]
-  assert result.sides["rlft"].seconds and result.sides["trl"].seconds
-  assert result.sides["torch"].seconds or result.sides["torch"].note.startswith("no ")
-  assert result.count == 8 and result.peak > 0
-  words = "8 images, latents of 4 x 4, 77 tokens, 2 steps, guidance 3, 1 timesteps trained, float32"
-  assert result.about == words
-  lines = benchmark.table([result], "images").splitlines()[1:]
-  assert [line.split()[0] for line in lines] == ["tiny", "torch", "trl", "matrix"]
-
-
-def test_sampling_and_update_run_our_programs(iterated):
-  run, ids = iterated.run, iterated.run.model.tokenize(["a fish"] * 8)[0]
-  numbers = {"batch_size": 8, "sampling_steps": STEPS, "guidance_scale": 3.0, "train_timesteps": 1}
-  work = benchmark_models.Work(
-    model=run.workdir,
-    scratch=run.workdir,
-    devices=1,
-    dtype="float32",
-    ids=ids,
-    empty=ids[0],
-    timesteps=(1,),
-    prompts=(),
-    **numbers,
-  )
-  _, images, _ = benchmark_models.sampling(run, iterated.programs, iterated.state, work)()
-  assert images.shape == (8, 4, 4, 3) and len(np.unique(np.asarray(images).mean((1, 2, 3)))) == 8
-  indices = []
-
-  def update(state, *batch):
-    # Traced, not compiled: that takes most of a minute.
-    after, metrics = jax.eval_shape(iterated.programs.update, state, *batch)
-    assert jax.tree.structure(after) == jax.tree.structure(state) and "grad_norm" in metrics
-    indices.extend(batch[-1].tolist())
-    return state, None
-
-  programs = dataclasses.replace(iterated.programs, update=update)
-  call = benchmark_models.update(run, programs, iterated.state, work)
-  call()
-  assert indices == [1]
-
-
-def test_pytorch_does_the_same_work(iterated):
-  torch = pytest.importorskip("torch")
-  policy, path = iterated.policy, iterated.path
-  latents = torch.tensor(np.asarray(path.latents)).permute(0, 1, 4, 2, 3)
-  text = torch.tensor(np.asarray(iterated.text.prompt.text))
-  empty = torch.tensor(np.asarray(iterated.text.empty.text))
-  with torch.no_grad():
-    policy.unet.load_state_dict(iterated.weights)
-    for index in range(STEPS):
-      mean = policy._mean(index, latents[index], torch.cat([empty, text]), None)
-      found = policy._log_prob(index, latents[index + 1], mean)
-      np.testing.assert_allclose(found, path.log_probs[index], atol=1e-4)
-    images = policy._vae.decode(latents[-1] / policy._vae.config.scaling_factor).sample
-  images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-  np.testing.assert_allclose(images, iterated.images, atol=1e-4)
-  # What PyTorch makes of the tokens itself: of the empty prompt, then of the others.
-  states, _ = policy._conditioning()
-  np.testing.assert_allclose(states[:8].detach(), empty, atol=1e-4)
-
-
-def test_pytorch_updates_every_parameter(iterated):
-  torch = pytest.importorskip("torch")
-  before = [parameter.detach().clone() for parameter in iterated.policy.unet.parameters()]
-  assert np.isfinite(iterated.policy.update())
-  pairs = zip(before, iterated.policy.unet.parameters(), strict=True)
-  assert all(not torch.equal(a, b) for a, b in pairs)
-  assert torch.isfinite(iterated.policy.sampling()[0]).all()
-
-
-def test_what_diffusers_flax_unet_cannot_do_is_said():
-  size = benchmark_models.Size(None, 8, 1, 1.0, 1)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(benchmark_models, "SIZES", {"miniature": size})
-    (result,) = benchmark.run(configured("sampling", size="miniature", sides="flax"))
-  assert "diffusers" in result.sides["flax"].note  # Not installed, or without groups of 16.
+from rlft.models import architectures
+from rlft.performance.benchmark import work
 
 
 @pytest.mark.parametrize(
@@ -189,11 +19,11 @@ def test_what_diffusers_flax_unet_cannot_do_is_said():
   ],
 )
 def test_the_work_is_counted_in_flops(name, parameters, forward):
-  model = architectures.build(SIZES[name].architecture())
+  model = architectures.build(work.SIZES[name].architecture())
   assert sum(leaf.size for leaf in jax.tree.leaves(model.params["unet"])) == parameters
   ids = np.zeros((1, 1, 77), np.int32)
   numbers = {"batch_size": 3, "sampling_steps": 4, "guidance_scale": 2.0, "train_timesteps": 5}
-  work = benchmark_models.Work(
+  done = work.Work(
     model="",
     scratch="",
     devices=1,
@@ -204,58 +34,11 @@ def test_the_work_is_counted_in_flops(name, parameters, forward):
     prompts=(),
     **numbers,
   )
-  found = benchmark_models.count_flops(model, work)
+  found = work.count_flops(model, done)
   # Norms whose sums are written as products add a little.
   assert found["update"] == pytest.approx(3 * 2 * 3 * forward, rel=5e-3)
   others = found["sampling"] - 4 * found["update"] / 3
   assert 0 < others < found["sampling"]
   assert found["iteration"] == found["sampling"] + 5 * found["update"]
-  unguided = dataclasses.replace(work, guidance_scale=1.0)
-  assert benchmark_models.count_flops(model, unguided)["update"] == found["update"] / 2
-
-
-def test_settings_of_a_training():
-  text = "microbatch=16,remat=true,learning_rate=1e-3,attention=xla"
-  assert benchmark_models.parse_settings(text) == {
-    "microbatch": 16,
-    "remat": True,
-    "learning_rate": 1e-3,
-    "attention": "xla",
-  }
-
-
-@pytest.mark.parametrize(
-  ("given", "message"),
-  [
-    ({"settings": "microbach=1"}, "called microbach: did you mean microbatch"),
-    ({"settings": "microbatch=x"}, "--settings=microbatch=x: give a whole number for microbatch"),
-    ({"settings": "remat"}, "--settings=remat: give true or false for remat"),
-    ({"settings": "task=a"}, "--settings=task=a: no setting of a training is called task"),
-    ({"train_timesteps": 3}, "--train_timesteps=3 is more than --sampling_steps=2"),
-    ({"batch_size": 12}, "--batch_size=12 cannot be spread over 8 devices"),
-    ({"size": "tin"}, "--size=tin is not known: did you mean tiny"),
-    ({"sides": "trl", "trl_python": "/no/python"}, "--trl_python=/no/python cannot be run"),
-  ],
-)
-def test_mistakes_are_one_line(given, message):
-  with pytest.raises(UserError, match=message) as caught:
-    benchmark.run(configured(**given))
-  assert "\n" not in str(caught.value)
-
-
-def test_a_process_that_ends_is_reported(tmp_path, monkeypatch):
-  worker = tmp_path / "worker.py"
-  worker.write_text("raise SystemExit('no module named trl')")
-  monkeypatch.setattr(benchmark_trl, "_WORKER", worker)
-  with pytest.raises(UserError, match="TRL's process has ended: no module named trl"):
-    benchmark.run(configured(sides="trl", trl_python=sys.executable))
-
-
-def test_without_its_python_trl_is_left_out():
-  (result,) = benchmark.run(configured(sides="trl"))
-  assert "experiments/trl_venv.sh" in result.sides["trl"].note
-
-
-def test_trl_is_left_out_where_it_cannot_sample():
-  (result,) = benchmark.run(configured(sides="trl", guidance_scale=1.0, trl_python=sys.executable))
-  assert "--guidance_scale=5" in result.sides["trl"].note
+  unguided = dataclasses.replace(done, guidance_scale=1.0)
+  assert work.count_flops(model, unguided)["update"] == found["update"] / 2
