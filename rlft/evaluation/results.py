@@ -354,7 +354,7 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
     last = old
     if after is not None and name in after:
       last = after[name]
-      row += [last.text, *_change_texts(old, last)]
+      row += [last.text, *change_texts(old, last)]
     row += [""] * (len(header) - len(row))
     unscored = f", {last.unscored} unscored" if last.unscored else ""
     rows.append([*row, f"{last.images} ({last.prompts} prompts{unscored})"])
@@ -370,16 +370,23 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
   return "\n".join(lines)
 
 
-def _change_texts(before: EvalResult, after: EvalResult) -> list[str]:
+def change_texts(before: EvalResult, after: EvalResult) -> tuple[str, str, str, str]:
   """The change, its interval, its share of the mean before, and its verdict; '' for NaN."""
   change = paired_difference(before, after)
   digits = f"+.{before.digits}f"
-  return [
+  return (
     "" if np.isnan(change.mean) else f"{change.mean:{digits}}",
     "" if np.isnan(change.low) else f"[{change.low:{digits}}, {change.high:{digits}}]",
     "" if np.isnan(change.relative) else f"{change.relative:+.1%}",
     change.verdict,
-  ]
+  )
+
+
+def when(iteration: int) -> str:
+  """What an evaluation after so many iterations is called."""
+  if not iteration:
+    return "at the start"
+  return f"after {iteration} iteration{'s' if iteration > 1 else ''}"
 
 
 def lines(history: History) -> list[str]:
@@ -391,7 +398,6 @@ def lines(history: History) -> list[str]:
   if not history:
     return []
   (_, start), (iteration, found) = history[0], history[-1]
-  when = f"after {iteration} iterations" if iteration else "at the start"
   width = max(map(len, found))
   texts = []
   for name, result in found.items():
@@ -401,7 +407,7 @@ def lines(history: History) -> list[str]:
     if result.spread == 0 and len(result.scores) > 1:
       parts.append("the same score for all")
     if len(history) > 1 and name in start:
-      change, interval, _, called = _change_texts(start[name], result)
+      change, interval, _, called = change_texts(start[name], result)
       parts.append(f"{change} {interval} since the start: {called}" if change else called)
-    texts.append(f"{when}: {name:{width}}  {', '.join(parts)}")
+    texts.append(f"{when(iteration)}: {name:{width}}  {', '.join(parts)}")
   return texts

@@ -230,7 +230,7 @@ def _figure(title: str, content: str, legend: Sequence[tuple[str, float]]) -> st
   """Puts a chart's title, picture and legend (names and last values) together."""
   entries = "".join(
     f'<span><i style="background:{color}"></i>{html.escape(name or "last")}'
-    f" <b>{value:.4g}</b></span>"
+    f" <b>{f'{value:.4g}' if math.isfinite(value) else '–'}</b></span>"
     for color, (name, value) in zip(_cycle(len(legend)), legend, strict=True)
   )
   return (

@@ -4,8 +4,8 @@ Made from what is in the run's directory, whatever of it is there yet: `config.j
 `metrics.jsonl`, `eval_history.jsonl` and `grids/`.
 """
 
-from collections.abc import Mapping, Sequence
-import html
+from collections.abc import Collection, Mapping, Sequence
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rlft.evaluation import evaluate, results
+from rlft.evaluation import results
 from rlft.report import charts, metrics, samples
+from rlft.report.render import render
 from rlft.storage import files
 
 REPORT_FILE = "report.html"
@@ -37,18 +38,26 @@ _PANELS = (
   ("Gradient norm", r"grad(?:ient)?_norm(?:/(.+))?", {"smooth": True}),
   ("Images per second", r"images_per_second", {}),
 )
-_HACKING = (
-  "<p><small>Where a reward rises and its judge, which measures the same images, does not, the"
-  " reward is being exploited.</small></p>"
-)
+
+# What is shown of a task; the page survives settings in which a part is missing.
+_TASK = dict.fromkeys(("name", "reward", "prompts", "batch_size", "images_per_prompt"), "?")
+_TASK |= {"veto": "", "watch": ""}
+
+_VERDICTS = {"better": "▲ better", "worse": "▼ worse", "unclear": "no clear change"}
 
 
-def write_report(workdir: str | os.PathLike[str], *, command: str | None = None) -> pathlib.Path:
+def write_report(
+  workdir: str | os.PathLike[str],
+  *,
+  command: str | None = None,
+  lower_is_better: Collection[str] = (),
+) -> pathlib.Path:
   """Writes `report.html`, whole or not at all.
 
   Args:
     workdir: the run's directory.
     command: the command line that made the run, to be shown.
+    lower_is_better: of the tasks' judges those that improve by falling, as `watch=` names them.
 
   Returns:
     The path of the report.
@@ -60,22 +69,29 @@ def write_report(workdir: str | os.PathLike[str], *, command: str | None = None)
   config = _read_config(workdir / CONFIG_FILE)
   rows = [row for row in files.read_jsonl(workdir / metrics.METRICS_FILE) if "iteration" in row]
   history = results.read_history(workdir)
-  title = f"rlft: {workdir.resolve().name}"
-  body = [
-    f"<h1>{html.escape(title)}</h1>",
-    _summary(config, rows, history),
-    f"<pre>{html.escape(command)}</pre>" if command else "",
-    "<h2>Before and after, on held-out prompts</h2>",
-    _results_table(history),
-    _history_charts(history),
-    "<h2>Samples of the same prompts and seeds</h2>",
-    samples.to_html(workdir),
-    "<h2>Training</h2>",
-    *_training_charts(rows, _tasks(config)),
-    _settings(config),
-  ]
+  tasks = [_TASK | task for task in config.get("task", ()) if isinstance(task, dict)]
+  ends = [results.when(iteration) for iteration, _ in history[:1] + history[1:][-1:]]
+  training, more = _training_charts(rows, tasks, lower_is_better)
+  page = render(
+    "page.html",
+    title=f"rlft: {workdir.resolve().name}",
+    summary=_summary(config, tasks, rows, history),
+    base=config.get("pretrained"),
+    tasks=tasks,
+    command=command,
+    columns=[*ends, "change"][: 3 if len(ends) > 1 else 1],
+    evaluations=_evaluations(history),
+    level=f"{results.LEVEL:.0%}",
+    effect=f"{results.EFFECT:.0%}",
+    held_out=_history_charts(history),
+    galleries=samples.galleries(workdir),
+    training=training,
+    judged=any(key.startswith("watch/") for row in rows for key in row),
+    more=more,
+    settings={key: json.dumps(value) for key, value in config.items()},
+  )
   path = workdir / REPORT_FILE
-  files.write_atomic(path, _PAGE.format(title=html.escape(title), body="\n".join(body)))
+  files.write_atomic(path, page)
   return path
 
 
@@ -89,100 +105,83 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _summary(
-  config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], history: results.History
-) -> str:
-  """What was run, and how far it came."""
+  config: Mapping[str, Any],
+  tasks: Sequence[Mapping[str, Any]],
+  rows: Sequence[Mapping[str, Any]],
+  history: results.History,
+) -> list[str]:
+  """How far the run came, and what that took."""
   total, done = config.get("iterations"), len(rows)
   words = [f"{done} of {total} iterations" if total else f"{done} iterations"]
-  tasks = _tasks(config)
-  if tasks:
-    words.append(f"{done * sum(task.get('batch_size', 0) for task in tasks):,} images sampled")
+  sizes = [task["batch_size"] for task in tasks]
+  if sizes and all(isinstance(size, int) for size in sizes):
+    words.append(f"{done * sum(sizes):,} images sampled")
   seconds = sum(row.get(key) or 0 for row in rows for key in _TIMES)
   if seconds:
     words.append(f"{seconds / 60:.1f} minutes of sampling, scoring and updating")
   if history:
     words.append(f"evaluated {len(history)} times" if len(history) > 1 else "evaluated once")
-  lines = [f"<p><b>{', '.join(words)}.</b>"]
-  if config.get("pretrained"):
-    lines.append(f" Base model: {html.escape(str(config['pretrained']))}.")
-  lines.append("</p>")
-  if tasks:
-    entries = "".join(
-      f"<li><b>{_cell(task, 'name')}</b>: reward {_cell(task, 'reward')},"
-      + "".join(f" {key} {_cell(task, key)}," for key in ("veto", "watch") if task.get(key))
-      + f" prompts"
-      f" {_cell(task, 'prompts')}, {_cell(task, 'batch_size')} images an iteration,"
-      f" {_cell(task, 'images_per_prompt')} for each prompt</li>"
-      for task in tasks
-    )
-    lines.append(f"<p>Trained on:</p><ul>{entries}</ul>")
-  return "".join(lines)
+  return words
 
 
-def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The run's tasks, as far as they are readable."""
-  return [task for task in config.get("task", ()) if isinstance(task, dict)]
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+  """A mean or a change, in words; `verdict` of a change."""
+
+  label: str
+  mean: str
+  interval: str
+  verdict: str = ""
 
 
-def _cell(entry: Mapping[str, Any], key: str) -> str:
-  return html.escape(str(entry.get(key, "?")))
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+  """A row of the table: an evaluation at the start, at the end, and the change."""
+
+  name: str
+  about: str
+  counts: str
+  trained_on: bool
+  kind: str  # of the change, for the style
+  cells: tuple[_Cell, ...]
 
 
-def _results_table(history: results.History) -> str:
+def _evaluations(history: results.History) -> list[_Evaluation]:
   """First against last evaluation."""
   if not history:
-    return "<p>No evaluation has finished yet.</p>"
+    return []
   (start, before), (end, after) = history[0], history[-1]
-  if len(history) == 1:
-    after = {}
-  head = f"<tr><th>evaluation<th>iteration {start}"
-  head += f"<th>iteration {end}<th>change</tr>" if after else "</tr>"
-  rows = []
+  found = []
   for name, old in before.items():
     direction = "lower" if old.lower_is_better else "higher"
-    new = after.get(name)
+    new = after.get(name) if len(history) > 1 else None
     counts = f"{old.images} images, {old.prompts} prompts"
     unscored = sum(result.unscored for result in (old, new) if result)
     if unscored:
       counts += f", {unscored} unscored"
-    badge = " · <em>trained on</em>" if old.trained_on else ""
-    cells = [
-      f"<b>{html.escape(name)}</b><small>{html.escape(old.metric)} · {direction} is better{badge}"
-      f"<br>{counts}</small>",
-      _interval(old),
-    ]
-    kind = ""
+    cells, kind = [_mean(results.when(start), old)], ""
     if new:
-      change = results.paired_difference(old, new)
-      kind = change.verdict
-      relative = "" if np.isnan(change.relative) else f"{change.relative:+.1%}, "
-      mark = {"better": "▲ better", "worse": "▼ worse", "unclear": "no clear change"}.get(
-        kind, kind
-      )
-      cells += [_interval(new), f"{_interval(change, '+')}<b>{relative}{mark}</b>"]
-    rows.append(
-      f'<tr class="{kind.replace(" ", "-")}">' + "".join(f"<td>{cell}" for cell in cells) + "</tr>"
-    )
-  return (
-    f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
-    f"<p><small>Same prompts and same noise at each evaluation. In brackets: {results.LEVEL:.0%}"
-    " bootstrap intervals; that of a change is of the pairwise differences, and the change is"
-    " called better or worse only if it excludes 0 and the change is at least"
-    f" {results.EFFECT:.0%} of the standard deviation of the scores before. A metric that was"
-    " <em>trained on</em> may rise because the reward is exploited: trust it only if the others"
-    " agree.</small></p>"
-  )
+      change, interval, relative, verdict = results.change_texts(old, new)
+      kind = verdict.replace(" ", "-")
+      words = ", ".join(word for word in (relative, _VERDICTS.get(verdict, verdict)) if word)
+      cells += [_mean(results.when(end), new), _Cell("change", change or "–", interval, words)]
+    about = f"{old.metric} · {direction} is better"
+    found.append(_Evaluation(name, about, counts, old.trained_on, kind, tuple(cells)))
+  return found
 
 
-def _interval(value: results.EvalResult | results.Difference, sign: str = "") -> str:
-  low, high = (format(bound, f"{sign}.4f") for bound in (value.low, value.high))
-  return f"{format(value.mean, f'{sign}.4f')}<small>[{low}, {high}]</small>"
+def _mean(label: str, result: results.EvalResult) -> _Cell:
+  if np.isnan(result.mean):
+    return _Cell(label, "not scored", "")
+  low, high = (f"{bound:.{result.digits}f}" for bound in (result.low, result.high))
+  interval = "" if np.isnan(result.low) else f"[{low}, {high}]"
+  return _Cell(label, f"{result.mean:.{result.digits}f}", interval)
 
 
-def _history_charts(history: results.History) -> str:
+def _history_charts(history: results.History) -> list[str]:
   """Every held-out metric over the iterations, with its interval."""
   if len(history) < 2:
-    return ""
+    return []
   figures = []
   for name, last in history[-1][1].items():
     points = [(iteration, found[name]) for iteration, found in history if name in found]
@@ -193,15 +192,17 @@ def _history_charts(history: results.History) -> str:
     )
     direction = "lower" if last.lower_is_better else "higher"
     figures.append(charts.line_chart(f"{name} (held out, {direction} is better)", [curve]))
-  return _figures(figures)
+  return figures
 
 
 def _training_charts(
-  rows: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
-) -> list[str]:
-  """Rewards with their judges, then whether training is healthy, then all else, folded away."""
+  rows: Sequence[Mapping[str, Any]],
+  tasks: Sequence[Mapping[str, Any]],
+  lower_is_better: Collection[str],
+) -> tuple[list[str], list[str]]:
+  """Rewards with their judges and whether training is healthy; then all else, to be folded away."""
   if not rows:
-    return ["<p>No iteration has finished yet.</p>"]
+    return [], []
   x = np.array([row["iteration"] for row in rows])
   keys = list(dict.fromkeys(key for row in rows for key in row if key != "iteration"))
 
@@ -210,7 +211,7 @@ def _training_charts(
     return charts.Series(name, x, np.array([np.nan if v is None else v for v in values], float))
 
   shown, figures = set(), []
-  judges = {task.get("name"): str(task.get("watch") or "judge") for task in tasks}
+  judges = {task["name"]: task["watch"] for task in tasks}
   for name in metrics.trained_curves(keys):
     key, task = f"reward/{name}/mean", name.partition("/")[0]
     judged = f"watch/{task}/mean"
@@ -218,8 +219,8 @@ def _training_charts(
     if judged not in keys:
       figures.append(charts.line_chart(f"Reward: {name}", [curve("", key)], smooth=True))
       continue
-    judge = judges.get(task, "judge")
-    lower = judge in evaluate.LOWER_IS_BETTER
+    judge = judges.get(task) or "judge"
+    lower = judge in lower_is_better
     direction = "lower is better, drawn upside down" if lower else "higher is better"
     title = f"Reward: {name}, and {judge}, never trained on (right scale, {direction})"
     both = curve("reward", key), curve(judge, judged)
@@ -228,8 +229,9 @@ def _training_charts(
     matches = [match for key in keys if (match := re.fullmatch(pattern, key))]
     if matches:
       shown.update(match[0] for match in matches)
+      total = "all tasks" if len(matches) > 1 else ""
       curves = [
-        curve(match[1] if match.re.groups and match[1] else "", match[0]) for match in matches
+        curve(match[1] if match.re.groups and match[1] else total, match[0]) for match in matches
       ]
       figures.append(charts.line_chart(title, curves, **options))
   times = [key for key in _TIMES if key in keys]
@@ -237,69 +239,4 @@ def _training_charts(
     shown.update(times)
     split = [curve(key.removeprefix("time/").removesuffix("_s"), key) for key in times]
     figures.append(charts.stacked_chart("Seconds of an iteration", split))
-  parts = [_figures(figures)]
-  if any(key.startswith("watch/") for key in keys):
-    parts.insert(0, _HACKING)
-  rest = [charts.line_chart(key, [curve("", key)]) for key in keys if key not in shown]
-  if rest:
-    parts.append(f"<details><summary>{len(rest)} more curves</summary>{_figures(rest)}</details>")
-  return parts
-
-
-def _figures(figures: Sequence[str]) -> str:
-  return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
-
-
-def _settings(config: Mapping[str, Any]) -> str:
-  """All settings, folded away."""
-  if not config:
-    return ""
-  rows = "".join(
-    f"<tr><td>{html.escape(str(key))}<td>{html.escape(json.dumps(value))}</tr>"
-    for key, value in config.items()
-  )
-  return (
-    f"<h2>Settings</h2><details><summary>All {len(config)} settings</summary>"
-    f'<div class="scroll"><table>{rows}</table></div></details>'
-  )
-
-
-# The policy in the head makes browsers refuse whatever is not in the file itself.
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
- max-width: 1080px; margin: 0 auto; padding: 12px; }}
-h1 {{ font-size: 24px; }} h2 {{ font-size: 19px; margin-top: 32px; }} h3 {{ font-size: 16px; }}
-small {{ color: #555; display: block; font-size: 12px; line-height: 1.35; }}
-p small {{ font-size: 13px; }}
-pre {{ background: #f4f4f4; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ border-bottom: 1px solid #ddd; padding: 5px 10px; text-align: left;
- vertical-align: top; }}
-th {{ font-weight: 600; font-size: 13px; }}
-tr.better td:nth-child(n+4) {{ background: #e2f3e6; }}
-tr.worse td:nth-child(n+4) {{ background: #fbe4e0; }}
-tr.unclear td:nth-child(n+4), tr.no-effect td:nth-child(n+4) {{ background: #f2f2f2; }}
-td em {{ color: #8a4b00; font-style: normal; font-weight: 600; }}
-td b {{ font-size: 13px; }}
-.grid td {{ border: 0; padding: 2px 4px 8px; }} .grid img {{ display: block; }}
-.grid th {{ border: 0; padding: 2px 4px; font-weight: 400; }}
-.grid tr th:first-child {{ width: 110px; min-width: 90px; }}
-.charts {{ display: grid; gap: 16px; margin: 12px 0;
- grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); }}
-figure {{ margin: 0; }} figcaption {{ font-weight: 600; font-size: 14px; }}
-svg {{ width: 100%; height: auto; display: block; }}
-svg text {{ font-size: 11px; fill: #555; }} svg .g {{ stroke: #e4e4e4; }}
-.legend {{ font-size: 12px; color: #444; }} .legend span {{ margin-right: 12px; }}
-.legend i {{ display: inline-block; width: 10px; height: 10px; margin-right: 4px; }}
-summary {{ cursor: pointer; }}
-@media (max-width: 600px) {{ th, td {{ padding: 4px 5px; }} }}
-</style></head><body>
-{body}
-</body></html>
-"""
+  return figures, [charts.line_chart(key, [curve("", key)]) for key in keys if key not in shown]

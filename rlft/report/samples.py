@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Sequence
 import dataclasses
-import html
 import io
 import itertools
 import json
@@ -13,6 +12,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 
+from rlft.evaluation import results
 from rlft.storage import files
 from rlft.storage import images as images_lib
 from rlft.types import Prompt
@@ -132,43 +132,61 @@ def _read(path: pathlib.Path) -> Sheet | None:
     return None
 
 
-def to_html(workdir: str | os.PathLike[str]) -> str:
-  """One table of pictures for each evaluation: a row for each prompt, a column for each time.
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A cell at one time; `data` is a data URI."""
 
-  Args:
-    workdir: the run's directory.
+  time: str
+  data: str
 
-  Returns:
-    HTML that needs no other file.
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+  """The pictures of one evaluation, as the page shows them.
+
+  Attributes:
+    name: of the evaluation.
+    times: what stands above each column.
+    rows: a prompt and its pictures, one for each column.
+    width: of a picture in pixels.
+    pixelated: whether pixels are shown as squares.
   """
+
+  name: str
+  times: tuple[str, ...]
+  rows: tuple[tuple[str, tuple[Picture, ...]], ...]
+  width: int
+  pixelated: bool
+
+
+def galleries(workdir: str | os.PathLike[str]) -> list[Gallery]:
+  """The kept samples of each evaluation: a row for each prompt, a column for each time."""
   sheets = read_samples(workdir)
-  if not sheets:
-    return "<p>No samples have been kept yet.</p>"
   # Fewer columns until the page is small enough to be sent by mail.
   for columns in (6, 4, 3, 2):
-    encoded = {
-      name: [_encode(s) for s in _spread(found, columns)] for name, found in sheets.items()
-    }
-    size = sum(len(data) for found in encoded.values() for cells in found for data in cells)
-    if size <= _PICTURE_BYTES:
+    found = [_gallery(name, _spread(kept, columns)) for name, kept in sheets.items()]
+    pictures = (picture for one in found for _, row in one.rows for picture in row)
+    if sum(len(picture.data) for picture in pictures) <= _PICTURE_BYTES:
       break
-  parts = []
-  for name, found in sheets.items():
-    chosen = _spread(found, columns)
-    head = "".join(f"<th>iteration {sheet.iteration}" for sheet in chosen)
-    body = []
-    for row, prompt in enumerate(chosen[0].prompts):
-      text = html.escape(prompt)
-      pictures = "".join(
-        f"<td>{_picture(sheet, cells[row], f'{text}, iteration {sheet.iteration}')}"
-        for sheet, cells in zip(chosen, encoded[name], strict=True)
-      )
-      body.append(f"<tr><th>{text}{pictures}</tr>")
-    parts.append(
-      f"<h3>{html.escape(name)}</h3>"
-      f'<div class="scroll"><table class="grid"><tr><th>{head}</tr>{"".join(body)}</table></div>'
-    )
-  return "".join(parts)
+  return found
+
+
+def _gallery(name: str, sheets: Sequence[Sheet]) -> Gallery:
+  times = tuple(results.when(sheet.iteration) for sheet in sheets)
+  # A row for each column, turned round.
+  encoded = zip(*(_encode(sheet) for sheet in sheets), strict=True)
+  first = sheets[0]
+  return Gallery(
+    name=name,
+    times=times,
+    rows=tuple(
+      (prompt, tuple(map(Picture, times, row)))
+      for prompt, row in zip(first.prompts, encoded, strict=True)
+    ),
+    # In a cell of several images each is smaller, so that a phone shows a whole set.
+    width=(96 if first.across == 1 else 48) * first.across,
+    pixelated=first.image_size <= _PIXELATED,
+  )
 
 
 def _spread(sheets: Sequence[Sheet], count: int) -> list[Sheet]:
@@ -194,11 +212,3 @@ def _encode(sheet: Sheet) -> list[str]:
 
 def _data_uri(kind: str, content: bytes) -> str:
   return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _picture(sheet: Sheet, data: str, description: str) -> str:
-  # In a cell of several images each is smaller, so that a phone shows a whole set.
-  per_image = 96 if sheet.across == 1 else 48
-  width = per_image * sheet.across
-  style = "image-rendering:pixelated" if sheet.image_size <= _PIXELATED else ""
-  return f'<img src="{data}" width="{width}" style="{style}" alt="{description}">'

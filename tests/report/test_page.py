@@ -84,6 +84,7 @@ def test_page_is_self_contained_and_well_formed(workdir):
   assert not re.search(r"https?://|@import|url\(", page)
   assert "script" not in checker.tags and "link" not in checker.tags
   assert "&lt;script&gt;" in page and "same &lt;b&gt;" in page
+  assert page.count("<body>") == page.count("</html>") == 1
   pictures = re.findall(r"<svg.*?</svg>", page)
   for picture in pictures:
     ElementTree.fromstring(picture)
@@ -96,23 +97,24 @@ def test_page_says_what_was_run(workdir):
   page = report.write_report(workdir, command="train --x='<y>'").read_text()
   # 4 iterations of 64 images; 4 * (60 + 6 + 54) s = 8 minutes.
   assert "4 of 5 iterations, 256 images sampled, 8.0 minutes" in page
-  assert "train --x=&#x27;&lt;y&gt;&#x27;" in page
-  assert "emoji-sd" in page and "reward r, prompts p.txt" in page and "12345" in page
+  assert "train --x=&#39;&lt;y&gt;&#39;" in page
+  assert "Base model: emoji-sd." in page and "<td>seed</td><td>12345</td>" in page
+  assert "<b>tone</b>: reward r, prompts p.txt,\n    64 images an iteration" in page
 
 
 def test_table_shows_direction_and_significance(workdir):
   page = report.write_report(workdir).read_text()
-  rows = re.findall(r'<tr class="([\w-]+)"><td><b>(.*?)</b>', page)
+  rows = re.findall(r'<tr class="([\w-]+)">\s*<td><b>(.*?)</b>', page)
   assert rows == [("better", "up"), ("worse", "down"), ("no-effect", "same &lt;b&gt;")]
-  assert "+4.0000" in page and "+42.1%, ▲ better" in page  # 4 / 9.5
-  assert page.count("<em>trained on</em></") + page.count("<em>trained on</em><br>") == 1
-  assert "iteration 4" in page
+  assert "+4.0000<small>[+4.0000, +4.0000]</small><b>+42.1%, ▲ better</b>" in page  # 4 / 9.5
+  assert page.count("<em>trained on</em><br>") == 1
+  assert "<th>at the start</th><th>after 4 iterations</th><th>change</th>" in page
 
 
 def test_pictures_of_every_evaluation(workdir):
   page = report.write_report(workdir).read_text()
   assert page.count("<img ") == 2 * 3
-  assert 'alt="a dog, iteration 2"' in page
+  assert 'alt="a dog, after 2 iterations"' in page
 
 
 def test_a_run_with_nothing_yet(tmp_path):
@@ -130,7 +132,7 @@ def test_a_run_that_was_stopped_early(workdir):
   page = report.write_report(workdir).read_text()
   assert "4 iterations" in page and "evaluated once" in page
   assert "better</b>" not in page and "held out" not in page.split("<h2>")[2]
-  assert '<tr class=""><td><b>up</b>' in page
+  assert re.search(r'<tr class="">\s*<td><b>up</b>', page) and "<th>change" not in page
 
 
 def test_a_damaged_file_is_named(workdir):
@@ -154,7 +156,7 @@ def test_a_reward_is_drawn_with_its_judge(tmp_path):
   with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
     for iteration in range(3):
       writer.write(iteration, {f"{name}/mean": iteration for name in [*names, "reward/x"]})
-  page = report.write_report(tmp_path).read_text()
+  page = report.write_report(tmp_path, lower_is_better=["oracle-parity"]).read_text()
   charts = dict(re.findall(r"<figcaption>(.*?)</figcaption><svg(.*?)</svg>", page))
   tone, *terms, plain, total = charts
   assert tone == (
@@ -173,5 +175,18 @@ def test_a_reward_is_drawn_with_its_judge(tmp_path):
   ]
   assert all("higher is better)" in title for title in terms)
   assert plain == "Reward: x" and total == "reward/sum/mean" and "1 more curves" in page
-  assert "watch oracle-parity," in page and "veto v, prompts p" in page and "r&lt;1&gt;" in page
-  assert "the reward is being exploited" in page
+  assert (
+    "reward r&lt;1&gt;, watch oracle-parity, prompts p," in page and "veto v, prompts p" in page
+  )
+  assert "reward is being exploited" in " ".join(page.split())
+
+
+def test_a_run_in_which_nothing_could_be_scored(tmp_path):
+  nothing, some = np.full(4, np.nan), [np.nan, 1, 2, 3]
+  results.append_history(tmp_path, 0, {"a": result("a", nothing), "b": result("b", some)})
+  results.append_history(tmp_path, 1, {"a": result("a", nothing), "b": result("b", nothing)})
+  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+    writer.write(0, {"reward/t/mean": float("nan"), "watch/t/mean": float("nan")})
+  page = report.write_report(tmp_path).read_text()
+  assert page.count("not scored") == 3 and page.count("no clear change") == 2
+  assert "nan" not in re.sub("<style>.*</style>", "", page, flags=re.S).lower()

@@ -42,7 +42,7 @@ def test_prompts_are_spread_over_the_list(tmp_path):
 def test_nothing_is_kept_if_so_wished(tmp_path):
   save(tmp_path, "a", 0, flat([1]), prompts("a"), max_prompts=0)
   assert samples.read_samples(tmp_path) == {}
-  assert "No samples" in samples.to_html(tmp_path)
+  assert samples.galleries(tmp_path) == []
 
 
 def test_what_cannot_be_read_is_left_out(tmp_path):
@@ -61,22 +61,31 @@ def test_only_the_newest_prompts_are_compared(tmp_path):
   assert [sheet.prompts for sheet in samples.read_samples(tmp_path)["a"]] == [("y",)]
 
 
-def test_tables_of_pictures(tmp_path):
+def test_galleries(tmp_path):
   for iteration in range(0, 100, 10):
-    save(tmp_path, "a", iteration, flat([1, 2]), prompts(["<x>", "y"]))
-  page = samples.to_html(tmp_path)
-  assert page.count("<img ") == 2 * 6  # at most six columns
-  assert "iteration 0<" in page and "iteration 90<" in page
-  assert "&lt;x&gt;" in page and "<x>" not in page
-  assert page.count("image-rendering:pixelated") == 12
+    save(tmp_path, "a", iteration, flat([1, 2]), prompts(["x", "y"]))
+    save(tmp_path, "sets", iteration, flat([1, 2, 3, 4]), prompts("xxyy"))
+  single, sets = samples.galleries(tmp_path)
+  assert (single.name, sets.name) == ("a", "sets")
+  # At most six columns, or four of sets, with the first and the last.
+  assert [len(one.times) for one in (single, sets)] == [6, 4]
+  for one in (single, sets):
+    assert (one.times[0], one.times[-1]) == ("at the start", "after 90 iterations")
+    assert [prompt for prompt, _ in one.rows] == ["x", "y"]
+    assert all(tuple(p.time for p in pictures) == one.times for _, pictures in one.rows)
+  assert (single.width, sets.width, single.pixelated) == (96, 2 * 48, True)
+  # The pictures of a row are those of its prompt.
+  first, second = (pictures[0].data for _, pictures in single.rows)
+  assert first.startswith("data:image/png;base64,") and first != second
 
 
 def test_large_pictures_are_reduced_and_the_page_stays_small(tmp_path):
   noise = np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3), np.uint8)
   save(tmp_path, "a", 0, noise, prompts("ab"))
-  page = samples.to_html(tmp_path)
-  assert page.count("data:image/jpeg") == 2 and "pixelated" not in page
-  assert len(page) < 100_000
+  (gallery,) = samples.galleries(tmp_path)
+  assert not gallery.pixelated
+  for _, (picture,) in gallery.rows:
+    assert picture.data.startswith("data:image/jpeg;base64,") and len(picture.data) < 50_000
   with PIL.Image.open(tmp_path / "grids" / "a" / "000000.png") as kept:
     assert kept.size == (514, 1028)  # the file keeps every pixel
     np.testing.assert_array_equal(np.asarray(kept)[1:513, 1:513], noise[0])
@@ -87,4 +96,4 @@ def test_fewer_columns_where_pictures_would_be_too_heavy(tmp_path, monkeypatch):
     save(tmp_path, "a", iteration, flat([1]), prompts("a"))
   one = len(samples._encode(samples.read_samples(tmp_path)["a"][0])[0])
   monkeypatch.setattr(samples, "_PICTURE_BYTES", 3.5 * one)
-  assert samples.to_html(tmp_path).count("<img ") == 3
+  assert len(samples.galleries(tmp_path)[0].times) == 3
