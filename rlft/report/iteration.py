@@ -8,6 +8,15 @@ import numpy as np
 
 from rlft.rewards.scoring.task import Scored
 
+# What the updates of several tasks are summed up by.
+_OF_TASKS = {
+  "ratio/max_abs_deviation": max,
+  "clip_fraction": np.mean,
+  "approx_kl": np.mean,
+  "kl_to_base": np.mean,
+  "grad_norm": np.mean,
+}
+
 
 def of_task(
   name: str, scored: Scored, fetch: Callable[[jax.Array], np.ndarray]
@@ -63,6 +72,8 @@ def of_updates(name: str, updates: Sequence[Mapping[str, Any]]) -> dict[str, flo
 def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:
   """Puts the figures of the whole iteration before those of its tasks.
 
+  Figures that no task has (of updates, these are what the algorithm reports) are left out.
+
   Args:
     metrics: `<key>/<task>` of all tasks.
     images: sampled in the iteration.
@@ -71,13 +82,13 @@ def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:
   def of(key):
     return [value for name, value in metrics.items() if name.startswith(f"{key}/")]
 
+  figures = {key: float(over(of(key))) for key, over in _OF_TASKS.items() if of(key)}
   times = {
     f"time/{phase}_s": sum(of(f"time/{phase}_s")) for phase in ("sample", "reward", "update")
   }
   seconds = sum(times.values())
   return {
-    "ratio/max_abs_deviation": max(of("ratio/max_abs_deviation")),
-    **{key: float(np.mean(of(key))) for key in ("clip_fraction", "approx_kl", "grad_norm")},
+    **figures,
     **times,
     "time/iteration_s": seconds,
     "images_per_second": images / seconds,

@@ -127,10 +127,13 @@ def _number(value: Any) -> int | float:
 
 
 class Progress:
-  """A run's progress on stderr: a bar on a terminal, else (a log file) one line an iteration."""
+  """A run's progress on stderr: a bar on a terminal, else (a log file) one line an iteration.
+
+  A line has the iteration's number, from 0 as in `metrics.jsonl`, and how many are done.
+  """
 
   def __init__(self, total: int, initial: int = 0, *, stream: TextIO | None = None):
-    """Starts the clock.
+    """Starts a bar on a terminal.
 
     Args:
       total: iterations of the whole run.
@@ -139,11 +142,15 @@ class Progress:
     """
     self._total, self._initial, self._done = total, initial, initial
     self._stream = stream or sys.stderr
-    self._start = time.monotonic()
+    self._first_end = 0.0
     self._bar = None
     if self._stream.isatty():
       self._bar = tqdm.tqdm(
-        total=total, initial=initial, unit="it", dynamic_ncols=True, file=self._stream
+        total=total,
+        initial=initial,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        dynamic_ncols=True,
+        file=self._stream,
       )
 
   def update(self, values: Mapping[str, Any]) -> None:
@@ -154,22 +161,25 @@ class Progress:
         judge's mean and `images_per_second`.
     """
     self._done += 1
-    parts = []
-    for name in trained_curves(values):
-      parts.append(f"{name} {float(values[f'reward/{name}/mean']):.4g}")
-      judge = f"watch/{name.partition('/')[0]}/mean"
-      if judge in values:
-        parts[-1] += f" (judge {float(values[judge]):.4g})"
+    parts = [_reward_text(name, values) for name in trained_curves(values)]
     if "images_per_second" in values:
       parts.append(f"{float(values['images_per_second']):.3g} images/s")
+    parts.append(f"{self._left()} left")
     if self._bar is not None:
       self._bar.set_postfix_str(", ".join(parts), refresh=False)
       self._bar.update()
       return
-    seconds = time.monotonic() - self._start
-    left = seconds / (self._done - self._initial) * (self._total - self._done)
-    where = f"{self._done:{len(str(self._total))}}/{self._total}"
-    self._print("  ".join([where, *parts, f"{_clock(left)} left"]))
+    width = len(str(self._total))
+    where = f"iteration {self._done - 1:{width}}, {self._done:{width}}/{self._total} done"
+    self._print("  ".join([where, *parts]))
+
+  def _left(self) -> str:
+    """The time left. The first iteration of a process compiles, and so says nothing about it."""
+    now, timed = time.monotonic(), self._done - self._initial - 1
+    if not timed:
+      self._first_end = now
+      return "..."
+    return _clock((now - self._first_end) / timed * (self._total - self._done))
 
   def say(self, message: str) -> None:
     """Prints a line without tearing the bar."""
@@ -191,6 +201,26 @@ class Progress:
 
   def _print(self, line: str) -> None:
     print(line, file=self._stream, flush=True)
+
+
+def _reward_text(name: str, values: Mapping[str, Any]) -> str:
+  """What a task, or a term of its sum, scored: the mean, the judge's, and what is wrong with it."""
+
+  def of(key):
+    return float(values.get(key, math.nan))
+
+  if math.isnan(of(f"reward/{name}/mean")):
+    return f"{name} not scored"
+  text = f"{name} {of(f'reward/{name}/mean'):.4g}"
+  notes = []
+  judge = f"watch/{name.partition('/')[0]}/mean"
+  if judge in values:
+    notes.append("judge not scored" if math.isnan(of(judge)) else f"judge {of(judge):.4g}")
+  if of(f"reward/{name}/min") == of(f"reward/{name}/max"):
+    notes.append("the same for all images")
+  if of(f"reward/{name}/unscored") > 0:
+    notes.append(f"{of(f'reward/{name}/unscored'):.0%} not scored")
+  return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def _clock(seconds: float) -> str:

@@ -34,7 +34,8 @@ _PANELS = (
     r"ratio/max_abs_deviation(?:/(.+))?",
     {"log_floor": _RATIO_FLOOR, "peaks": True},
   ),
-  ("Pretraining loss", r"loss/pretrain", {"smooth": True}),
+  ("KL divergence from the base model", r"kl_to_base(?:/(.+))?", {"smooth": True}),
+  ("Loss", r"loss/(.+)", {"smooth": True}),
   ("Gradient norm", r"grad(?:ient)?_norm(?:/(.+))?", {"smooth": True}),
   ("Images per second", r"images_per_second", {}),
 )

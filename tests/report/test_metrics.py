@@ -145,16 +145,28 @@ class Terminal(io.StringIO):
     return True
 
 
-def test_progress_in_a_log_file_is_one_line_an_iteration():
+@pytest.fixture
+def clock(monkeypatch):
+  """Seconds that a test may set."""
+  seconds = [0.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: seconds[0])
+  return seconds
+
+
+def test_progress_in_a_log_file_is_one_line_an_iteration(clock):
   stream = io.StringIO()
-  with metrics.Progress(12, 9, stream=stream) as progress:
+  with metrics.Progress(12, 8, stream=stream) as progress:
+    clock[0] = 1000.0  # the first iteration compiles
     progress.update({"reward/tone/mean": -0.51234, "reward/tone/std": 1, "images_per_second": 21.6})
     progress.say("saved")
-    progress.update({"reward/tone/mean": jnp.float32(0.25)})
-  first, said, second = stream.getvalue().splitlines()
-  assert first.startswith("10/12  tone -0.5123  21.6 images/s  0:0") and first.endswith(" left")
-  assert said == "saved"
-  assert second.startswith("11/12  tone 0.25  0:0")
+    for clock[0] in (1010.0, 1030.0):
+      progress.update({"reward/tone/mean": jnp.float32(0.25)})
+  assert stream.getvalue().splitlines() == [
+    "iteration  8,  9/12 done  tone -0.5123  21.6 images/s  ... left",
+    "saved",
+    "iteration  9, 10/12 done  tone 0.25  0:20 left",
+    "iteration 10, 11/12 done  tone 0.25  0:15 left",  # 30 s for two
+  ]
 
 
 def test_progress_of_sums_and_judges():
@@ -167,12 +179,26 @@ def test_progress_of_sums_and_judges():
   assert "a/x 0.5 (judge 0.25)  a/y 2 (judge 0.25)  b 1  " in stream.getvalue()
 
 
+def test_progress_says_what_is_wrong_with_a_reward():
+  nan, stream = float("nan"), io.StringIO()
+  with metrics.Progress(2, stream=stream) as progress:
+    progress.update(
+      {"reward/a/mean": nan, "reward/a/unscored": 1.0}
+      | {"reward/b/mean": 0.5, "reward/b/min": 0.5, "reward/b/max": 0.5, "watch/b/mean": nan}
+      | {"reward/c/mean": 0.5, "reward/c/min": 0.25, "reward/c/max": 1, "reward/c/unscored": 0.125}
+    )
+  assert (
+    "a not scored  b 0.5 (judge not scored, the same for all images)  c 0.5 (12% not scored)  "
+  ) in stream.getvalue()
+
+
 def test_progress_on_a_terminal_is_a_bar():
   stream = Terminal()
   with metrics.Progress(4, 1, stream=stream) as progress:
     progress.update({"reward/tone/mean": 0.5, "images_per_second": 2.0})
     progress.say("saved")
   assert "2/4" in stream.getvalue() and "saved\n" in stream.getvalue()
+  assert "tone 0.5, 2 images/s, ... left]" in stream.getvalue()
   assert stream.getvalue().count("\n") <= 3
 
 
