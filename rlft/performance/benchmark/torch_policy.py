@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlft.config.settings import Config
+from rlft.config.settings import AlgorithmSettings, OptimizerSettings
 from rlft.diffusion import ddim
 from rlft.performance.benchmark.contest import Side, Unavailable, seconds_of
 from rlft.performance.benchmark.torch_ports import start
 from rlft.performance.benchmark.work import Work
 
-_CLIP_RANGE = Config.clip_range
+_CLIP_RANGE = AlgorithmSettings.clip_range
 
 
 def side(what: str, work: Work, *, is_compiled: bool = False) -> Side:
@@ -97,10 +97,10 @@ class Policy:
     self._empty = torch.from_numpy(np.asarray(work.empty, np.int64)).to(place)
     self._optimizer = torch.optim.AdamW(
       self.unet.parameters(),
-      lr=Config.learning_rate,
-      betas=(Config.adam_b1, Config.adam_b2),
-      eps=Config.adam_eps,
-      weight_decay=Config.weight_decay,
+      lr=OptimizerSettings.learning_rate,
+      betas=(OptimizerSettings.adam_b1, OptimizerSettings.adam_b2),
+      eps=OptimizerSettings.adam_eps,
+      weight_decay=OptimizerSettings.weight_decay,
     )
     self._drawn: Any = None
     self._calls = 0
@@ -251,6 +251,6 @@ class Policy:
   def _step(self) -> None:
     import torch
 
-    torch.nn.utils.clip_grad_norm_(self.unet.parameters(), Config.max_grad_norm)
+    torch.nn.utils.clip_grad_norm_(self.unet.parameters(), OptimizerSettings.max_grad_norm)
     self._optimizer.step()
     self._optimizer.zero_grad()

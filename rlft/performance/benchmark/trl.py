@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import tempfile
 
-from rlft.config.settings import Config
+from rlft.config.settings import AlgorithmSettings, OptimizerSettings
 from rlft.performance.benchmark.contest import Side, Unavailable, cores
 from rlft.performance.benchmark.work import Work
 from rlft.types import UserError
@@ -46,8 +46,8 @@ def side(work: Work, python: str) -> Side:
     "guidance_scale": work.guidance_scale,
     "train_timesteps": work.train_timesteps,
     "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[work.dtype],
-    "learning_rate": Config.learning_rate,
-    "clip_range": Config.clip_range,
+    "learning_rate": OptimizerSettings.learning_rate,
+    "clip_range": AlgorithmSettings.clip_range,
     "cores": cores(),
   }
   try:

@@ -189,8 +189,8 @@ def test_settings_of_a_training():
   ("given", "message"),
   [
     ({"settings": "microbach=1"}, "called microbach: did you mean microbatch"),
-    ({"settings": "microbatch=x"}, "--settings=microbatch=x: give a whole number for microbatch"),
-    ({"settings": "remat"}, "--settings=remat: give true or false for remat"),
+    ({"settings": "microbatch=x"}, "--settings=microbatch=x is not a whole number: give one"),
+    ({"settings": "remat"}, "--settings=remat is neither true nor false: give one of them"),
     ({"settings": "task=a"}, "--settings=task=a: no setting of a training is called task"),
     ({"train_timesteps": 3}, "--train_timesteps=3 is more than --sampling_steps=2"),
     ({"batch_size": 12}, "--batch_size=12 cannot be spread over 8 devices"),
