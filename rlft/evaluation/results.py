@@ -408,6 +408,7 @@ def lines(history: History) -> list[str]:
       parts.append("the same score for all")
     if len(history) > 1 and name in start:
       change, interval, _, called = change_texts(start[name], result)
-      parts.append(f"{change} {interval} since the start: {called}" if change else called)
+      if change:
+        parts.append(f"{change} {interval} since the start: {called}")
     texts.append(f"{when(iteration)}: {name:{width}}  {', '.join(parts)}")
   return texts

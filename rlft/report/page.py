@@ -162,10 +162,12 @@ def _evaluations(history: results.History) -> list[_Evaluation]:
       counts += f", {unscored} unscored"
     cells, kind = [_mean(results.when(start), old)], ""
     if new:
+      cells.append(_mean(results.when(end), new))
       change, interval, relative, verdict = results.change_texts(old, new)
-      kind = verdict.replace(" ", "-")
-      words = ", ".join(word for word in (relative, _VERDICTS.get(verdict, verdict)) if word)
-      cells += [_mean(results.when(end), new), _Cell("change", change or "–", interval, words)]
+      if change:
+        kind = verdict.replace(" ", "-")
+        words = ", ".join(word for word in (relative, _VERDICTS.get(verdict, verdict)) if word)
+        cells.append(_Cell("change", change, interval, words))
     about = f"{old.metric} · {direction} is better"
     found.append(_Evaluation(name, about, counts, old.trained_on, kind, tuple(cells)))
   return found
@@ -186,6 +188,8 @@ def _history_charts(history: results.History) -> list[str]:
   figures = []
   for name, last in history[-1][1].items():
     points = [(iteration, found[name]) for iteration, found in history if name in found]
+    if all(np.isnan(result.mean) for _, result in points):
+      continue
     curve = charts.Series(
       last.metric,
       np.array([iteration for iteration, _ in points]),
