@@ -141,12 +141,14 @@ def _load_named(kind: str, spec: str) -> Sequence[Prompt]:
   return _function(PROMPTS[kind])(name, split)
 
 
-def load_pairs(spec: str, *, size: int, seed: int = 0, count: int = 8192) -> pairs_lib.Pairs:
+def load_pairs(
+  spec: str, *, size: tuple[int, int], seed: int = 0, count: int = 8192
+) -> pairs_lib.Pairs:
   """Opens a source of images with captions for the pretraining loss.
 
   Args:
     spec: a key of `PAIRS`, or a folder that `rlft.data.pairs` can read.
-    size: S, side of the images in pixels.
+    size: (H, W) of the images in pixels.
     seed: of what is drawn.
     count: of what is drawn.
 

@@ -170,7 +170,7 @@ def make_programs(
     change, metrics = policy_gradient(state, *batch)
     return step(state, change), metrics
 
-  def pretrain(state, frozen, images, ids, key):
+  def pretrain(state, frozen, images, sources, ids, key):
     """One optimizer step on beta * L_pre."""
     count, shape = len(images), stable_diffusion.latent_shape(model)
     timesteps, noise = losses.denoising_noise(key, (count, *shape), len(alphas))
@@ -185,19 +185,19 @@ def make_programs(
     def weigh(errors):
       return config.pretraining.pretrain_weight * errors.sum() / count, errors
 
-    latents, text = encode_pairs(frozen, images, ids)
+    latents, text = encode_pairs(frozen, images, sources, ids)
     rows = jax.tree.map(lambda x: x[None], (latents, text, timesteps, noise))
     gradient, errors = gradient_of(loss, state, frozen, rows)
     return step(state, gradient), {"loss/pretrain": errors.mean()}
 
-  def encode_pairs(frozen, images, ids):
+  def encode_pairs(frozen, images, sources, ids):
     """What the UNet sees of the pairs: latents and captions."""
     names = [name for name in frozen if name != "unet"]
     where = sharding.specs(mesh, {name: frozen[name] for name in names})
 
-    def local(frozen, images, ids):
+    def local(frozen, images, sources, ids):
       frozen = sharding.gather(frozen, where)
-      text = text_lib.encode(model, frozen, ids, stable_diffusion.image_size(model))
+      text = text_lib.encode(model, frozen, ids, stable_diffusion.image_size(model), sources)
       encode = functools.partial(stable_diffusion.encode, model, frozen["vae"])
       images = images.astype(jnp.float32) / 255.0
       return microbatch_lib.mapped(encode, images, config.devices.decode_chunk), text
@@ -205,9 +205,9 @@ def make_programs(
     return sharding.on_each(
       mesh,
       local,
-      in_specs=(where, sharding.ROWS, sharding.ROWS),
+      in_specs=(where, sharding.ROWS, sharding.ROWS, sharding.ROWS),
       out_specs=(sharding.ROWS, sharding.ROWS),
-    )({name: frozen[name] for name in names}, images, ids)
+    )({name: frozen[name] for name in names}, images, sources, ids)
 
   def average(state):
     def mix(e, p):
@@ -347,10 +347,12 @@ def run_pretrain(
   )
   captions = [run.pairs.captions[row] for row in rows]
   ids, _ = run.model.tokenize(captions)
+  images, sources = run.pairs.read(rows)
   state, metrics = programs.pretrain(
     state,
     run.frozen,
-    sharding.put(run.pairs.images(rows), run.rows),
+    sharding.put(images, run.rows),
+    sharding.put(sources, run.rows),
     sharding.put(ids, run.rows),
     _key(config.seed, iteration, len(run.tasks)),
   )

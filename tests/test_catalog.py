@@ -54,18 +54,19 @@ def test_prompts_that_are_not_there_are_refused(do, spec, message):
 
 def test_emoji_pairs_are_a_function_of_the_seed():
   catalog.check_pairs("emoji")
-  loaded = catalog.load_pairs("emoji", size=32, seed=3, count=8)
+  loaded = catalog.load_pairs("emoji", size=(32, 32), seed=3, count=8)
   assert len(loaded) == 8
-  images = loaded.images(range(8))
+  images, sources = loaded.read(range(8))
   assert images.shape == (8, 32, 32, 3)
-  again = catalog.load_pairs("emoji", size=32, seed=3, count=8)
-  assert (again.images([5, 0]) == images[[5, 0]]).all()
+  assert sources.tolist() == [[32, 32, 0, 0]] * 8
+  again = catalog.load_pairs("emoji", size=(32, 32), seed=3, count=8)
+  assert (again.read([5, 0])[0] == images[[5, 0]]).all()
   assert list(again.captions) == list(loaded.captions)
-  with pytest.raises(UserError, match="images of 32 pixels but the model draws 64"):
-    catalog.load_pairs("emoji", size=64)
+  with pytest.raises(UserError, match="images of 32 pixels but the model draws 32x64"):
+    catalog.load_pairs("emoji", size=(32, 64))
 
 
 def test_pairs_that_are_not_there_are_refused(tmp_path):
-  for do in (catalog.check_pairs, lambda spec: catalog.load_pairs(spec, size=8)):
+  for do in (catalog.check_pairs, lambda spec: catalog.load_pairs(spec, size=(8, 8))):
     with pytest.raises(UserError, match="has no metadata.jsonl"):
       do(str(tmp_path))

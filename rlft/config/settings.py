@@ -47,6 +47,17 @@ class EvalConfig:
 class PolicySettings:
   """How images are drawn, in sampling and in training, and which weights are trained."""
 
+  scheduler: str = option(
+    "KEY=VALUE,...: options in the place of those in the model's scheduler_config.json, e.g."
+    " timestep_spacing=trailing",
+    "",
+    fixed=True,
+  )
+  image_size: str = option(
+    "height and width of the images in pixels, e.g. 512 or 512x768; the model's own if empty",
+    "",
+    fixed=True,
+  )
   sampling_steps: int = option("DDIM steps per image", 50, least=1, most=1000, fixed=True)
   guidance_scale: float = option(
     "classifier-free guidance, in sampling and in training; 1 is none", 7.0, above=0, fixed=True
@@ -81,7 +92,8 @@ class AlgorithmSettings:
     "one optimizer update over all trained timesteps (DDPO) instead of one for each", False
   )
   clip_range: float = option(
-    "clip range of the ratio, for a log-probability averaged over dimensions",
+    "clip range of the ratio, for a log-probability averaged over the latents' dimensions: fits the"
+    " 16,384 of 512 x 512 pixels; it should fall as one over the root of their number",
     1e-4,
     above=0,
     below=1,

@@ -23,24 +23,26 @@ class Pairs:
 
   Attributes:
     captions: N texts.
-    images: indices -> `[len(indices), S, S, 3]` uint8; a folder's images are read when asked for,
-      and one that cannot be decoded is a UserError.
+    read: indices -> images `[n, H, W, 3]` uint8, and where they come from `[n, 4]` int32: height
+      and width of the original, and the first row and column of what was cut out of it after it was
+      scaled. A folder's images are read when asked for, and one that cannot be decoded is a
+      UserError.
   """
 
   captions: Sequence[str]
-  images: Callable[[Sequence[int] | np.ndarray], np.ndarray]
+  read: Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, np.ndarray]]
 
   def __len__(self) -> int:
     return len(self.captions)
 
 
-def load_folder(folder: str, *, size: int) -> Pairs:
+def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
   """Opens a folder of images with captions.
 
   Args:
     folder: images and a metadata.jsonl of lines `{"file_name": ..., "text": ...}`; file names are
       relative to the folder.
-    size: S, side of the images in pixels; they are scaled to fill the square and cut to its centre.
+    size: (H, W) in pixels; images are scaled to fill it and cut to their centre.
 
   Raises:
     UserError: the folder does not exist, cannot be read or is empty.
@@ -62,12 +64,15 @@ def load_folder(folder: str, *, size: int) -> Pairs:
       f"{missing[0]}: add them or remove their lines"
     )
 
-  def images(indices: Sequence[int] | np.ndarray) -> np.ndarray:
+  def read(indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with futures.ThreadPoolExecutor(_DECODERS) as pool:
       decoded = list(pool.map(lambda i: _decode(paths[i], size), indices))
-    return np.stack(decoded) if decoded else np.empty((0, size, size, 3), np.uint8)
+    images, sources = [image for image, _ in decoded], [source for _, source in decoded]
+    return np.reshape(images, (-1, *size, 3)).astype(np.uint8), np.reshape(sources, (-1, 4)).astype(
+      np.int32
+    )
 
-  return Pairs(captions=captions, images=images)
+  return Pairs(captions=captions, read=read)
 
 
 def check_folder(folder: str) -> None:
@@ -88,8 +93,8 @@ def pair_indices(seed: int, iteration: int, *, count: int, size: int) -> np.ndar
   return order.batch_indices(seed, _STREAM, iteration, count=count, size=size)
 
 
-def _decode(path: str, size: int) -> np.ndarray:
-  """An image file as `[size, size, 3]` uint8, upright, on white where it is transparent."""
+def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+  """An image file as `[*size, 3]` uint8, upright, on white where it is transparent; see `Pairs`."""
   try:
     with Image.open(path) as file:
       image = ImageOps.exif_transpose(file).convert("RGBA")
@@ -99,4 +104,8 @@ def _decode(path: str, size: int) -> np.ndarray:
     ) from error
   white = Image.new("RGBA", image.size, "white")
   image = Image.alpha_composite(white, image).convert("RGB")
-  return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+  height, width = size
+  scale = max(height / image.height, width / image.width)
+  top, left = round((scale * image.height - height) / 2), round((scale * image.width - width) / 2)
+  cut = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+  return np.asarray(cut), (image.height, image.width, top, left)

@@ -233,21 +233,25 @@ def training_pairs(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
   return images, captions
 
 
-def pairs(size: int, seed: int, count: int) -> Pairs:
+def pairs(size: tuple[int, int], seed: int, count: int) -> Pairs:
   """The data 'emoji' of the pretraining loss: `count` pictures of the world.
 
   Args:
-    size: side in pixels that the model draws.
+    size: (H, W) in pixels that the model draws.
     seed: of the pictures.
     count: how many.
 
   Raises:
     UserError: the world has not this size.
   """
-  if size != IMAGE_SIZE:
+  if size != (IMAGE_SIZE, IMAGE_SIZE):
     raise UserError(
-      f"--pretrain_data=emoji has images of {IMAGE_SIZE} pixels but the model draws {size}: give a"
-      " folder of images"
+      f"--pretrain_data=emoji has images of {IMAGE_SIZE} pixels but the model draws"
+      f" {size[0]}x{size[1]}: give a folder of images"
     )
   images, captions = training_pairs(seed, count)
-  return Pairs(captions=captions, images=lambda indices: images[np.asarray(indices)])
+
+  def read(indices):
+    return images[np.asarray(indices)], np.tile(np.int32([*size, 0, 0]), (len(indices), 1))
+
+  return Pairs(captions=captions, read=read)

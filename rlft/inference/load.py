@@ -7,6 +7,7 @@ from typing import Any
 from rlft.config import stored
 from rlft.config.settings import Config
 from rlft.models import lora as lora_lib
+from rlft.models import scheduler_config
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.storage.checkpoint import Checkpointer
@@ -32,19 +33,28 @@ class Finetuned:
   iteration: int = 0
 
 
-def load(path: str, *, ema: bool = True) -> Finetuned:
+def load(
+  path: str, *, ema: bool = True, base: str = "", scheduler: str = "", image_size: str = ""
+) -> Finetuned:
   """Loads a run's workdir, a model in the diffusers layout, 'org/name@revision' or 'emoji-sd'.
 
   Args:
     path: which.
     ema: use the averaged weights of a run that kept them.
+    base: where the run's base model is now; where it was, if ''.
+    scheduler: options that stand above those of the run and of the model, see
+      `scheduler_config.parse`.
+    image_size: of the images to draw, see `stable_diffusion.parse_size`; the run's or else the
+      model's own, if ''.
 
   Raises:
-    UserError: no model there, or the run's base model has changed.
+    UserError: no model there, or the run's base model has moved or changed.
   """
   workdir = Path(path)
   if not (workdir / "checkpoints").is_dir():
-    return Finetuned(pretrained.load(path))
+    if base:
+      raise UserError(f"--pretrained={base} has no effect: {path} is no run, leave it out")
+    return Finetuned(pretrained.load(path, scheduler=scheduler, image_size=image_size))
   checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
   restored = checkpointer.restore_numpy()
   checkpointer.close()
@@ -54,19 +64,40 @@ def load(path: str, *, ema: bool = True) -> Finetuned:
     )
   state, meta = restored
   config = stored.from_json(meta["config"])
-  base = pretrained.load(config.pretrained, identify=True)
-  if base.fingerprint != meta["base_model"]:
+  model = _load_base(path, base or config.pretrained, config, scheduler, image_size)
+  if model.fingerprint != meta["base_model"]:
     raise UserError(
-      f"the run in {path} was trained from another {config.pretrained} than is there now:"
-      " restore that directory"
+      f"the run in {path} was trained from another model than is now in"
+      f" {base or config.pretrained}: restore that one, or give its place with --pretrained"
     )
   params = state["ema"] if ema and state.get("ema") else _full_precision(state)
   adapter, scale = None, 0.0
   if config.policy.lora_rank:
     adapter, scale = params, lora_lib.scale(config.policy.lora_rank, config.policy.lora_alpha)
-    params = lora_lib.merge(base.params["unet"], adapter, scale)
-  model = dataclasses.replace(base, params={**base.params, "unet": params}, fingerprint="")
+    params = lora_lib.merge(model.params["unet"], adapter, scale)
+  model = dataclasses.replace(model, params={**model.params, "unet": params}, fingerprint="")
   return Finetuned(model, config, adapter, scale, meta["cursor"]["iteration"])
+
+
+def _load_base(
+  path: str, base: str, config: Config, scheduler: str, image_size: str
+) -> StableDiffusion:
+  """The model at `base` that the run in `path` was trained from, set as the run was."""
+  try:
+    pretrained.find(base)
+  except UserError as error:
+    raise UserError(
+      f"the run in {path} needs its base model, and {error}; if it has moved, say where to with"
+      " --pretrained"
+    ) from error
+  model = pretrained.load(
+    base,
+    identify=True,
+    scheduler=config.policy.scheduler,
+    image_size=image_size or config.policy.image_size,
+  )
+  options = {**model.scheduler, **scheduler_config.parse(scheduler)}
+  return dataclasses.replace(model, scheduler=options)
 
 
 def _full_precision(state: dict[str, Any]) -> Any:

@@ -7,7 +7,6 @@ only places the steps of other samplers is left aside.
 
 from collections.abc import Collection, Mapping
 import dataclasses
-import json
 from typing import Any
 
 from rlft.config import fields
@@ -168,21 +167,21 @@ def parse(text: str) -> dict[str, Any]:
   Raises:
     UserError: an unknown key, or a value that the key does not take.
   """
-  # Without the thousand numbers of `trained_betas`, which are no flag.
-  keys = {field.name for field in dataclasses.fields(SchedulerConfig)} - {"trained_betas"}
+  kinds = {field.name: field.type for field in dataclasses.fields(SchedulerConfig)}
+  del kinds["trained_betas"]  # A thousand numbers are no flag.
   where, found = f"--scheduler={text}", {}
   for item in filter(None, text.split(",")):
     key, equals, value = (part.strip() for part in item.partition("="))
     if not equals:
       raise UserError(f"{where}: '{item}' is not key=value: write e.g. timestep_spacing=trailing")
-    if key not in keys:
-      raise UserError(f"{where}: unknown key '{key}', {suggestion(key, keys)}")
+    if key not in kinds:
+      raise UserError(f"{where}: unknown key '{key}', {suggestion(key, kinds)}")
     if key in found:
       raise UserError(f"{where}: {key} is given twice, remove one")
     try:
-      found[key] = json.loads(value)
-    except ValueError:
-      found[key] = value  # A word.
+      found[key] = fields.convert(value, kinds[key])
+    except ValueError as error:
+      raise UserError(f"{where}: {key}={value} {error}") from None
   fields.check(SchedulerConfig(**found), f"{where}: ")
   return found
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import transformers
 
 from rlft.models import clip, diffusers_unet, tokens, unet, vae
 from rlft.models.shapes import Params
+from rlft.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,61 @@ def encode(model: StableDiffusion, vae_params: Any, images: jax.Array) -> jax.Ar
   return mean.astype(jnp.float32) * model.vae.config.scaling_factor
 
 
+def parse_size(text: str) -> tuple[int, int] | None:
+  """(H, W) of the images of '512' or '512x768', height first; None of ''.
+
+  Raises:
+    UserError: it is no size.
+  """
+  if not text:
+    return None
+  if not (match := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
+    raise UserError(
+      f"--image_size={text} is no size in pixels: write e.g. 512, or 512x768 for a height of 512"
+    )
+  return int(match[1]), int(match[2] or match[1])
+
+
+def sized(
+  config: unet.UNetConfig,
+  vae_config: vae.VAEConfig,
+  size: tuple[int, int] | None,
+  *,
+  what: str = "unet/config.json",
+) -> unet.UNetConfig:
+  """A UNet's configuration for images of a size.
+
+  Args:
+    config: its `sample_size` counts where no size is given.
+    vae_config: of the VAE.
+    size: (H, W) in pixels; None for the model's own.
+    what: the UNet's file, for messages.
+
+  Raises:
+    UserError: the model has no size of its own, or the networks cannot halve the images as often
+      as they do.
+  """
+  own, scale = config.sample_size, vae_config.downscale
+  if size is None:
+    pair = (own, own) if isinstance(own, int) else own
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, int) for x in pair)):
+      raise UserError(
+        f"{what}: sample_size={own} says nothing of the images' size: give --image_size, e.g. 512"
+      )
+    size = (pair[0] * scale, pair[1] * scale)
+  multiple = scale * 2 ** (len(config.block_out_channels) - 1)
+  if any(side % multiple or not side for side in size):
+    nearest = "x".join(str(max(round(side / multiple), 1) * multiple) for side in size)
+    raise UserError(
+      f"images of {size[0]}x{size[1]} pixels do not fit the model, which needs multiples of"
+      f" {multiple}: give --image_size={nearest}"
+    )
+  height, width = (side // scale for side in size)
+  return dataclasses.replace(config, sample_size=height if height == width else (height, width))
+
+
 def latent_shape(model: StableDiffusion) -> tuple[int, int, int]:
-  """(H, W, C) of the latents that the UNet was made for."""
+  """(H, W, C) of the latents."""
   size = model.unet.config.sample_size
   height, width = (size, size) if isinstance(size, int) else size
   return height, width, model.unet.config.in_channels

@@ -11,7 +11,11 @@ from rlft.types import Conditioning
 
 
 def encode(
-  model: StableDiffusion, params: Mapping[str, Any], ids: jax.Array, size: tuple[int, int]
+  model: StableDiffusion,
+  params: Mapping[str, Any],
+  ids: jax.Array,
+  size: tuple[int, int],
+  sources: jax.Array | None = None,
 ) -> Conditioning:
   """Encodes prompts.
 
@@ -19,8 +23,10 @@ def encode(
     model: E text encoders.
     params: {'text_encoder': ...}, with 'text_encoder_2' for SDXL; others are not looked at.
     ids: `[B, E, L]` int32 token ids.
-    size: height and width of the images in pixels: SDXL is told that they are neither scaled nor
-      cropped.
+    size: height and width of the images in pixels.
+    sources: `[B, 4]` where each image comes from, which SDXL is told: height and width of the
+      original, and the first row and column of what was cut out of it after it was scaled. None for
+      images that were neither scaled nor cut.
 
   Returns:
     Leaves `[B, ...]` float32. SD: the last states of the encoder, after its final norm. SDXL
@@ -34,12 +40,14 @@ def encode(
   (second,) = others
   states = first.apply(variables, ids[:, 0], method="before_last")
   more, pooled = second.apply({"params": params["text_encoder_2"]}, ids[:, 1])
-  height, width = size
-  sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+  if sources is None:
+    sources = jnp.array([[*size, 0, 0]])
+  targets = jnp.broadcast_to(jnp.array([size]), (len(sources), 2))
+  sizes = jnp.concatenate([sources, targets], axis=1).astype(jnp.float32)
   return Conditioning(
     jnp.concatenate([states, more], axis=-1),
     pooled,
-    jnp.broadcast_to(sizes, (len(ids), len(sizes))),
+    jnp.broadcast_to(sizes, (len(ids), sizes.shape[1])),
   )
 
 

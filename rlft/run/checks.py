@@ -13,6 +13,7 @@ import tempfile
 from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import EMOJI_SD, Config, TaskConfig
+from rlft.models import scheduler_config, stable_diffusion
 from rlft.models.files import pretrained
 from rlft.types import UserError
 
@@ -50,6 +51,8 @@ def validate_settings(config: Config) -> None:
     UserError: a value out of range, or a contradiction.
   """
   fields.check(config)
+  scheduler_config.parse(config.policy.scheduler)
+  stable_diffusion.parse_size(config.policy.image_size)
   for message in _contradictions(config):
     raise UserError(message)
 

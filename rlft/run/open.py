@@ -137,6 +137,8 @@ def open_run(config: Config, devices: int = 0) -> Run:
     backend=config.devices.backend,
     place=place,
     identify=True,
+    scheduler=config.policy.scheduler,
+    image_size=config.policy.image_size,
   )
   schedule = ddim.make_schedule(
     model.scheduler, config.policy.sampling_steps, eta=config.policy.eta
@@ -151,7 +153,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
     model.tokenize(texts, source=task.prompts)
   pairs = None
   if config.pretraining.pretrain_weight:
-    size = stable_diffusion.latent_shape(model)[0] * model.vae.config.downscale
+    size = stable_diffusion.image_size(model)
     pairs = catalog.load_pairs(config.pretraining.pretrain_data, size=size, seed=config.seed)
 
   kept = config.policy.lora_rank or config.algorithm.kl_weight

@@ -33,7 +33,7 @@ def describe(folder, *rows):
   (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def refusal(spec, size=8) -> str:
+def refusal(spec, size=(8, 8)) -> str:
   with pytest.raises(UserError) as caught:
     pairs.load_folder(str(spec), size=size)
   assert "\n" not in str(caught.value)
@@ -41,10 +41,10 @@ def refusal(spec, size=8) -> str:
 
 
 def test_a_folder_is_cut_to_squares_of_the_size(folder):
-  loaded = pairs.load_folder(str(folder), size=4)
+  loaded = pairs.load_folder(str(folder), size=(4, 4))
   assert len(loaded) == 4
   assert loaded.captions[1] == "a more/tall.png"
-  images = loaded.images([0, 1, 2, 3, 0])
+  images, sources = loaded.read([0, 1, 2, 3, 0])
   assert images.shape == (5, 4, 4, 3)
   assert images.dtype == np.uint8
   # The middle third of the stripes is green.
@@ -53,19 +53,33 @@ def test_a_folder_is_cut_to_squares_of_the_size(folder):
   np.testing.assert_array_equal(images[2], np.full((4, 4, 3), 255))
   assert images[3, 0].max() == 0 and images[3, 3].min() == 255
   np.testing.assert_array_equal(images[4], images[0])
-  assert loaded.images([]).shape == (0, 4, 4, 3)
+  # Where they are: a strip of 4 x 12 loses 4 columns on the left, one of 12 x 4 as many rows.
+  assert sources.tolist()[:4] == [[4, 12, 0, 4], [12, 4, 4, 0], [8, 8, 0, 0], [8, 8, 0, 0]]
+  assert sources.dtype == np.int32
+  images, sources = loaded.read([])
+  assert images.shape == (0, 4, 4, 3) and sources.shape == (0, 4)
 
 
 def test_images_are_scaled(folder):
-  images = pairs.load_folder(str(folder), size=16).images(np.array([2]))
-  np.testing.assert_array_equal(images, np.full((1, 16, 16, 3), 255))
+  images, sources = pairs.load_folder(str(folder), size=(16, 16)).read(np.array([2, 0]))
+  np.testing.assert_array_equal(images[0], np.full((16, 16, 3), 255))
+  # 4 x 12 pixels become 16 x 48, of which 16 are lost on the left.
+  assert sources.tolist() == [[8, 8, 0, 0], [4, 12, 0, 16]]
+
+
+def test_images_are_cut_to_other_shapes(folder):
+  images, sources = pairs.load_folder(str(folder), size=(4, 8)).read([0, 1])
+  assert images.shape == (2, 4, 8, 3)
+  # Of 4 x 12, 8 columns from column 2 on; 12 x 4 becomes 24 x 8.
+  np.testing.assert_array_equal(images[0, :, 2:6], np.full((4, 4, 3), (0, 255, 0)))
+  assert sources.tolist() == [[4, 12, 0, 2], [12, 4, 10, 0]]
 
 
 def test_a_damaged_image_is_named(folder):
-  loaded = pairs.load_folder(str(folder), size=4)
+  loaded = pairs.load_folder(str(folder), size=(4, 4))
   (folder / "wide.png").write_bytes((folder / "wide.png").read_bytes()[:40])
   with pytest.raises(UserError, match=r"wide\.png cannot be decoded .*: replace it or remove"):
-    loaded.images([0])
+    loaded.read([0])
 
 
 def test_a_bad_folder_is_refused(folder, tmp_path):

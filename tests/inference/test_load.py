@@ -8,7 +8,7 @@ import pytest
 import train_cases as cases
 
 from rlft.inference import load as finetuned
-from rlft.models import lora
+from rlft.models import lora, stable_diffusion
 from rlft.models.files import pretrained
 from rlft.types import UserError
 
@@ -33,8 +33,10 @@ def lora_run(folder, tmp_path_factory):
       folder,
       workdir,
       task=(cases.task(folder),),
-      pretrain_weight=0.0,
+      pretrain_data=str(folder / "pairs"),
       train_timesteps=1,
+      image_size="8x4",
+      scheduler="timestep_spacing=trailing",
       lora_rank=2,
       kl_weight=0.1,
       ema_decay=0.5,
@@ -80,6 +82,17 @@ def test_a_run_of_lora(lora_run, base, ema):
   assert_equal(unet["conv_in"], base["unet"]["conv_in"])
 
 
+def test_a_model_is_set_as_the_run_was(lora_run, folder):
+  found = finetuned.load(str(lora_run)).model
+  assert found.scheduler["timestep_spacing"] == "trailing"
+  assert stable_diffusion.image_size(found) == (8, 4)
+  other = {"scheduler": "timestep_spacing=linspace,steps_offset=0", "image_size": "12"}
+  for path in (lora_run, folder / "model"):
+    found = finetuned.load(str(path), **other).model
+    assert (found.scheduler["timestep_spacing"], found.scheduler["steps_offset"]) == ("linspace", 0)
+    assert stable_diffusion.image_size(found) == (12, 12)
+
+
 def test_a_run_that_has_no_checkpoint_yet(tmp_path):
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="has no checkpoint yet: wait for the run's first"):
@@ -97,11 +110,22 @@ def test_a_checkpoint_that_cannot_be_read(lora_run, tmp_path):
   assert step.exists()  # Only the run itself sets it aside.
 
 
-def test_a_base_model_that_has_changed(lora_run, folder, tmp_path):
+def test_a_base_model_that_has_moved_or_changed(lora_run, base, folder, tmp_path):
   kept = (folder / "model").rename(tmp_path / "kept")
   try:
+    with pytest.raises(UserError, match="--pretrained") as error:
+      finetuned.load(str(lora_run))
+    assert str(error.value).startswith(
+      f"the run in {lora_run} needs its base model, and {folder / 'model'} is not a directory"
+    )
+    assert "\n" not in str(error.value)
+    assert_equal(finetuned.load(str(lora_run), base=str(kept)).model.params["vae"], base["vae"])
+    with pytest.raises(UserError, match="nowhere is not a directory"):
+      finetuned.load(str(lora_run), base="nowhere")
+    with pytest.raises(UserError, match="has no effect: .*kept is no run, leave it out"):
+      finetuned.load(str(kept), base=str(kept))
     pretrained.save(folder / "model", cases.tiny_model(seed=3))
-    with pytest.raises(UserError, match="was trained from another .*model than is there now"):
+    with pytest.raises(UserError, match="from another model than is now in .*model: restore"):
       finetuned.load(str(lora_run))
   finally:
     shutil.rmtree(folder / "model")

@@ -102,9 +102,9 @@ def test_options_of_the_flag():
     ("trailing", "'trailing' is not key=value"),
     ("timestep_spacin=trailing", "unknown key 'timestep_spacin', did you mean timestep_spacing?"),
     ("timestep_spacing=trail", "timestep_spacing=trail is not known: did you mean trailing?"),
-    ("steps_offset=a", "steps_offset=a is not a number: give a finite int"),
+    ("steps_offset=a", "steps_offset=a is not a whole number"),
     ("steps_offset=0,steps_offset=1", "steps_offset is given twice"),
-    ("set_alpha_to_one=1", "set_alpha_to_one=1 has the wrong type: give a bool"),
+    ("set_alpha_to_one=1", "set_alpha_to_one=1 is neither true nor false"),
     ("trained_betas=0.1", "unknown key 'trained_betas'"),
   ],
 )

@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rlft.models import clip, diffusers_unet, scheduler_config, unet, vae
+from rlft.models import clip, diffusers_unet, scheduler_config, stable_diffusion, unet, vae
 from rlft.models import config as config_lib
 from rlft.models.files import arrays, diffusers_layout, hub, streaming
 from rlft.models.files import sources as weights
@@ -120,7 +120,8 @@ def load(
   backend: str = "rlft",
   place: streaming.Place | None = None,
   identify: bool = False,
-  scheduler: Mapping[str, Any] | None = None,
+  scheduler: str = "",
+  image_size: str = "",
 ) -> StableDiffusion:
   """Reads a model in the diffusers layout.
 
@@ -132,7 +133,9 @@ def load(
     backend: whose UNet, 'rlft' or 'diffusers' (see `diffusers_unet`).
     place: where each parameter belongs, see `streaming.read`; None leaves them on the host.
     identify: whether to set the model's `fingerprint`; all processes have to do the same.
-    scheduler: options in the place of those in `scheduler_config.json`.
+    scheduler: options in the place of those in `scheduler_config.json`, see
+      `scheduler_config.parse`.
+    image_size: of the images to draw, see `stable_diffusion.parse_size`.
 
   Returns:
     the model; parameters are float32, also where the files hold half precision: numpy arrays
@@ -152,8 +155,12 @@ def load(
     if name not in texts:
       _check_class(f"{source}/{file}", found.get("_class_name"), (CLASSES[name],))
     configs[name] = _CONFIGS[name].from_dict(found, f"{source}/{file}")
+  size = stable_diffusion.parse_size(image_size)
+  configs["unet"] = stable_diffusion.sized(
+    configs["unet"], configs["vae"], size, what=f"{source}/unet/config.json"
+  )
   file = "scheduler/scheduler_config.json"
-  options = {**_read_json(source, file), **(scheduler or {})}
+  options = {**_read_json(source, file), **scheduler_config.parse(scheduler)}
   scheduler_config.SchedulerConfig.from_dict(options, f"{source}/{file}")
   # Which of the two names diffusers believes depends on how it is asked.
   if named := index.get("scheduler"):

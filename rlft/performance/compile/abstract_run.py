@@ -15,7 +15,7 @@ from rlft import train
 from rlft.config.settings import Config
 from rlft.diffusion import ddim
 from rlft.diffusion import sampler as sampler_lib
-from rlft.models import architectures, lora, stable_diffusion
+from rlft.models import architectures, lora, scheduler_config, stable_diffusion
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
@@ -158,11 +158,12 @@ class AbstractRun:
   def _pretrain(self, programs: train.Programs) -> Call:
     count, state = self.config.pretraining.pretrain_batch_size, self.state
     images = self._rows((count, *stable_diffusion.image_size(self.model), 3), jnp.uint8)
+    sources = self._rows((count, 4), jnp.int32)
     ids = self._rows((count, *self._tokens), jnp.int32)
     others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
     unet = self._computed((state.params, self.frozen.get("unet", {})))
     gathered = (unet, {**others, "vae": _without(others["vae"], "decoder")})
-    args = (state, self.frozen, images, ids, _KEY)
+    args = (state, self.frozen, images, sources, ids, _KEY)
     theory = self._theory(gathered, state.params)
     sparable = communication.sparable(self.mesh, gathered)
     return Call("pretrain", programs.pretrain, args, 1, count, theory, sparable)
@@ -192,13 +193,21 @@ def open_model(config: Config, architecture: str = "") -> StableDiffusion:
   dtype = jnp.dtype(config.devices.compute_dtype)
   if architecture:
     model = architectures.abstract(architecture, dtype=dtype, remat=config.devices.remat)
-    return dataclasses.replace(model, unet=model.unet.clone(attention=config.devices.attention))
+    size = stable_diffusion.parse_size(config.policy.image_size)
+    sized = stable_diffusion.sized(model.unet.config, model.vae.config, size)
+    return dataclasses.replace(
+      model,
+      unet=model.unet.clone(attention=config.devices.attention, config=sized),
+      scheduler={**model.scheduler, **scheduler_config.parse(config.policy.scheduler)},
+    )
   return pretrained.load(
     config.pretrained,
     dtype=dtype,
     remat=config.devices.remat,
     attention=config.devices.attention,
     backend=config.devices.backend,
+    scheduler=config.policy.scheduler,
+    image_size=config.policy.image_size,
   )
 
 

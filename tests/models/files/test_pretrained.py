@@ -202,7 +202,7 @@ def test_the_scheduler_is_checked_before_the_weights_are_read(copy):
 
 def test_options_stand_in_the_place_of_the_schedulers_own(copy):
   set_json(copy / "scheduler" / "scheduler_config.json", clip_sample=True)
-  found = pretrained.load(copy, scheduler={"clip_sample": False, "steps_offset": 0})
+  found = pretrained.load(copy, scheduler="clip_sample=false,steps_offset=0")
   assert not found.scheduler["clip_sample"] and found.scheduler["steps_offset"] == 0
 
 
