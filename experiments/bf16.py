@@ -29,6 +29,7 @@ import numpy as np
 from rlft import catalog
 from rlft.config import flags as cli
 from rlft.config import tasks
+from rlft.config.settings import ScoringSettings
 from rlft.diffusion import ddim, rollout, sampler
 from rlft.evaluation import evaluate, results
 from rlft.evaluation.metric import MetricScorer
@@ -296,7 +297,8 @@ def _measure(pen: Pen, presets: Sequence) -> dict[str, results.EvalResult]:
       yield pen(batch, seed=seed, first=first, steps=10, guidance_scale=1.0)[1]
 
   rows = sharding.batch(sharding.make_mesh())
-  with MetricScorer(rows=rows, timeout_s=300.0, threads=1) as score:
+  scoring = ScoringSettings(reward_timeout_s=300.0, reward_threads=1)
+  with MetricScorer(rows=rows, scoring=scoring) as score:
     return evaluate.evaluate(catalog.make_specs(presets), sample=sample, score=score, seed=1000)
 
 

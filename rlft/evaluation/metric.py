@@ -81,7 +81,7 @@ class MetricScorer:
       places = np.arange(size)
       last_set = len(images) - images_per_prompt + places % images_per_prompt
       places = np.where(places < len(images), places, last_set)
-      placed = sharding.put(images[places], self._rows)
+      placed = sharding.put(images if len(images) == size else images[places], self._rows)
       drawn_for = [prompts[start + place] for place in places]
       for metric, scores in zip(metrics, found, strict=True):
         scorer = self._scorer(metric, size, images_per_prompt)
@@ -125,9 +125,9 @@ def _regrouped(
       size = math.ceil(most / unit) * unit
     held.append(images)
     while sum(map(len, held)) >= size:
-      joined = np.concatenate(held)
-      yield size, joined[:size]
+      joined = np.concatenate(held) if len(held) > 1 else held[0]
       held = [joined[size:]]
+      yield size, joined[:size]
   if any(map(len, held)):
     yield size, np.concatenate(held)
 
