@@ -34,7 +34,7 @@ from rlft.data import pairs as pairs_lib
 from rlft.data import shuffle as order
 from rlft.diffusion import ddim, rollout
 from rlft.diffusion import sampler as sampler_lib
-from rlft.evaluation import results
+from rlft.evaluation import results, summary
 from rlft.models import lora as lora_lib
 from rlft.models import stable_diffusion
 from rlft.models import text as text_lib
@@ -446,7 +446,7 @@ def _loop(run: Run, programs: Programs, state: TrainState, cursor: Cursor, stop:
           measure(run, weights, iteration, stop)
           cursor.evaluated = True
           if writing:
-            for line in results.lines(results.read_history(run.workdir)):
+            for line in summary.lines(results.read_history(run.workdir)):
               progress.say(line)
         if last:
           break
@@ -541,6 +541,6 @@ def _report(run: Run) -> None:
   if history:
     before, after = history[0][1], history[-1][1]
     results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config))
-    print(results.table(before, after))
+    print(summary.table(before, after))
   page = report.write_report(run.workdir, command=shlex.join(["python", *sys.argv]))
   print(f"report: {page}")

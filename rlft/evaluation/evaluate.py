@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlft.evaluation import results
+from rlft.evaluation import statistics
 from rlft.evaluation.results import EvalResult
 from rlft.storage import images as images_lib
 from rlft.types import Prompt, Reward, UserError
@@ -169,11 +169,11 @@ def _result(spec: EvalSpec, scores: np.ndarray) -> EvalResult:
     )
   lower = spec.lower_is_better
   lower = spec.metric.name in LOWER_IS_BETTER if lower is None else lower
-  low, high = results.bootstrap_interval(scores)
+  low, high = statistics.bootstrap_interval(scores)
   return EvalResult(
     name=spec.name,
     metric=spec.metric.name,
-    mean=results.mean(scores),
+    mean=statistics.mean(scores),
     low=low,
     high=high,
     images=spec.images,

@@ -1,4 +1,4 @@
-"""What evaluations found: intervals, comparisons, and the files and table that hold them.
+"""What evaluations found, compared, and the files that hold it.
 
 Every mean comes with a bootstrap interval. Before and after are compared image by image, on the
 same prompts and seeds, which is what makes small changes visible: the spread between prompts
@@ -13,22 +13,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import scipy.special
-import scipy.stats
 
+from rlft.evaluation import statistics
 from rlft.storage import files
 from rlft.types import UserError
 
 EVAL_FILE = "eval.json"
 HISTORY_FILE = "eval_history.jsonl"
-
-LEVEL = 0.95
-# A change counts from this share of the standard deviation of the scores before: a tenth of what
-# is called a small effect by convention (Cohen's d of 0.2).
-EFFECT = 0.02
-_SEED = 0  # of all resampling
-_CHUNK = 2**22  # resampled values held at once
-_FEWEST_DIGITS, _MOST_DIGITS = 4, 9  # shown after the point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +57,12 @@ class EvalResult:
   @property
   def spread(self) -> float:
     """The standard deviation of the scores that are not NaN; NaN if all are."""
-    return _spread(self.scores)
+    return statistics.spread(self.scores)
 
   @property
   def digits(self) -> int:
-    """How many digits after the point show a change that counts: 4, more where scores are small."""
-    if not self.spread > 0:
-      return _FEWEST_DIGITS
-    digits = range(_FEWEST_DIGITS, _MOST_DIGITS)
-    return next((d for d in digits if 0.5 * 10.0**-d <= EFFECT * self.spread), _MOST_DIGITS)
-
-  @property
-  def text(self) -> str:
-    """The mean and half the width of its interval, for people."""
-    if np.isnan(self.mean):
-      return "not scored"
-    mean = f"{self.mean:.{self.digits}f}"
-    half = (self.high - self.low) / 2
-    return mean if np.isnan(half) else f"{mean} ±{half:.{self.digits}f}"
+    """How many digits after the point are shown."""
+    return statistics.digits(self.spread)
 
   def summary(self) -> dict[str, Any]:
     """The result without its scores, for JSON: NaN is None."""
@@ -108,7 +87,7 @@ class Difference:
     mean: of the pairwise differences after - before; NaN if no pair was scored.
     low, high: its 95 % bootstrap interval, over the pairs.
     relative: `mean` as a share of the size of the mean before; NaN if that is 0.
-    verdict: 'better' or 'worse', 'no effect' or 'unclear'; see `verdict`.
+    verdict: 'better' or 'worse', 'no effect' or 'unclear'; see `statistics.verdict`.
   """
 
   mean: float
@@ -119,60 +98,6 @@ class Difference:
 
 
 History = Sequence[tuple[int, Mapping[str, EvalResult]]]
-
-
-def mean(values: np.ndarray) -> float:
-  """The mean of what is not NaN; NaN if there is nothing."""
-  values = np.asarray(values, np.float64)
-  values = values[~np.isnan(values)]
-  return float(values.mean()) if len(values) else float("nan")
-
-
-def _spread(values: np.ndarray) -> float:
-  """The standard deviation of what is not NaN; NaN if there is nothing."""
-  values = np.asarray(values, np.float64)
-  values = values[~np.isnan(values)]
-  if not len(values):
-    return float("nan")
-  return float(values.std()) if values.min() < values.max() else 0.0  # Not what rounding leaves.
-
-
-def bootstrap_interval(
-  values: np.ndarray, *, seed: int = _SEED, level: float = LEVEL, samples: int = 2000
-) -> tuple[float, float]:
-  """Bootstrap confidence interval of a mean: expanded percentile method.
-
-  The plain percentile interval is too narrow for few values (it has neither Student's t nor the
-  n - 1 of a variance). Its tails alpha / 2 are replaced by Phi(-sqrt(n / (n - 1)) t), with t the
-  1 - alpha / 2 quantile of Student's distribution with n - 1 degrees of freedom.
-  Source: T. Hesterberg, "What Teachers Should Know About the Bootstrap" (2015).
-
-  Args:
-    values: `[N]`, independent; NaN is left out.
-    seed: of the resampling.
-    level: confidence in (0, 1).
-    samples: resamples.
-
-  Returns:
-    (low, high); both NaN if there are fewer than two values, which say nothing of their spread.
-  """
-  values = np.asarray(values, np.float64)
-  values = values[~np.isnan(values)]
-  count = len(values)
-  if count < 2:
-    return float("nan"), float("nan")
-  t = scipy.special.stdtrit(count - 1, (1 + level) / 2)
-  tail = scipy.special.ndtr(-t * np.sqrt(count / (count - 1)))
-  low, high = scipy.stats.bootstrap(
-    (values,),
-    np.mean,
-    n_resamples=samples,
-    batch=max(_CHUNK // count, 1),
-    confidence_level=1 - 2 * tail,
-    method="percentile",
-    rng=np.random.default_rng(seed),
-  ).confidence_interval
-  return float(low), float(high)
 
 
 def paired_difference(before: EvalResult, after: EvalResult) -> Difference:
@@ -191,34 +116,24 @@ def paired_difference(before: EvalResult, after: EvalResult) -> Difference:
       " keep --eval as it was, or give another --workdir"
     )
   pairs = after.scores.astype(np.float64) - before.scores.astype(np.float64)
-  change = mean(pairs)
-  low, high = bootstrap_interval(pairs)
+  change = statistics.mean(pairs)
+  low, high = statistics.bootstrap_interval(pairs)
   compared = np.where(np.isnan(pairs), np.nan, before.scores)
-  size = abs(mean(compared))
-  # Nor does a change count that is not seen at the digits that are shown.
-  least = max(EFFECT * _spread(compared), 0.5 * 10.0**-before.digits)
-  found = verdict(change, low, high, least=least, lower_is_better=after.lower_is_better)
-  return Difference(change, low, high, change / size if size else float("nan"), found)
-
-
-def verdict(
-  change: float, low: float, high: float, *, least: float, lower_is_better: bool = False
-) -> str:
-  """What a change is called.
-
-  Args:
-    change: of a mean; may be NaN.
-    low, high: its interval; may be NaN.
-    least: the size from which a change counts, more than 0.
-    lower_is_better: direction of improvement.
-
-  Returns:
-    'better' or 'worse' if the interval excludes 0 and the change counts; 'no effect' if no change
-    in the interval counts; else 'unclear'.
-  """
-  if (low > 0 or high < 0) and abs(change) >= least:
-    return "worse" if (change > 0) == lower_is_better else "better"
-  return "no effect" if -least < low and high < least else "unclear"
+  size = abs(statistics.mean(compared))
+  return Difference(
+    mean=change,
+    low=low,
+    high=high,
+    relative=change / size if size else float("nan"),
+    verdict=statistics.verdict(
+      change,
+      low,
+      high,
+      # Nor does a change count that is not seen at the digits that are shown.
+      least=max(statistics.EFFECT * statistics.spread(compared), 0.5 * 10.0**-before.digits),
+      lower_is_better=after.lower_is_better,
+    ),
+  )
 
 
 def append_history(
@@ -325,7 +240,7 @@ def write_eval_json(
       }
       for name, d in differences.items()
     },
-    "level": LEVEL,
+    "level": statistics.LEVEL,
     "history": [
       {"iteration": iteration, "means": {n: files.finite(r.mean) for n, r in results.items()}}
       for iteration, results in history
@@ -334,81 +249,3 @@ def write_eval_json(
   }
   path = pathlib.Path(workdir) / EVAL_FILE
   files.write_atomic(path, json.dumps(content, indent=2) + "\n")
-
-
-def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | None = None) -> str:
-  """A text table for the terminal; with `after`, also the differences and their intervals.
-
-  After a mean stands half the width of its interval.
-
-  Args:
-    before: results by name.
-    after: results of the fine-tuned model; a name that is missing is left blank.
-  """
-  header = ["evaluation", "metric", "better", "mean" if after is None else "before"]
-  if after is not None:
-    header += ["after", "change", f"{LEVEL:.0%} interval", "relative", ""]
-  rows = [[*header, "images"]]
-  for name, old in before.items():
-    row = [name, old.metric, "lower" if old.lower_is_better else "higher", old.text]
-    last = old
-    if after is not None and name in after:
-      last = after[name]
-      row += [last.text, *change_texts(old, last)]
-    row += [""] * (len(header) - len(row))
-    unscored = f", {last.unscored} unscored" if last.unscored else ""
-    rows.append([*row, f"{last.images} ({last.prompts} prompts{unscored})"])
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = []
-  for row in rows:
-    # Numbers to the right, words to the left.
-    cells = [
-      cell.rjust(width) if 3 <= column <= 7 and column < len(header) else cell.ljust(width)
-      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    lines.append("  ".join(cells).rstrip())
-  return "\n".join(lines)
-
-
-def change_texts(before: EvalResult, after: EvalResult) -> tuple[str, str, str, str]:
-  """The change, its interval, its share of the mean before, and its verdict; '' for NaN."""
-  change = paired_difference(before, after)
-  digits = f"+.{before.digits}f"
-  return (
-    "" if np.isnan(change.mean) else f"{change.mean:{digits}}",
-    "" if np.isnan(change.low) else f"[{change.low:{digits}}, {change.high:{digits}}]",
-    "" if np.isnan(change.relative) else f"{change.relative:+.1%}",
-    change.verdict,
-  )
-
-
-def when(iteration: int) -> str:
-  """What an evaluation after so many iterations is called."""
-  if not iteration:
-    return "at the start"
-  return f"after {iteration} iteration{'s' if iteration > 1 else ''}"
-
-
-def lines(history: History) -> list[str]:
-  """The last evaluations, a line for each: the mean, and how it changed since the first.
-
-  Args:
-    history: as `read_history` returns it.
-  """
-  if not history:
-    return []
-  (_, start), (iteration, found) = history[0], history[-1]
-  width = max(map(len, found))
-  texts = []
-  for name, result in found.items():
-    parts = [result.text]
-    if 0 < result.unscored < len(result.scores):
-      parts.append(f"{result.unscored} of {len(result.scores)} not scored")
-    if result.spread == 0 and len(result.scores) > 1:
-      parts.append("the same score for all")
-    if len(history) > 1 and name in start:
-      change, interval, _, called = change_texts(start[name], result)
-      if change:
-        parts.append(f"{change} {interval} since the start: {called}")
-    texts.append(f"{when(iteration)}: {name:{width}}  {', '.join(parts)}")
-  return texts

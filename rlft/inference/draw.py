@@ -16,7 +16,7 @@ from rlft.config.fields import option
 from rlft.config.settings import Config, EvalConfig, ScoringSettings
 from rlft.diffusion import sampler
 from rlft.evaluation import evaluate as evaluate_lib
-from rlft.evaluation import results
+from rlft.evaluation import summary
 from rlft.evaluation.metric import MetricScorer
 from rlft.inference import load as finetuned
 from rlft.parallel import sharding
@@ -183,7 +183,7 @@ def measure(
       "results": {name: result.summary() for name, result in measured.items()},
     }
     files.write_atomic(output, json.dumps(content, indent=2) + "\n")
-  return results.table(measured)
+  return summary.table(measured)
 
 
 def _check_output(path: str | os.PathLike[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlft.evaluation import results
+from rlft.evaluation import results, statistics, summary
 from rlft.report import charts, metrics, samples
 from rlft.report.render import render
 from rlft.storage import files
@@ -71,7 +71,7 @@ def write_report(
   rows = [row for row in files.read_jsonl(workdir / metrics.METRICS_FILE) if "iteration" in row]
   history = results.read_history(workdir)
   tasks = [_TASK | task for task in config.get("task", ()) if isinstance(task, dict)]
-  ends = [results.when(iteration) for iteration, _ in history[:1] + history[1:][-1:]]
+  ends = [summary.when(iteration) for iteration, _ in history[:1] + history[1:][-1:]]
   training, more = _training_charts(rows, tasks, lower_is_better)
   page = render(
     "page.html",
@@ -82,8 +82,8 @@ def write_report(
     command=command,
     columns=[*ends, "change"][: 3 if len(ends) > 1 else 1],
     evaluations=_evaluations(history),
-    level=f"{results.LEVEL:.0%}",
-    effect=f"{results.EFFECT:.0%}",
+    level=f"{statistics.LEVEL:.0%}",
+    effect=f"{statistics.EFFECT:.0%}",
     held_out=_history_charts(history),
     galleries=samples.galleries(workdir),
     training=training,
@@ -160,10 +160,10 @@ def _evaluations(history: results.History) -> list[_Evaluation]:
     unscored = sum(result.unscored for result in (old, new) if result)
     if unscored:
       counts += f", {unscored} unscored"
-    cells, kind = [_mean(results.when(start), old)], ""
+    cells, kind = [_mean(summary.when(start), old)], ""
     if new:
-      cells.append(_mean(results.when(end), new))
-      change, interval, relative, verdict = results.change_texts(old, new)
+      cells.append(_mean(summary.when(end), new))
+      change, interval, relative, verdict = summary.change(old, new)
       if change:
         kind = verdict.replace(" ", "-")
         words = ", ".join(word for word in (relative, _VERDICTS.get(verdict, verdict)) if word)

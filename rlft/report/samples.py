@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 
-from rlft.evaluation import results
+from rlft.evaluation import summary
 from rlft.storage import files
 from rlft.storage import images as images_lib
 from rlft.types import Prompt
@@ -172,7 +172,7 @@ def galleries(workdir: str | os.PathLike[str]) -> list[Gallery]:
 
 
 def _gallery(name: str, sheets: Sequence[Sheet]) -> Gallery:
-  times = tuple(results.when(sheet.iteration) for sheet in sheets)
+  times = tuple(summary.when(sheet.iteration) for sheet in sheets)
   # A row for each column, turned round.
   encoded = zip(*(_encode(sheet) for sheet in sheets), strict=True)
   first = sheets[0]

@@ -11,7 +11,7 @@ import pytest
 
 from rlft import catalog
 from rlft.config import fields
-from rlft.config.settings import Config, EvalConfig, TaskConfig
+from rlft.config.settings import Config, EvalConfig, ScoringSettings, TaskConfig
 from rlft.inference import draw as inference
 from rlft.inference import load as finetuned
 from rlft.models.files import pretrained
@@ -145,7 +145,8 @@ def brightness(tmp_path):
 
 
 def measure(model, evals, **more):
-  return inference.measure(drawing(model), evals, reward_timeout_s=60.0, reward_threads=2, **more)
+  scoring = ScoringSettings(reward_timeout_s=60.0, reward_threads=2)
+  return inference.measure(drawing(model), evals, scoring=scoring, **more)
 
 
 def test_measures_of_a_model(model, brightness, tmp_path):

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from rlft.evaluation import results
+from rlft.evaluation import results, statistics
 from rlft.report import metrics, samples
 from rlft.report import page as report
 from rlft.types import Prompt, UserError
@@ -14,9 +14,9 @@ from rlft.types import Prompt, UserError
 
 def result(name, scores, **rest):
   scores = np.array(scores, np.float32)
-  low, high = results.bootstrap_interval(scores)
+  low, high = statistics.bootstrap_interval(scores)
   return results.EvalResult(
-    name, "m", results.mean(scores), low, high, len(scores), len(scores), scores, **rest
+    name, "m", statistics.mean(scores), low, high, len(scores), len(scores), scores, **rest
   )
 
 

@@ -1,0 +1,95 @@
+"""What evaluations found, in words and numbers for people."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rlft.evaluation import results, statistics
+from rlft.evaluation.results import EvalResult
+
+
+def mean(result: EvalResult) -> str:
+  """The mean and half the width of its interval."""
+  if np.isnan(result.mean):
+    return "not scored"
+  text = f"{result.mean:.{result.digits}f}"
+  half = (result.high - result.low) / 2
+  return text if np.isnan(half) else f"{text} ±{half:.{result.digits}f}"
+
+
+def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | None = None) -> str:
+  """A text table for the terminal; with `after`, also the differences and their intervals.
+
+  After a mean stands half the width of its interval.
+
+  Args:
+    before: results by name.
+    after: results of the fine-tuned model; a name that is missing is left blank.
+  """
+  header = ["evaluation", "metric", "better", "mean" if after is None else "before"]
+  if after is not None:
+    header += ["after", "change", f"{statistics.LEVEL:.0%} interval", "relative", ""]
+  rows = [[*header, "images"]]
+  for name, old in before.items():
+    row = [name, old.metric, "lower" if old.lower_is_better else "higher", mean(old)]
+    last = old
+    if after is not None and name in after:
+      last = after[name]
+      row += [mean(last), *change(old, last)]
+    row += [""] * (len(header) - len(row))
+    unscored = f", {last.unscored} unscored" if last.unscored else ""
+    rows.append([*row, f"{last.images} ({last.prompts} prompts{unscored})"])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    # Numbers to the right, words to the left.
+    cells = [
+      cell.rjust(width) if 3 <= column <= 7 and column < len(header) else cell.ljust(width)
+      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)
+
+
+def change(before: EvalResult, after: EvalResult) -> tuple[str, str, str, str]:
+  """The change, its interval, its share of the mean before, and its verdict; '' for NaN."""
+  found = results.paired_difference(before, after)
+  digits = f"+.{before.digits}f"
+  return (
+    "" if np.isnan(found.mean) else f"{found.mean:{digits}}",
+    "" if np.isnan(found.low) else f"[{found.low:{digits}}, {found.high:{digits}}]",
+    "" if np.isnan(found.relative) else f"{found.relative:+.1%}",
+    found.verdict,
+  )
+
+
+def when(iteration: int) -> str:
+  """What an evaluation after so many iterations is called."""
+  if not iteration:
+    return "at the start"
+  return f"after {iteration} iteration{'s' if iteration > 1 else ''}"
+
+
+def lines(history: results.History) -> list[str]:
+  """The last evaluations, a line for each: the mean, and how it changed since the first.
+
+  Args:
+    history: as `results.read_history` returns it.
+  """
+  if not history:
+    return []
+  (_, start), (iteration, found) = history[0], history[-1]
+  width = max(map(len, found))
+  texts = []
+  for name, result in found.items():
+    parts = [mean(result)]
+    if 0 < result.unscored < len(result.scores):
+      parts.append(f"{result.unscored} of {len(result.scores)} not scored")
+    if result.spread == 0 and len(result.scores) > 1:
+      parts.append("the same score for all")
+    if len(history) > 1 and name in start:
+      size, interval, _, called = change(start[name], result)
+      if size:
+        parts.append(f"{size} {interval} since the start: {called}")
+    texts.append(f"{when(iteration)}: {name:{width}}  {', '.join(parts)}")
+  return texts
