@@ -7,17 +7,18 @@ from absl import flags
 
 from rlft.config import flags as cli
 from rlft.config.settings import Config
-from rlft.inference import draw as inference
+from rlft.inference.draw import Drawing
+from rlft.inference.measure import measure
 
-cli.define(inference.Drawing)
+cli.define(Drawing)
 cli.define(Config, "eval", "reward_timeout_s", "reward_threads")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures")
 
 
 def main() -> None:
   config = cli.read(Config)
-  table = inference.measure(
-    cli.read(inference.Drawing),
+  table = measure(
+    cli.read(Drawing),
     config.eval,
     scoring=config.scoring,
     output=_OUTPUT.value,

@@ -3,6 +3,8 @@
 python launch/export.py --workdir=runs/emoji_joint --output=exported
 """
 
+import os
+
 from absl import flags
 import numpy as np
 
@@ -24,6 +26,9 @@ _LORA_FORMAT = flags.DEFINE_enum(
   "of --lora_output: peft for diffusers; kohya for Kohya's scripts and other interfaces",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "of the stored weights")
+_PRETRAINED = flags.DEFINE_string(
+  "pretrained", "", "where the base model of the run is now, if it has moved"
+)
 _EMA = flags.DEFINE_boolean("ema", True, "the averaged weights, where the run has them")
 
 
@@ -34,15 +39,16 @@ def main() -> None:
   if not (output or lora_output):
     raise UserError("there is nothing to write: give --output, --lora_output or both")
   dtype = np.dtype(_DTYPE.value)
-  export(
+  said = export(
     workdir,
     output=output,
     lora_output=lora_output,
     lora_format=_LORA_FORMAT.value,
     dtype=dtype,
     ema=_EMA.value,
+    base=os.path.expanduser(_PRETRAINED.value),
   )
-  print("\n".join(f"wrote {path}" for path in (output, lora_output) if path))
+  print("\n".join(said))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from absl import flags
 
 from rlft import catalog
 from rlft.config import flags as cli
-from rlft.inference import draw as inference
+from rlft.inference.draw import Drawing, save_grid
 
-cli.define(inference.Drawing)
+cli.define(Drawing)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
 _PROMPTS = flags.DEFINE_string(
   "prompts", None, "more to draw: emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file"
@@ -29,9 +29,9 @@ def main() -> None:
     source = catalog.load_prompts(_PROMPTS.value)
     count = min(len(source), _MAX_PROMPTS.value)
     texts += [source[place * len(source) // count].text for place in range(count)]
-  drawing = cli.read(inference.Drawing)
+  drawing = cli.read(Drawing)
   per_prompt = _IMAGES_PER_PROMPT.value
-  print(inference.save_grid(drawing, texts, _OUTPUT.value, images_per_prompt=per_prompt))
+  print(save_grid(drawing, texts, _OUTPUT.value, images_per_prompt=per_prompt))
 
 
 if __name__ == "__main__":

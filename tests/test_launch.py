@@ -100,6 +100,7 @@ def test_export_is_the_run_and_diffusers_draws_the_same(folder):
   done = launch(
     "export",
     "--workdir=run",
+    "--pretrained=base",
     "--output=exported",
     "--lora_output=lora.safetensors",
     "--lora_format=kohya",

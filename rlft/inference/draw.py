@@ -1,8 +1,7 @@
-"""A model as it is, without training: a grid of what it draws, and its held-out measures."""
+"""Draws with a model as it is, without training."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -10,17 +9,11 @@ import pathlib
 import jax
 import numpy as np
 
-from rlft import catalog
 from rlft.config import fields
 from rlft.config.fields import option
-from rlft.config.settings import Config, EvalConfig, ScoringSettings
+from rlft.config.settings import Config
 from rlft.diffusion import sampler
-from rlft.evaluation import evaluate as evaluate_lib
-from rlft.evaluation import summary
-from rlft.evaluation.metric import MetricScorer
 from rlft.inference import load as finetuned
-from rlft.parallel import sharding
-from rlft.rewards import grammar
 from rlft.storage import files
 from rlft.storage import images as images_lib
 from rlft.types import UserError
@@ -32,11 +25,14 @@ _SHOWN_SIZE = 128  # pixels; smaller images are enlarged in a grid, to be seen a
 class Drawing:
   """Which model draws, and how; each field is a flag of the same name.
 
-  Where a field is None, the value is the run's own, else the default of training: guidance and
-  noise are part of what was trained, and other values give other pictures.
+  Where a field is None or empty, the value is the run's own, else the default of training: guidance
+  and noise are part of what was trained, and other values give other pictures.
   """
 
   model: str = option("a run's directory, a model in the diffusers layout, or emoji-sd", path=True)
+  pretrained: str = option(
+    "where the base model of the run is now, if it has moved", default="", path=True
+  )
   ema: bool = option("the averaged weights, where the run has them", default=True)
   seed: int | None = option(
     "of the noise; if not given, that of the run's evaluations",
@@ -55,6 +51,16 @@ class Drawing:
     default=None,
     least=0.0,
     most=1.0,
+  )
+  scheduler: str = option(
+    "KEY=VALUE,...: options that stand above those of the run and of the model's"
+    " scheduler_config.json",
+    default="",
+  )
+  image_size: str = option(
+    "height and width of the images in pixels, e.g. 512 or 512x768; if empty, those of the run or"
+    " else of the model",
+    default="",
   )
   batch_size: int = option(
     "images drawn at once, rounded up to a multiple of the devices", default=16, least=1
@@ -75,7 +81,13 @@ class Drawer:
     Raises:
       UserError: it cannot be read, or cannot be sampled in this way.
     """
-    self.found = finetuned.load(drawing.model, ema=drawing.ema)
+    self.found = finetuned.load(
+      drawing.model,
+      ema=drawing.ema,
+      base=drawing.pretrained,
+      scheduler=drawing.scheduler,
+      image_size=drawing.image_size,
+    )
     trained = fields.flat(self.found.config or Config())
 
     def setting(name, own):
@@ -124,7 +136,7 @@ def save_grid(
   """
   if not texts:
     raise UserError("there is nothing to draw: give --prompt or --prompts")
-  _check_output(output)
+  check_output(output)
   draw = Drawer(drawing)
   # Only for its warning about prompts that are too long.
   draw.found.model.tokenize(texts, source="--prompt and --prompts")
@@ -136,58 +148,12 @@ def save_grid(
   return f"{output}: {len(texts)} prompts, {images_per_prompt} images each ({how})"
 
 
-def measure(
-  drawing: Drawing,
-  evals: Sequence[EvalConfig],
-  *,
-  scoring: ScoringSettings,
-  output: str | os.PathLike[str] | None = None,
-) -> str:
-  """Measures a model on held-out prompts.
-
-  Args:
-    drawing: the model, and how it draws.
-    evals: what to measure; if empty, what the run measured itself.
-    scoring: how host metrics are called.
-    output: JSON file for the figures.
-
-  Returns:
-    The table.
+def check_output(path: str | os.PathLike[str]) -> None:
+  """Says before hours of sampling what would be said after them.
 
   Raises:
-    UserError: nothing to measure, a model or prompts that cannot be read, a metric that fails.
+    UserError: no file of that name can be written.
   """
-  fields.check(Config(eval=tuple(evals), scoring=scoring))
-  if output:
-    _check_output(output)
-  specs = catalog.make_specs(evals)
-  draw = Drawer(drawing)
-  trained = draw.found.config
-  if trained is not None:
-    specs = specs or catalog.make_specs(trained.eval)
-    is_trained_on = grammar.trained_on(trained.task)
-    specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
-  if not specs:
-    raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
-  rows = sharding.batch(sharding.make_mesh())
-
-  def sample(prompts, seed):
-    return draw.batches([prompt.text for prompt in prompts], progress="evaluating")
-
-  with MetricScorer(rows=rows, scoring=scoring) as score:
-    measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
-  if output:
-    content = {
-      "model": drawing.model,
-      "settings": draw.settings,
-      "results": {name: result.summary() for name, result in measured.items()},
-    }
-    files.write_atomic(output, json.dumps(content, indent=2) + "\n")
-  return summary.table(measured)
-
-
-def _check_output(path: str | os.PathLike[str]) -> None:
-  """Says before hours of sampling what would be said after them."""
   path = pathlib.Path(path)
   if path.is_dir():
     raise UserError(f"{path} is a directory: give the name of a file")

@@ -1,25 +1,21 @@
-"""Drawing and measuring with a model that is there."""
+"""Drawing with a model that is there."""
 
 import dataclasses
-import json
 import logging
 
+from inference_cases import GUIDANCE, PROMPTS, STEPS, drawing, drawn, replace_sampler
 import models_cases
 import numpy as np
 import PIL.Image
 import pytest
 
-from rlft import catalog
 from rlft.config import fields
-from rlft.config.settings import Config, EvalConfig, ScoringSettings, TaskConfig
+from rlft.config.settings import Config
 from rlft.inference import draw as inference
 from rlft.inference import load as finetuned
 from rlft.models.files import pretrained
 from rlft.storage import images
 from rlft.types import UserError
-
-PROMPTS = list(models_cases.PROMPTS)
-STEPS, GUIDANCE = 2, 2.0
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch):
-  """Replaces the sampler, which takes long to compile; returns the arguments of those made."""
-  made = []
-
-  class Sampler:
-    def __init__(self, model, **settings):
-      made.append(settings)
-
-    def __call__(self, prompts, seed, *, progress):
-      return drawn(prompts, seed)
-
-    def batches(self, prompts, seed, *, progress):
-      return [drawn(prompts, seed)]
-
-  monkeypatch.setattr(inference.sampler, "Sampler", Sampler)
-  return made
-
-
-def drawn(prompts, seed):
-  """An image for each prompt, by (seed, place, prompt)."""
-  states = (
-    np.random.RandomState([seed, place, *prompt.encode()]) for place, prompt in enumerate(prompts)
-  )
-  return np.stack([state.uniform(size=(32, 32, 3)).astype(np.float32) for state in states])
-
-
-def drawing(model, **changes):
-  settings = {"seed": 5, "sampling_steps": STEPS, "guidance_scale": GUIDANCE, "eta": 0.5}
-  return inference.Drawing(model=model, **settings | changes)
+  return replace_sampler(monkeypatch)
 
 
 def test_grid_has_a_row_for_each_prompt(model, made, tmp_path):
@@ -95,7 +64,7 @@ def test_settings_that_are_not_given_are_the_runs_own(model, monkeypatch):
   load = finetuned.load
   run = fields.make(Config, eval_seed=7, sampling_steps=3, guidance_scale=2.5, eta=0.25)
   monkeypatch.setattr(
-    finetuned, "load", lambda path, ema: dataclasses.replace(load(path, ema=ema), config=run)
+    finetuned, "load", lambda path, **how: dataclasses.replace(load(path, **how), config=run)
   )
   own = inference.Drawer(inference.Drawing(model=model)).settings
   assert own == {"seed": 7, "sampling_steps": 3, "guidance_scale": 2.5, "eta": 0.25}
@@ -130,70 +99,11 @@ def test_guidance_must_be_finite(model):
     inference.Drawer(drawing(model, guidance_scale=float("nan")))
 
 
-@pytest.fixture
-def brightness(tmp_path):
-  """A metric of each image, and one of sets, in a user's file."""
-  path = tmp_path / "metrics.py"
-  path.write_text(
-    "def mean(images, prompts, metadata):\n"
-    "  return images.mean((1, 2, 3))\n"
-    "def of_set(images, prompts, metadata):\n"
-    "  return images.mean((1, 2, 3, 4))\n"
-    "of_set.is_set = True\n"
-  )
-  return path
-
-
-def measure(model, evals, **more):
-  scoring = ScoringSettings(reward_timeout_s=60.0, reward_threads=2)
-  return inference.measure(drawing(model), evals, scoring=scoring, **more)
-
-
-def test_measures_of_a_model(model, brightness, tmp_path):
-  prompts = tmp_path / "prompts.txt"
-  prompts.write_text("\n".join(PROMPTS))
-  shared = {"prompts": str(prompts), "images": 12, "images_per_prompt": 3}
-  evals = [
-    EvalConfig(name="each", metric=f"host:{brightness}:mean", **shared),
-    EvalConfig(name="sets", metric=f"host:{brightness}:of_set", **shared),
-  ]
-  output = tmp_path / "eval.json"
-  table = measure(model, evals, output=output)
-  assert [line.split()[0] for line in table.splitlines()] == ["evaluation", "each", "sets"]
-  content = json.loads(output.read_text())
-  assert content["model"] == model
-  assert content["settings"] == {
-    "seed": 5, "sampling_steps": STEPS, "guidance_scale": GUIDANCE, "eta": 0.5
+def test_what_is_said_of_the_model_is_passed_on(model, monkeypatch):
+  load, asked = finetuned.load, {}
+  monkeypatch.setattr(finetuned, "load", lambda path, **how: asked.update(how) or load(path))
+  how = {"pretrained": "base", "scheduler": "steps_offset=0", "image_size": "16"}
+  inference.Drawer(drawing(model, ema=False, **how))
+  assert asked == {
+    "base": "base", "ema": False, "scheduler": "steps_offset=0", "image_size": "16"
   }  # fmt: skip
-  each, sets = content["results"]["each"], content["results"]["sets"]
-  # The mean over sets of equal size is the mean over images.
-  assert each["mean"] == pytest.approx(sets["mean"], abs=1e-6) and 0 < each["mean"] < 1
-  assert each["images"] == sets["images"] == 12 and each["unscored"] == sets["unscored"] == 0
-
-
-def test_mistakes_in_measuring(model, brightness, tmp_path):
-  with pytest.raises(UserError, match="has no evaluations of its own: give --eval=emoji"):
-    measure(model, [])
-  spec = EvalConfig(name="a", prompts="emoji:single/test", metric=f"host:{brightness}:mean")
-  with pytest.raises(UserError, match="is a directory"):
-    measure(model, [spec], output=tmp_path)
-  with pytest.raises(UserError, match="images=1 is out of range"):
-    measure(model, [dataclasses.replace(spec, images=1)])
-  with pytest.raises(UserError, match="unknown reward 'nothing'"):
-    measure(model, [dataclasses.replace(spec, metric="nothing")])
-
-
-def test_metrics_of_a_run_are_made_once_and_marked(model, brightness, monkeypatch, tmp_path):
-  make, load, made = catalog.make_specs, finetuned.load, []
-  metric = f"host:{brightness}:mean"
-  entry = EvalConfig(name="a", prompts="emoji:single/test", metric=metric, images=2)
-  task = TaskConfig(name="t", prompts="p", reward=metric, batch_size=8)
-  run = Config(task=(task,), eval=(entry,))
-  monkeypatch.setattr(
-    finetuned, "load", lambda path, ema: dataclasses.replace(load(path, ema=ema), config=run)
-  )
-  monkeypatch.setattr(catalog, "make_specs", lambda evals: made.extend(evals) or make(evals))
-  for evals in ([entry], []):
-    measure(model, evals, output=tmp_path / "eval.json")
-    assert json.loads((tmp_path / "eval.json").read_text())["results"]["a"]["trained_on"]
-  assert made == [entry, entry]

@@ -1,0 +1,69 @@
+"""Measures a model as it is, without training, on held-out prompts."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+
+from rlft import catalog
+from rlft.config import fields
+from rlft.config.settings import Config, EvalConfig, ScoringSettings
+from rlft.evaluation import evaluate as evaluate_lib
+from rlft.evaluation import summary
+from rlft.evaluation.metric import MetricScorer
+from rlft.inference.draw import Drawer, Drawing, check_output
+from rlft.parallel import sharding
+from rlft.rewards import grammar
+from rlft.storage import files
+from rlft.types import UserError
+
+
+def measure(
+  drawing: Drawing,
+  evals: Sequence[EvalConfig],
+  *,
+  scoring: ScoringSettings,
+  output: str | os.PathLike[str] | None = None,
+) -> str:
+  """Measures a model on held-out prompts.
+
+  Args:
+    drawing: the model, and how it draws.
+    evals: what to measure; if empty, what the run measured itself.
+    scoring: how host metrics are called.
+    output: JSON file for the figures.
+
+  Returns:
+    The table.
+
+  Raises:
+    UserError: nothing to measure, a model or prompts that cannot be read, a metric that fails.
+  """
+  fields.check(Config(eval=tuple(evals), scoring=scoring))
+  if output:
+    check_output(output)
+  specs = catalog.make_specs(evals)
+  draw = Drawer(drawing)
+  trained = draw.found.config
+  if trained is not None:
+    specs = specs or catalog.make_specs(trained.eval)
+    is_trained_on = grammar.trained_on(trained.task)
+    specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
+  if not specs:
+    raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
+  rows = sharding.batch(sharding.make_mesh())
+
+  def sample(prompts, seed):
+    return draw.batches([prompt.text for prompt in prompts], progress="evaluating")
+
+  with MetricScorer(rows=rows, scoring=scoring) as score:
+    measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
+  if output:
+    given = {name: getattr(drawing, name) for name in ("scheduler", "image_size")}
+    content = {
+      "model": drawing.model,
+      "settings": draw.settings | {name: value for name, value in given.items() if value},
+      "results": {name: result.summary() for name, result in measured.items()},
+    }
+    files.write_atomic(output, json.dumps(content, indent=2) + "\n")
+  return summary.table(measured)
