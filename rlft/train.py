@@ -490,9 +490,9 @@ def _evaluation_due(run: Run, cursor: Cursor) -> bool:
 
 
 def _save(run: Run, state: TrainState, cursor: Cursor) -> None:
-  """Starts an asynchronous save; its step counts units of work."""
+  """Starts an asynchronous save."""
   run.checkpointer.save(
-    cursor.iteration * (len(run.tasks) + 1) + cursor.task,
+    cursor.iteration,
     state,
     {
       "cursor": dataclasses.asdict(cursor),
@@ -500,6 +500,7 @@ def _save(run: Run, state: TrainState, cursor: Cursor) -> None:
       "base_model": run.fingerprint,
       "histories": [task.history.state() if task.history else None for task in run.tasks],
     },
+    task=cursor.task,
   )
 
 
@@ -509,16 +510,21 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
   Raises:
     UserError: the checkpoint belongs to another base model or to other settings.
   """
-  restored = run.checkpointer.restore(state)
+  changes = []
+
+  def check(meta):
+    if meta["base_model"] != run.fingerprint:
+      raise UserError(
+        f"the checkpoint in {run.workdir} was trained from another base model than"
+        f" {run.config.pretrained}: give that model, or a new --workdir"
+      )
+    changes[:] = stored.check_resume(stored.from_json(meta["config"]), run.config)
+
+  restored = run.checkpointer.restore(state, check)
   if restored is None:
     return state, Cursor()
   _, state, meta = restored
-  if meta["base_model"] != run.fingerprint:
-    raise UserError(
-      f"the checkpoint in {run.workdir} was trained from another base model than"
-      f" {run.config.pretrained}: give that model, or a new --workdir"
-    )
-  for change in stored.check_resume(stored.from_json(meta["config"]), run.config):
+  for change in changes:
     _log.warning("resuming with a changed setting: %s", change)
   for task, history in zip(run.tasks, meta["histories"], strict=True):
     if task.history is not None:

@@ -3,6 +3,7 @@
 from concurrent import futures
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,10 +28,12 @@ def folder(tmp_path_factory):
     yield folder
 
 
-def newest(workdir: pathlib.Path) -> int:
-  """The step of the newest committed checkpoint; -1 if there is none."""
+def newest(workdir: pathlib.Path) -> tuple[int, ...]:
+  """(iteration, task) of the newest committed checkpoint; () if there is none."""
   names = [path.name for path in (workdir / "checkpoints").glob("*")]
-  return max([int(name) for name in names if name.isdigit()], default=-1)
+  found = (re.fullmatch(r"iteration_(\d+)(?:_task_(\d+))?", name) for name in names)
+  places = (match.groups(default="0") for match in found if match)
+  return max((tuple(map(int, place)) for place in places), default=())
 
 
 def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path) -> None:
@@ -117,8 +120,7 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   cases.run(config)
   assert signal.getsignal(signal.SIGTERM) is handler
   assert "stopped in iteration 1; the same command goes on" in capfd.readouterr().err
-  # One iteration of 3 units, then the first task of the next.
-  assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
+  assert newest(tmp_path / "run") == (1, 1)
   assert len(cases.metrics(tmp_path / "run")) == 1
   monkeypatch.delenv("BROKEN")
   cases.run(config)
@@ -141,8 +143,8 @@ def test_stopped_wherever_signals_are_looked_at(folder, tmp_path, monkeypatch):
   while not (tmp_path / "report.html").exists():
     cases.run(config)
     places.append(newest(tmp_path))
-  # A task looks three times, the pretraining step once: 7 times an iteration of 3 units of work.
-  assert places == [1, 3, 4, 6, 7, 9]
+  # A task looks three times, the pretraining step once: 7 times an iteration.
+  assert places == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
   cases.assert_same_run(tmp_path, expected)
 
 
@@ -167,7 +169,7 @@ def test_a_signal_in_an_evaluation(folder, tmp_path, monkeypatch, capfd):
   cases.run(config)
   cases.run(config)  # Nothing is left to be done.
   # The state is on disk before it is measured.
-  assert before[3:] == [(0, -1), (1, 3), (1, 3), (2, 6)]
+  assert before[3:] == [(0, ()), (1, (1, 0)), (1, (1, 0)), (2, (2, 0))]
   found, expected = (
     (tmp_path / run / "eval_history.jsonl").read_text() for run in ("run", "whole")
   )

@@ -1,18 +1,20 @@
 """Checkpoints by Orbax: asynchronous, atomic, and resumed without being asked.
 
 One module wraps Orbax, so that its traps are handled in one place: `latest_step()` may name a save
-that is not committed yet (only a fresh manager is asked), a directory that a crash left unreadable
+that is not committed yet (only a fresh manager is asked), a save may be committed and yet not be
+readable (each is opened before an older one is deleted), a directory that a crash left unreadable
 must not stop a run that has an older good one, and restoring needs explicit shardings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import logging
 import os
-from pathlib import Path
 import re
-import shutil
+import tempfile
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,38 +23,53 @@ from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
 
-_UNREADABLE = ".unreadable"  # after the step's number, in the name of a directory set aside
+_UNREADABLE = ".unreadable"  # at the end of the name of a directory set aside
+_TASKS = 1000  # more than a run has; Orbax knows a checkpoint by one number
+_NAMED_BY_ITERATION = _TASKS * 2**32  # the numbers below are those of names that were plain numbers
 
 
 class Checkpointer:
-  """Saves and restores (state, meta) by step in one directory.
+  """Saves and restores (state, meta) by iteration in one directory.
 
   `state` is a pytree of arrays; `meta` is a small JSON-serialisable dict.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False):
     """Opens the directory, and makes it where it is missing.
 
     Args:
       directory: the checkpoints'.
-      keep: newest checkpoints that stay; older ones are deleted after a save.
+      keep: newest checkpoints that stay; older ones are deleted when a later one was opened.
       read_only: only reads; what looks like the remains of a crash may be the save of a run that
         is going on, and stays.
 
     Raises:
       UserError: the directory cannot be written.
     """
-    self._directory = Path(directory).absolute()
+    self._shown = os.fspath(directory)
     self._keep = keep
     self._read_only = read_only
-    self._saving = 0
+    # A save that has not been opened again, and its tree with all arrays but one left out.
+    self._saved: tuple[int, Any] | None = None
+    with self._writing():
+      self._directory, self._link = _opened(self._shown, make=not read_only)
     self._manager = self._open()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise UserError(
+        f"cannot write checkpoints in {self._shown}: {error.strerror or error}; choose"
+        " another --workdir or free some space"
+      ) from error
 
   def _open(self) -> ocp.CheckpointManager:
     # Orbax reports each phase of each save through absl, and what fails with pages of tracebacks
     # from its threads; all of it reaches us as exceptions, and a user needs only what we say.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
+    with self._writing():
       return ocp.CheckpointManager(
         self._directory,
         # Named here, since metadata cannot be read before a handler is known.
@@ -60,24 +77,29 @@ class Checkpointer:
           "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_arrays()),
           "meta": ocp.JsonCheckpointHandler(),
         },
-        options=ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-        if self._read_only
-        else ocp.CheckpointManagerOptions(
-          max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
+        options=ocp.CheckpointManagerOptions(
+          read_only=self._read_only,
+          create=not self._read_only,
+          cleanup_tmp_directories=not self._read_only,
+          save_interval_steps=0 if self._read_only else 1,
+          step_name_format=_Names(),
         ),
       )
-    except OSError as error:
-      raise UserError(
-        f"cannot write checkpoints in {self._directory}: {error.strerror or error}; choose"
-        " another --workdir or free some space"
-      ) from error
 
-  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-    """Starts an asynchronous save; a save of the same step that exists already is kept."""
+  def save(self, iteration: int, state: Any, meta: Mapping[str, Any], *, task: int = 0) -> None:
+    """Starts an asynchronous save; one of the same place that exists already is kept.
+
+    Args:
+      iteration: iterations done.
+      state: the arrays.
+      meta: what else there is.
+      task: tasks done of the iteration that follows.
+    """
+    step = _NAMED_BY_ITERATION + iteration * _TASKS + task
     if step in self._manager.all_steps():
       return
-    self.wait()  # So would Orbax; here a failure has the number of the save that failed.
-    self._saving = step
+    self.wait()  # So would Orbax; here a failure has the name of the save that failed.
+    self._saved = step, _smallest_alone(state)
     try:
       self._manager.save(
         step,
@@ -87,33 +109,67 @@ class Checkpointer:
         force=True,
       )
     except (OSError, ValueError) as error:
-      raise self._save_error(error) from error
+      self._saved = None
+      raise self._save_error(step, error) from error
 
   def wait(self) -> None:
-    """Returns when every save so far is committed."""
+    """Returns when every save so far is committed and was opened again; then deletes older ones.
+
+    Raises:
+      UserError: a save failed or cannot be read; those before it are intact.
+    """
+    if self._saved is None:
+      return
+    (step, probe), self._saved = self._saved, None
     try:
       self._manager.wait_until_finished()
     except (OSError, ValueError) as error:
-      raise self._save_error(error) from error
+      raise self._save_error(step, error) from error
+    try:
+      self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            item=probe,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), probe),
+          ),
+          meta=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:  # Orbax raises a dozen types for what it cannot read.
+      raise UserError(
+        f"checkpoint {_name(step)} was written in {self._shown} and cannot be read"
+        f" ({_first_line(error)}); earlier checkpoints are intact: see whether the file system"
+        " keeps what is written, or choose another --workdir"
+      ) from error
+    try:
+      for old in sorted(self._manager.all_steps())[: -self._keep]:
+        self._manager.delete(old)
+    except OSError as error:
+      raise self._save_error(step, error) from error
 
-  def _save_error(self, error: Exception) -> UserError:
+  def _save_error(self, step: int, error: Exception) -> UserError:
     return UserError(
-      f"checkpoint {self._saving} could not be written in {self._directory}"
+      f"checkpoint {_name(step)} could not be written in {self._shown}"
       f" ({_first_line(error)}); earlier checkpoints are intact: free some space or fix"
       " the directory, then run the same command to resume"
     )
 
-  def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+  def restore(
+    self, template: Any, check: Callable[[dict[str, Any]], None] = lambda meta: None
+  ) -> tuple[int, Any, dict[str, Any]] | None:
     """The newest readable checkpoint, or None if there is none.
 
     A directory that cannot be read (half-written by a crash, truncated by a full disk) is renamed
-    to `<step>.unreadable` with a warning, and the one before it is tried.
+    to `<name>.unreadable` with a warning, and the one before it is tried.
 
     Args:
       template: a pytree of arrays or `jax.ShapeDtypeStruct`s with shardings.
+      check: is given meta before the arrays are looked at, and raises UserError if they belong to
+        another run.
 
     Returns:
-      (step, state placed as the template says, meta).
+      (iterations done, state placed as the template says, meta).
 
     Raises:
       UserError: checkpoints exist and none can be read, or the newest belongs to another model.
@@ -122,6 +178,7 @@ class Checkpointer:
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        check(meta["meta"])
         self._check_shapes(step, template)
         restored = self._manager.restore(
           step,
@@ -134,15 +191,16 @@ class Checkpointer:
         )
       except UserError:
         raise
-      except Exception as error:  # Orbax raises a dozen types for a damaged directory.
+      except Exception as error:  # Orbax raises a dozen types for what it cannot read.
         failures.append(self._set_aside(step, error))
         continue
-      return step, restored["state"], meta["meta"]
+      return _iteration(step), restored["state"], meta["meta"]
     # Also those of an earlier attempt: a run must not start afresh because it was tried twice.
-    failures += sorted(path.name for path in self._directory.glob(f"*{_UNREADABLE}"))
+    names = (path.name for path in self._directory.iterdir())
+    failures += sorted(name for name in names if name.endswith(_UNREADABLE))
     if failures:
       raise UserError(
-        f"no checkpoint in {self._directory} can be read ({failures[0]}); delete the directory"
+        f"no checkpoint in {self._shown} can be read ({failures[0]}); delete the directory"
         " to start afresh"
       )
     return None
@@ -168,9 +226,9 @@ class Checkpointer:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    except Exception as error:  # Orbax raises a dozen types for a damaged directory.
+    except Exception as error:  # Orbax raises a dozen types for what it cannot read.
       raise UserError(
-        f"checkpoint {step} in {self._directory} cannot be read ({_first_line(error)});"
+        f"checkpoint {_name(step)} in {self._shown} cannot be read ({_first_line(error)});"
         " resume the run to write a new one"
       ) from error
     return restored["state"], restored["meta"]
@@ -192,19 +250,19 @@ class Checkpointer:
     for name in sorted(expected.keys() | found.keys()):
       if expected.get(name) != found.get(name):
         raise UserError(
-          f"checkpoint {step} in {self._directory} is of another model: {name} has shape"
+          f"checkpoint {_name(step)} in {self._shown} is of another model: {name} has shape"
           f" {found.get(name, 'nothing')} there, expected {expected.get(name, 'nothing')};"
           " choose another --workdir, or the flags that this run was started with"
         )
 
   def _set_aside(self, step: int, error: Exception) -> str:
-    reason = f"checkpoint {step}: {_first_line(error)}"
-    source = self._directory / str(step)
-    target = self._directory / f"{step}{_UNREADABLE}"
+    reason = f"checkpoint {_name(step)}: {_first_line(error)}"
+    source = self._directory / _name(step)
+    target = self._directory / f"{_name(step)}{_UNREADABLE}"
     _log.warning("%s; moved to %s", reason, target.name)
     self._manager.close()
     if source.exists():
-      shutil.rmtree(target, ignore_errors=True)
+      target.rmtree(missing_ok=True)
       source.rename(target)
     self._manager = self._open()
     return reason
@@ -215,6 +273,90 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
+      if self._link:
+        self._link.cleanup()
+
+
+class _Names(ocp.path.step.NameFormat):
+  """Names of checkpoints, for Orbax, which knows them by number."""
+
+  def build_name(self, step: int) -> str:
+    return _name(step)
+
+  def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+    for path in epath.Path(base_path).iterdir():
+      step = _step(path.name)
+      if step is not None and ocp.path.step.is_path_finalized(path):
+        yield ocp.path.step.Metadata(step=step, path=path)
+
+  def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+    path = epath.Path(base_path) / _name(step)
+    if not path.exists():
+      raise ValueError(f"there is no {path}")
+    return ocp.path.step.Metadata(step=step, path=path)
+
+
+def _name(step: int) -> str:
+  """`iteration_7`, and `iteration_7_task_1` for a save after the first task of what follows it.
+
+  Names used to be plain numbers, of units of work. Such a checkpoint is resumed, and is older than
+  those that have their iteration in their name.
+  """
+  if step < _NAMED_BY_ITERATION:
+    return str(step)
+  task = step % _TASKS
+  return f"iteration_{_iteration(step)}" + (f"_task_{task}" if task else "")
+
+
+def _iteration(step: int) -> int:
+  return step if step < _NAMED_BY_ITERATION else (step - _NAMED_BY_ITERATION) // _TASKS
+
+
+def _step(name: str) -> int | None:
+  """The inverse of `_name`; None for what is no checkpoint."""
+  found = re.fullmatch(r"(\d+)|iteration_(\d+)(?:_task_(\d+))?", name)
+  if found is None:
+    return None
+  number, iteration, task = found.groups(default="0")
+  return int(number) if found[1] else _NAMED_BY_ITERATION + int(iteration) * _TASKS + int(task)
+
+
+def _opened(directory: str, *, make: bool) -> tuple[epath.Path, tempfile.TemporaryDirectory | None]:
+  """The directory under a name that the libraries do not misread, and what holds that name.
+
+  Orbax makes a pattern of the name, without escaping it, to find what each process wrote of a save:
+  where brackets are in it a save ends without its parts, in silence. TensorStore takes a backslash
+  for a slash, Orbax 'gs:/' and epath '/gs/' for a bucket, and none takes bytes that are not UTF-8.
+
+  Args:
+    directory: a path, or the address of a bucket.
+    make: make the directory where it is missing.
+
+  Raises:
+    OSError: it cannot be made.
+  """
+  path = os.path.abspath(directory)
+  if "://" in directory:
+    return epath.Path(directory), None
+  if re.fullmatch(r"(?!/(gs|s3|az|hf)/)[\w/. -]*", path):
+    return epath.Path(path), None
+  if make:
+    os.makedirs(path, exist_ok=True)
+  holder = tempfile.TemporaryDirectory(prefix="rlft-")
+  link = os.path.join(holder.name, "checkpoints")
+  os.symlink(path, link, target_is_directory=True)
+  return epath.Path(link), holder
+
+
+def _smallest_alone(state: Any) -> Any:
+  """The tree with placeholders for all arrays but the smallest, and that without its values."""
+  leaves, tree = jax.tree.flatten(state)
+  smallest = min(leaves, key=lambda leaf: leaf.size)
+  alone = [
+    jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if leaf is smallest else ocp.PLACEHOLDER
+    for leaf in leaves
+  ]
+  return jax.tree.unflatten(tree, alone)
 
 
 def _arrays() -> ocp.type_handlers.TypeHandlerRegistry:

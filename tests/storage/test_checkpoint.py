@@ -90,7 +90,7 @@ def test_a_save_is_of_the_state_at_the_time_of_the_call(tmp_path):
 
 def test_the_newest_are_kept(tmp_path):
   save(tmp_path, 1, 2, 3, 4, keep=2)
-  assert names(tmp_path) == ["3", "4"]
+  assert names(tmp_path) == ["iteration_3", "iteration_4"]
   assert restore(tmp_path)[0] == 4
 
 
@@ -100,6 +100,73 @@ def test_a_step_is_saved_once(tmp_path):
   checkpointer.save(1, state(2.0), {})
   checkpointer.close()
   assert_equal(restore(tmp_path)[1], state(1.0))
+
+
+def test_names_say_the_iteration(tmp_path):
+  checkpointer = Checkpointer(tmp_path, keep=4)
+  for iteration, task in ((9, 0), (9, 1), (10, 0), (10, 2)):
+    checkpointer.save(iteration, state(0.0), {"task": task}, task=task)
+  checkpointer.close()
+  expected = ["iteration_10", "iteration_10_task_2", "iteration_9", "iteration_9_task_1"]
+  assert names(tmp_path) == expected
+  iteration, _, meta = restore(tmp_path)
+  assert (iteration, meta) == (10, {"task": 2})
+
+
+def test_a_checkpoint_that_is_named_by_a_number_comes_before_all_others(tmp_path):
+  save(tmp_path, 10)
+  (tmp_path / "iteration_10").rename(tmp_path / "20")
+  found = restore(tmp_path)
+  assert found[2] == {"step": 10}
+  save(tmp_path, 11)
+  assert names(tmp_path) == ["20", "iteration_11"]
+  assert restore(tmp_path)[0] == 11
+  save(tmp_path, 12)
+  assert names(tmp_path) == ["iteration_11", "iteration_12"]
+
+
+@pytest.mark.parametrize(
+  "name", ["a[v2]", "*?{b}", "$HOME %20#:;", "ä 猫 ~'\"", "a\\b", "gs:", "not-utf8-\udce9"]
+)
+def test_a_name_may_have_any_character(tmp_path, name):
+  folder = tmp_path / name / "checkpoints"
+  save(folder, 1, 2, 3)
+  assert names(folder) == ["iteration_2", "iteration_3"]
+  assert_equal(restore(folder)[1], state(3.0))
+  reader = Checkpointer(folder, read_only=True)
+  assert reader.restore_numpy()[1] == {"step": 3}
+  reader.close()
+  # Nothing depends on the name: the directory can be moved.
+  assert_equal(restore(folder.rename(tmp_path / "moved"))[1], state(3.0))
+  assert names(tmp_path / name) == []
+
+
+def test_older_checkpoints_stay_until_a_newer_one_was_opened(tmp_path):
+  save(tmp_path, 1)
+  checkpointer = Checkpointer(tmp_path, keep=1)
+  checkpointer.save(2, state(2.0), {})
+  checkpointer._manager.wait_until_finished()
+  # What a save looks like of which Orbax has not joined the parts.
+  (tmp_path / "iteration_2" / "state" / "manifest.ocdbt").unlink()
+  message = "checkpoint iteration_2 was written in .* and cannot be read .*earlier .* are intact"
+  with pytest.raises(UserError, match=message) as error:
+    checkpointer.wait()
+  assert "\n" not in str(error.value)
+  checkpointer.close()
+  assert names(tmp_path) == ["iteration_1", "iteration_2"]
+
+
+def test_what_else_there_is_is_looked_at_before_the_arrays(tmp_path):
+  save(tmp_path, 1)
+
+  def check(meta):
+    assert meta == {"step": 1}
+    raise UserError("another run")
+
+  checkpointer = Checkpointer(tmp_path)
+  with pytest.raises(UserError, match="another run"):
+    checkpointer.restore({"other": jnp.zeros(2)}, check)
+  checkpointer.close()
 
 
 def cut(path):
@@ -126,14 +193,15 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_an_unreadable_one_is_set_aside_and_the_one_before_it_used(tmp_path, caplog, damage):
   save(tmp_path, 1, 2)
-  damage(tmp_path / "2")
+  damage(tmp_path / "iteration_2")
   checkpointer = Checkpointer(tmp_path)
   with caplog.at_level(logging.WARNING, "rlft"):
     step, found, meta = checkpointer.restore(state(0.0))
   assert step == 1 and meta == {"step": 1}
   assert_equal(found, state(1.0))
-  assert names(tmp_path) == ["1", "2.unreadable"]
-  assert "checkpoint 2" in caplog.text and "moved to 2.unreadable" in caplog.text
+  assert names(tmp_path) == ["iteration_1", "iteration_2.unreadable"]
+  assert "checkpoint iteration_2" in caplog.text
+  assert "moved to iteration_2.unreadable" in caplog.text
   # The run goes on, and comes to the same step again.
   checkpointer.save(2, state(5.0), {"step": 2})
   checkpointer.close()
@@ -143,20 +211,20 @@ def test_an_unreadable_one_is_set_aside_and_the_one_before_it_used(tmp_path, cap
 def test_a_save_that_a_crash_cut_short_is_no_checkpoint(tmp_path):
   save(tmp_path, 1)
   # Orbax writes to a directory of such a name and renames it at the end.
-  shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+  shutil.copytree(tmp_path / "iteration_1", tmp_path / "iteration_2.orbax-checkpoint-tmp")
   assert restore(tmp_path)[0] == 1
-  assert names(tmp_path) == ["1"]
+  assert names(tmp_path) == ["iteration_1"]
 
 
 def test_no_run_starts_afresh_beside_checkpoints_that_cannot_be_read(tmp_path):
   save(tmp_path, 1, 2)
   for step in (1, 2):
-    cut_arrays(tmp_path / str(step))
+    cut_arrays(tmp_path / f"iteration_{step}")
   for _ in range(2):  # The second time everything has been set aside already.
     with pytest.raises(UserError, match="no checkpoint in .* can be read .*start afresh") as error:
       restore(tmp_path)
     assert "\n" not in str(error.value)
-  assert names(tmp_path) == ["1.unreadable", "2.unreadable"]
+  assert names(tmp_path) == ["iteration_1.unreadable", "iteration_2.unreadable"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +240,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_stays(tmp_path, change, me
   with pytest.raises(UserError, match="of another model: " + message) as error:
     restore(tmp_path, state(0.0) | change)
   assert "\n" not in str(error.value)
-  assert names(tmp_path) == ["1", "2"]
+  assert names(tmp_path) == ["iteration_1", "iteration_2"]
 
 
 def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, caplog, capfd):
@@ -184,7 +252,9 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, caplog, capfd):
   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
   try:
     checkpointer.save(2, state(2.0), {"step": 2})
-    message = r"checkpoint 2 could not be written in .* \(File too large\).*free some space"
+    message = (
+      r"checkpoint iteration_2 could not be written in .* \(File too large\).*free some space"
+    )
     with pytest.raises(UserError, match=message) as error:
       checkpointer.save(3, state(3.0), {"step": 3})
   finally:
@@ -205,11 +275,11 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 def test_a_reader_leaves_the_save_of_a_running_trainer_alone(tmp_path):
   save(tmp_path, 1)
-  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+  (tmp_path / "iteration_2.orbax-checkpoint-tmp").mkdir()
   reader = Checkpointer(tmp_path, read_only=True)
   found, meta = reader.restore_numpy()
   reader.close()
-  assert names(tmp_path) == ["1", "2.orbax-checkpoint-tmp"]
+  assert names(tmp_path) == ["iteration_1", "iteration_2.orbax-checkpoint-tmp"]
   assert_equal({"ema": None} | found, state(1.0))
   assert isinstance(found["params"]["bias"], np.ndarray) and meta == {"step": 1}
 

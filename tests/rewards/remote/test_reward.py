@@ -236,8 +236,8 @@ def test_a_run_stops_when_its_server_is_gone(folder, tmp_path, models, monkeypat
   assert "restart the server, then run the same command again to go on" in str(error.value)
   assert "\n" not in str(error.value)
   assert [line["iteration"] for line in cases.metrics(tmp_path)] == [0]
-  # Three units in the first iteration, one in the second: what was done before is kept.
-  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+  # One task of the second iteration: what was done before is kept.
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration_1_task_1"]
   with process(models, "green", port_of(address)):
     cases.run(config)
   cases.assert_same_run(tmp_path, cases.uninterrupted(folder))
