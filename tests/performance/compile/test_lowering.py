@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import pytest
 import train_cases
 
+from rlft.config import fields
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import unet
 from rlft.models.shapes import param_shapes
 from rlft.performance.compile import targets
 from rlft.performance.compile.abstract_run import AbstractRun
 
-CONFIG = Config(
+CONFIG = fields.make(
+  Config,
   task=(TaskConfig(name="a", prompts="-", reward="-", batch_size=16, images_per_prompt=2),),
   sampling_steps=3,
   train_timesteps=2,
@@ -60,7 +62,7 @@ def model(config):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_program_lowers_for_every_platform(mesh, variant):
-  config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+  config = fields.replace(CONFIG, **VARIANTS[variant])
   calls = AbstractRun.of(config, mesh, model(config)).calls()
   others = ["pretrain", "average"] if config.pretraining.pretrain_weight else []
   assert [call.name for call in calls] == ["encode", "sample", "update", *others]
