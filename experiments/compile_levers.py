@@ -92,7 +92,7 @@ def main() -> None:
     run = AbstractRun.of(config, target.mesh, _first_level(config))
     (call,) = (call for call in run.calls() if call.name == "update")
     with compile_lib.compilation_cache(_CACHE.value) as cache:
-      result = compile_lib.measure(call, target, cache)
+      result = compile_lib.compile_program(call, target, cache)
     found[name] = dataclasses.asdict(result)
     temporary = f"{result.temporary / GIB:.2f}" if result.fits else "-"
     peak = f"{result.peak / GIB:.2f}" + ("" if result.fits else ", does not fit")

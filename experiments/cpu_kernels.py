@@ -102,8 +102,8 @@ def _both(matrix, grid):
   return [apply(row) for row in zip(*columns, strict=True)]
 
 
-def measure(forms: Mapping[str, Callable], *args: jax.Array) -> str:
-  """Forward and backward pass of each form: 'name 1.23 + 4.56 ms (2e-7)'."""
+def comparison(forms: Mapping[str, Callable], *args: jax.Array) -> str:
+  """Times each form: 'name 1.23 / 4.56 (2e-7)', milliseconds forward and backward, and its error."""
   cotangent = _random(1, jax.eval_shape(next(iter(forms.values())), *args).shape)
   forward = {name: jax.jit(form) for name, form in forms.items()}
   both = {
@@ -199,7 +199,7 @@ def main() -> None:
     x, kernel = _random(0, (b, size, size, channels)), _random(2, (3, 3, channels, features))
     forms = {"XLA": direct, "ours": conv2d}
     forms |= {"nine products": nine_products, "Winograd": winograd_square}
-    line = measure(forms, x, kernel)
+    line = comparison(forms, x, kernel)
     if importlib.util.find_spec("torch"):
       line += ", " + torch_conv(x, kernel)
     print(f"  {(b, size, channels, features)}: {line}", flush=True)
@@ -215,7 +215,7 @@ def main() -> None:
       name: lambda x, kernel, form=form: jax.lax.map(lambda x: form(x, kernel), x)
       for name, form in forms.items()
     }
-    print(f"  {(b, size, channels, features)}: {measure(forms, x, kernel)}", flush=True)
+    print(f"  {(b, size, channels, features)}: {comparison(forms, x, kernel)}", flush=True)
   print("dense layers")
   for rows, channels, features in _LAYERS:
     args = _random(0, (rows, channels)), _random(2, (channels, features))
@@ -223,12 +223,12 @@ def main() -> None:
       "XLA": jnp.matmul,
       "ours": lambda x, kernel: dispatch.dense_product(x, kernel, _LAST_FIRST),
     }
-    print(f"  {(rows, channels, features)}: {measure(forms, *args)}", flush=True)
+    print(f"  {(rows, channels, features)}: {comparison(forms, *args)}", flush=True)
   print("doubled, then a 3x3 convolution")
   for b, size, channels in _MAPS:
     args = _random(0, (b, size // 2, size // 2, channels)), _random(2, (3, 3, channels, channels))
     forms = {"XLA": dispatch._upsample_conv, "ours": dispatch.upsample_conv}
-    print(f"  {(b, size // 2, channels)}: {measure(forms, *args)}", flush=True)
+    print(f"  {(b, size // 2, channels)}: {comparison(forms, *args)}", flush=True)
   print("group normalisation and SiLU")
   for b, size, channels in _MAPS:
     args = _random(0, (b, size, size, channels)), _random(2, (channels,)), _random(3, (channels,))
@@ -236,12 +236,12 @@ def main() -> None:
       "XLA": functools.partial(plain.group_norm, 16, 1e-5, True),
       "ours": functools.partial(dispatch.group_norm, groups=16, epsilon=1e-5, silu=True),
     }
-    print(f"  {(b, size, channels)}: {measure(forms, *args)}", flush=True)
+    print(f"  {(b, size, channels)}: {comparison(forms, *args)}", flush=True)
   print("gated GELU")
   for b, size, channels in _MAPS:
     x = _random(0, (b, size * size, 8 * channels))
     forms = {"XLA": plain.gated_gelu, "ours": dispatch.gated_gelu}
-    print(f"  {x.shape}: {measure(forms, x)}", flush=True)
+    print(f"  {x.shape}: {comparison(forms, x)}", flush=True)
   print("attention")
   for b, n, m, heads, features in _TOKENS:
     args = [_random(i, (b, length, heads, features)) for i, length in enumerate((n, m, m))]
@@ -249,7 +249,7 @@ def main() -> None:
       "XLA": functools.partial(attention.attention, implementation="xla"),
       "ours": ops.attention,
     }
-    print(f"  {(b, n, m, heads, features)}: {measure(forms, *args)}", flush=True)
+    print(f"  {(b, n, m, heads, features)}: {comparison(forms, *args)}", flush=True)
 
 
 if __name__ == "__main__":

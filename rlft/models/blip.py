@@ -265,7 +265,7 @@ class _Layers(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
-    """As `_Layer`."""
+    """Arguments and result are those of `_Layer`."""
     for i in range(self.config.num_hidden_layers):
       x = _Layer(self.config, self.dtype, name=str(i))(x, mask, image)
     return x
@@ -277,7 +277,7 @@ class _Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
-    """As `_Layer`; exists for the parameter tree's sake."""
+    """Arguments and result are those of `_Layer`; exists for the parameter tree's sake."""
     return _Layers(self.config, self.dtype, name="layer")(x, mask, image)
 
 

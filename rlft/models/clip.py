@@ -176,7 +176,7 @@ class CLIPTextEncoder(nn.Module):
     return self.text_model(ids)[1]
 
   def before_last(self, ids: jax.Array) -> jax.Array:
-    """As `__call__`, but the states before the last layer, without a norm."""
+    """Encodes like `__call__`, to the states before the last layer, without a norm."""
     return self.text_model(ids)[0]
 
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -21,7 +21,7 @@ Dense = functools.partial(nn.Dense, dot_general=dense_product)
 def alike(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`[n, ...]` and `[g n, ...]`, in any order -> both `[g n, ...]`: all rows again and again.
 
-  The UNet computes a map once for all texts that it is given with, until the texts tell on it.
+  The UNet gets a map once for all texts, and computes it once up to the first attention to them.
   """
   rows = max(len(x), len(y))
   x, y = (z if len(z) == rows else jnp.concatenate([z] * (rows // len(z))) for z in (x, y))

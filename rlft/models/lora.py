@@ -23,7 +23,7 @@ Adapter = dict[str, dict[str, jax.Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Of a UNet: its parameters, and an adapter or None."""
+  """A UNet's weights: its parameters, and an adapter or None."""
 
   unet: Any
   adapter: Adapter | None = None

@@ -1,4 +1,4 @@
-"""From token ids to what a UNet is told: one text encoder (SD 1.x, 2.x) or two (SDXL)."""
+"""Encodes texts for a UNet: with one text encoder (SD 1.x, 2.x) or two (SDXL)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +54,7 @@ def encode(
 def empty(
   model: StableDiffusion, params: Mapping[str, Any], ids: jax.Array, size: tuple[int, int]
 ) -> Conditioning:
-  """As `encode`, for `ids` of the empty prompt, but zeros if the model has `zero_empty`.
+  """Encodes the empty prompt, given its `ids`, like `encode`; zeros if the model has `zero_empty`.
 
   Models with `zero_empty` were trained with zeros where no prompt was given, not with the empty
   one.

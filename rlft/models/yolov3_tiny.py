@@ -84,7 +84,7 @@ def resize(network: darknet.Network, images: jax.Array) -> jax.Array:
 
 
 def letterbox(network: darknet.Network, images: jax.Array) -> jax.Array:
-  """As `resize`, but with the proportions kept and grey (0.5) at both sides, as Darknet does."""
+  """Resizes with the proportions kept and grey (0.5) at both sides, as Darknet does."""
   height, width = images.shape[1:3]
   if network.width * height < network.height * width:
     inner = (height * network.width // width, network.width)

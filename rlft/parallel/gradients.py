@@ -25,7 +25,7 @@ def over_devices(
   dtype: Any,
   microbatch: int,
 ) -> tuple[Any, Any]:
-  """Gradient of a loss that is a sum over all rows, and what it returns for each of them.
+  """The gradient of a loss that is a sum over all rows, and what the loss returns for each row.
 
   Each device gathers the parameters in the type of the computation, goes through its own rows in
   parts, and adds up gradients in float32; then the sums of all devices are scattered back, each

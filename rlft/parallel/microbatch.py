@@ -47,7 +47,7 @@ def mapped(function: Callable[[Rows], Rows], rows: Rows, size: int) -> Rows:
 def summed(
   function: Callable[[Rows], tuple[Any, Rows]], like: Any, rows: Rows, size: int
 ) -> tuple[Any, Rows]:
-  """As `mapped`, for a function that also returns what is to be summed over the parts.
+  """Maps like `mapped`, with a function that also returns what is to be summed over the parts.
 
   Args:
     function: rows to a tree, which is summed in float32, and as many rows.

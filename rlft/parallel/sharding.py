@@ -48,7 +48,7 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
-  """Of a parameter: the largest axis that 'fsdp' divides is sharded, where it is worth it."""
+  """Where a parameter lies: its largest axis that 'fsdp' divides is sharded, if it is worth it."""
   shards = mesh.shape["fsdp"]
   axes = [i for i, n in enumerate(shape) if n % shards == 0]
   if shards == 1 or math.prod(shape) < _SMALLEST_SHARDED or not axes:

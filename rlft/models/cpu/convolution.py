@@ -71,7 +71,7 @@ def _input_gradient(stride, padding, shape, kernel, d):
     shape[1:3], kernel.shape[:2], d.shape[1:3], padding, strict=True
   ):
     low = taps - 1 - before
-    # Of the stretched cotangent, stride (given - 1) + 1 long, `size` places are to be seen.
+    # The stretched cotangent is stride (given - 1) + 1 long; `size` places of it are to be seen.
     around.append((low, size + taps - 2 - stride * (given - 1) - low))
   return plain.conv2d(1, around, d, _mirrored(kernel), lhs_dilation=(stride, stride))
 
@@ -168,20 +168,20 @@ def _row_convolution(x: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _row_product(x: jax.Array, row: jax.Array) -> jax.Array:
-  """As `_row_convolution`; one product that reads the row as it lies."""
+  """Computes `_row_convolution` as one product that reads the row as it lies."""
   seen = jnp.concatenate(_shifted(x), -1)
   return (seen @ row.reshape(-1, row.shape[-1])).reshape(*x.shape[:3], -1)
 
 
 def _row_gradient(d: jax.Array, row: jax.Array) -> jax.Array:
-  """Of `_row_convolution` with respect to `x`: products, which leave the kernel as it lies."""
+  """The cotangent of `_row_convolution`'s `x`, by products that leave the kernel as it lies."""
   seen = _shifted(d)[::-1]
   products = (jax.lax.dot_general(seen[i], row[i], (((1,), (1,)), ((), ()))) for i in range(3))
   return sum(products).reshape(*d.shape[:3], -1)
 
 
 def _row_kernel_gradient(x: jax.Array, d: jax.Array) -> jax.Array:
-  """With respect to the row, `[I, 3, O]`: one product that leaves `x` as it lies."""
+  """The cotangent of its row, `[I, 3, O]`, by one product that leaves `x` as it lies."""
   channels = x.shape[-1]
   seen = jnp.concatenate(_shifted(d)[::-1], -1)
   product = jax.lax.dot_general(x.reshape(-1, channels), seen, (((0,), (0,)), ((), ())))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 def made_once(x: jax.Array) -> jax.Array:
   """`x`, made before a loop in which it does not change.
 
-  Of what does not change, XLA leaves slices and transposed arrays in the loop: they cost nothing on
+  XLA leaves slices and transposed arrays in a loop that does not change them: they cost nothing on
   accelerators, but on CPUs they are copies.
   """
   return jax.lax.optimization_barrier(x)

@@ -65,7 +65,7 @@ class Piece:
   flat: bool = False
 
   def shape(self, state: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    """Of the piece."""
+    """The shape of the piece."""
     found = self._rows(shape(state, self.name))
     return found[::-1] if self.transposed else found
 

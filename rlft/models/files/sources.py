@@ -77,7 +77,7 @@ def open_file(source: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 
 def find_file(source: str | os.PathLike[str], name: str) -> pathlib.Path | None:
-  """As `open_file`, but None if there is none."""
+  """Opens like `open_file`, but gives None if there is none."""
   path = pathlib.Path(source)
   if path.exists():
     found = (path if path.is_dir() else path.parent) / name

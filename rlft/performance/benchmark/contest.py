@@ -133,7 +133,7 @@ class Suite:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Of one side.
+  """How long one side took.
 
   Attributes:
     seconds: of each timed call; empty if it did not run.
@@ -172,7 +172,7 @@ class Result:
   note: str = ""
 
 
-def measure(contest: Contest, *, dtype: str, repeats: int, tick: Callable[[], Any]) -> Result:
+def hold(contest: Contest, *, dtype: str, repeats: int, tick: Callable[[], Any]) -> Result:
   """Times the sides of a contest, in turns if memory allows: other load then hits all alike.
 
   Args:
@@ -280,7 +280,7 @@ def device() -> str:
 
 
 def table(results: Sequence[Result], unit: str) -> str:
-  """Lines with columns for people to read: a line for each side."""
+  """The results in columns for people to read, a line for each side."""
   rows = [("", "parameters", "side", f"{unit}/s", "rlft is", "GFLOP/s", "of peak", "compile", "")]
   for result in results:
     ours = result.sides.get(OURS, Timing())

@@ -160,7 +160,7 @@ def training(what: str, work: Work, settings: Mapping[str, Any]) -> Config:
 
 
 def ours(what: str, work: Work, settings: Mapping[str, Any]) -> Side:
-  """What `launch/train.py` runs: its programs, and for an iteration its whole `run_task`."""
+  """Our side runs what `launch/train.py` does; for an iteration its whole `run_task`."""
   config = training(what, work, settings)
   run = run_lib.open_run(config, work.devices)
   optimizer = state_lib.optimizer_of(config)
@@ -171,7 +171,7 @@ def ours(what: str, work: Work, settings: Mapping[str, Any]) -> Side:
 
 
 def rollout(run: run_lib.Run, state: state_lib.TrainState, work: Work, seed: int) -> Any:
-  """What `Sampler.rollout` returns for the work's prompts."""
+  """Samples for the work's prompts; returns what `Sampler.rollout` does."""
   weights = state_lib.sampling_weights(run.config, state.params, run.frozen)
   keys = sampler_lib.image_keys(jax.random.key(seed), 0, work.batch_size)
   return run.sampler.rollout(weights, work.ids, keys)

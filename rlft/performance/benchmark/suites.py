@@ -22,7 +22,7 @@ from rlft.performance.benchmark.contest import (
   Suite,
   cores,
   device,
-  measure,
+  hold,
   table,
 )
 from rlft.storage import files
@@ -64,7 +64,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
         makers = {side: contest.sides[side] for side in sides}
         contest = dataclasses.replace(contest, sides=makers)
         dtype = config.dtype
-        results.append(measure(contest, dtype=dtype, repeats=config.repeats, tick=bar.update))
+        results.append(hold(contest, dtype=dtype, repeats=config.repeats, tick=bar.update))
   print(_heading(config, results, load))
   print(table(results, suite.unit))
   if config.json:

@@ -106,7 +106,7 @@ class Policy:
     self._calls = 0
 
   def sampling(self) -> Any:
-    """From token ids to images and their trajectories."""
+    """Draws images, with their trajectories, from token ids."""
     import torch
 
     with torch.inference_mode():
@@ -114,7 +114,7 @@ class Policy:
       return images.mean((1, 2, 3)).cpu(), path  # Waits for an accelerator.
 
   def update(self) -> float:
-    """One step of the optimizer on one timestep; of a trajectory that is drawn once."""
+    """Takes a step of the optimizer on one timestep of a trajectory, which is drawn once."""
     if self._drawn is None:
       self._drawn = self._draw()
     index = self._work.timesteps[self._calls % len(self._work.timesteps)]
@@ -153,7 +153,7 @@ class Policy:
     return text, {"text_embeds": found[1].text_embeds, "time_ids": sizes.expand(len(ids), -1)}
 
   def _conditioning(self) -> tuple[Any, Any]:
-    """Of all images; with guidance, the empty prompts' are first."""
+    """Encodes the prompts of all images; with guidance, the empty prompts come first."""
     import torch
 
     text, more = self._encode(self._ids)

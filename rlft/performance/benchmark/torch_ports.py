@@ -48,7 +48,7 @@ def start(*packages: str) -> Any:
 def side(
   kind: str, config: Any, dtype: Any, images: np.ndarray, features: Any
 ) -> Callable[[], Side]:
-  """What makes PyTorch's side of a contest.
+  """Returns what makes PyTorch's side of a contest.
 
   Args:
     kind: a key of `_KINDS`.

@@ -189,9 +189,10 @@ def make_work(
 
 
 def count_flops(model: StableDiffusion, work: Work) -> dict[str, float]:
-  """Of a call of each suite, as the networks define them: a gradient is three forward passes.
+  """Counts the FLOPs of a call of each suite; a gradient takes three forward passes.
 
-  What a side computes twice, or spares itself, plays no part.
+  They are those that the networks define: what a side computes twice, or spares itself, plays no
+  part.
   """
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), dict(model.params))
   size, shape = stable_diffusion.image_size(model), (1, *stable_diffusion.latent_shape(model))

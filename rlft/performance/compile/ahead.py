@@ -69,7 +69,7 @@ def compile_run(config: Config, settings: CompileConfig) -> None:
   ):
     for call in calls:
       with progress(call.name):
-        result = measure(call, target, cache)
+        result = compile_program(call, target, cache)
       rows.append(Row(call, result, max(0, resident - result.arguments)))
   print(table(run, target, settings.architecture or config.pretrained, rows))
   if settings.json:
@@ -105,7 +105,7 @@ def _selected(calls: Sequence[Call], names: str) -> list[Call]:
 # ---------------------------------------------------------------------------- compiling
 
 
-def measure(call: Call, target: Target, cache: Path | None = None) -> Result:
+def compile_program(call: Call, target: Target, cache: Path | None = None) -> Result:
   """Compiles a program for the target, unless its result is in the cache.
 
   Args:

@@ -23,7 +23,7 @@ def measured(log, flops=0.0):
   sides = {"a": recorded(log, "a"), "c": missing, "b": recorded(log, "b")}
   held = contest.Contest("x", "4 images", 4, 10**9, 5 * 10**9, sides, flops)
   ticks = []
-  result = contest.measure(held, dtype="float32", repeats=2, tick=ticks.append)
+  result = contest.hold(held, dtype="float32", repeats=2, tick=ticks.append)
   assert sum(ticks) == 9  # 3 calls of each side, made or not
   return result
 
@@ -60,7 +60,7 @@ def test_what_a_first_call_takes_longer_is_compilation(monkeypatch):
   monkeypatch.setattr(contest.time, "perf_counter", lambda: next(clock))
   sides = {"a": lambda: contest.Side(lambda: None, compile_s=0.5)}
   held = contest.Contest("x", "", 1, 1, 1, sides)
-  result = contest.measure(held, dtype="float32", repeats=2, tick=lambda count: None)
+  result = contest.hold(held, dtype="float32", repeats=2, tick=lambda count: None)
   assert result.sides["a"].seconds == (1.0, 3.0)
   assert result.sides["a"].compile_s == 0.5 + 5.0 - 2.0
 

@@ -119,7 +119,7 @@ def test_an_update_gathers_parameters_and_scatters_gradients_and_nothing_else(
   run, target, little_optimisation
 ):
   (call,) = (call for call in run.calls() if call.name == "update")
-  found = compile_lib.measure(call, target)
+  found = compile_lib.compile_program(call, target)
   size = sum(x.size * 4 for x in jax.tree.leaves(run.state.params))
   assert communication.surprises(found.collectives, call.theory, size) == ()
   # Nearly all parameters are spread over four devices: the theory is about something.
@@ -132,7 +132,7 @@ def test_other_programs_gather_what_they_use(run, target, little_optimisation, n
   config = fields.replace(CONFIG, pretrain_weight=0.1, pretrain_batch_size=8)
   run = dataclasses.replace(run, config=config)
   call = next(call for call in run.calls() if call.name == name)
-  found = compile_lib.measure(call, target).collectives
+  found = compile_lib.compile_program(call, target).collectives
   assert found["all-gather"][1] == pytest.approx(call.theory["all-gather"], rel=0.01)
   size = sum(x.size * 4 for x in jax.tree.leaves(run.state.params))
   assert communication.surprises(found, call.theory, size) == ()
