@@ -103,7 +103,7 @@ def _both(matrix, grid):
 
 
 def comparison(forms: Mapping[str, Callable], *args: jax.Array) -> str:
-  """Times each form: 'name 1.23 / 4.56 (2e-7)', milliseconds forward and backward, and its error."""
+  """Times each form, forward and backward: 'name 1.23 / 4.56 (2e-7)', in ms, and its error."""
   cotangent = _random(1, jax.eval_shape(next(iter(forms.values())), *args).shape)
   forward = {name: jax.jit(form) for name, form in forms.items()}
   both = {
