@@ -47,6 +47,7 @@ from rlft.report import page as report
 from rlft.report.metrics import MetricsWriter, Progress
 from rlft.rewards.scoring import statistics
 from rlft.rewards.scoring.scorer import RewardError
+from rlft.run import checks
 from rlft.run.open import Run, measure, open_run
 from rlft.run.preemption import Stop, Stopped
 from rlft.run.state import TrainState, initial_state, optimizer_of, sampling_weights
@@ -401,6 +402,7 @@ def train(config: Config) -> None:
       state is on disk then, and the same command goes on from it.
   """
   cpu.split_host(config.devices.cpu_devices)
+  config = checks.with_rank(config)
   run = open_run(config)
   optimizer = optimizer_of(config)
   programs = make_programs(config, run.model, run.schedule, optimizer, run.mesh)

@@ -70,6 +70,12 @@ class PolicySettings:
     fixed=True,
   )
   lora_rank: int = option("rank of LoRA; 0 trains the full UNet", 0, least=0, fixed=True)
+  init_lora: str = option(
+    "safetensors file with a LoRA of PEFT, diffusers or Kohya to start from; its rank is taken",
+    "",
+    path=True,
+    fixed=True,
+  )
   lora_alpha: float = option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
 
 

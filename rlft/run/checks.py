@@ -14,7 +14,7 @@ from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import EMOJI_SD, Config, TaskConfig
 from rlft.models import scheduler_config, stable_diffusion
-from rlft.models.files import pretrained
+from rlft.models.files import lora_files, pretrained
 from rlft.types import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
@@ -55,6 +55,23 @@ def validate_settings(config: Config) -> None:
   stable_diffusion.parse_size(config.policy.image_size)
   for message in _contradictions(config):
     raise UserError(message)
+
+
+def with_rank(config: Config) -> Config:
+  """The settings with the rank of the LoRA that `--init_lora` names.
+
+  Raises:
+    UserError: the file cannot be read, or has another rank than `--lora_rank` says.
+  """
+  path, said = config.policy.init_lora, config.policy.lora_rank
+  if not path:
+    return config
+  rank = lora_files.rank(path)
+  if said not in (0, rank):
+    raise UserError(
+      f"--lora_rank={said} is not the rank of --init_lora={path}, which is {rank}: leave it out"
+    )
+  return fields.replace(config, lora_rank=rank)
 
 
 def _contradictions(config: Config) -> Iterator[str]:

@@ -10,6 +10,7 @@ import optax
 from rlft.algorithms.optimizer import MasterState, make_optimizer
 from rlft.config.settings import Config
 from rlft.models import lora as lora_lib
+from rlft.models.files import lora_files
 from rlft.parallel import sharding
 from rlft.run.open import Run
 
@@ -70,12 +71,24 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
     key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
     init = functools.partial(lora_lib.init, params=params, rank=config.policy.lora_rank)
     shardings = sharding.parameters(run.mesh, jax.eval_shape(init, key))
-    params = sharding.jit(init, out_shardings=shardings)(key)
+    started = sharding.jit(init, out_shardings=shardings)(key)
+    given = _given_adapter(config, params)
+    params = started | sharding.put(given, {path: shardings[path] for path in given})
 
   make = functools.partial(make_state, config, optimizer)
   shardings = sharding.parameters(run.mesh, jax.eval_shape(make, params))
   donated = () if "unet" in run.frozen and not config.policy.lora_rank else (0,)
   return sharding.jit(make, out_shardings=shardings, donate_argnums=donated)(params)
+
+
+def _given_adapter(config: Config, unet: Any) -> lora_lib.Adapter:
+  """What `--init_lora` says of the adapter of a UNet; nothing of modules that it leaves out."""
+  policy = config.policy
+  if not policy.init_lora:
+    return {}
+  found = lora_files.load(policy.init_lora, lora_lib.targets(unet))
+  scale = lora_lib.scale(policy.lora_rank, policy.lora_alpha)
+  return {path: {"a": factors["a"], "b": factors["b"] / scale} for path, factors in found.items()}
 
 
 def sampling_weights(config: Config, params: Any, frozen: Any) -> lora_lib.Weights:

@@ -9,7 +9,7 @@ import train_cases as cases
 
 from rlft.inference import load as finetuned
 from rlft.models import lora, stable_diffusion
-from rlft.models.files import pretrained
+from rlft.models.files import lora_files, pretrained
 from rlft.types import UserError
 
 
@@ -26,8 +26,11 @@ def base(folder):
 
 
 @pytest.fixture(scope="module")
-def lora_run(folder, tmp_path_factory):
+def lora_run(folder, base, tmp_path_factory):
+  """A run that began with an adapter and was told other options than the model's."""
   workdir = tmp_path_factory.mktemp("lora")
+  adapter = lora.init(jax.random.key(1), base["unet"], rank=2)
+  lora_files.save(workdir / "start.safetensors", adapter, scale=1.0)
   cases.run(
     cases.config(
       folder,
@@ -37,7 +40,7 @@ def lora_run(folder, tmp_path_factory):
       train_timesteps=1,
       image_size="8x4",
       scheduler="timestep_spacing=trailing",
-      lora_rank=2,
+      init_lora=str(workdir / "start.safetensors"),
       kl_weight=0.1,
       ema_decay=0.5,
     )
@@ -83,7 +86,9 @@ def test_a_run_of_lora(lora_run, base, ema):
 
 
 def test_a_model_is_set_as_the_run_was(lora_run, folder):
-  found = finetuned.load(str(lora_run)).model
+  found = finetuned.load(str(lora_run))
+  assert found.config.policy.lora_rank == 2
+  found = found.model
   assert found.scheduler["timestep_spacing"] == "trailing"
   assert stable_diffusion.image_size(found) == (8, 4)
   other = {"scheduler": "timestep_spacing=linspace,steps_offset=0", "image_size": "12"}

@@ -179,7 +179,9 @@ def load(
 
 
 def _open(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
-  if not os.path.isfile(path) or not os.fspath(path).endswith(".safetensors"):
+  if not os.path.isfile(path):
+    raise UserError(f"{path} does not exist: give a safetensors file with a LoRA")
+  if not os.fspath(path).endswith(".safetensors"):
     raise UserError(f"{path} is no safetensors file: give one with a LoRA")
   return arrays.read_files([pathlib.Path(path)])
 

@@ -57,6 +57,7 @@ def compile_run(config: Config, settings: CompileConfig) -> None:
   Raises:
     UserError: a mistake in the settings, or programs that do not fit (after the table).
   """
+  config = checks.with_rank(config)
   _check(config, settings)
   target = targets.open_target(settings.target, config.devices.fsdp)
   checks.validate_devices(config, device_count=target.mesh.size, process_count=1)

@@ -159,8 +159,10 @@ def test_adapters_of_something_else(tmp_path, change, words):
 def test_what_is_no_adapter(tmp_path):
   path = tmp_path / "lora.safetensors"
   for function in (lora_files.rank, lambda path: lora_files.load(path, {})):
-    with pytest.raises(UserError, match="is no safetensors file: give one with a LoRA"):
+    with pytest.raises(UserError, match="does not exist: give a safetensors file with a LoRA"):
       function(path)
+    with pytest.raises(UserError, match="is no safetensors file: give one with a LoRA"):
+      function(__file__)
   safetensors.numpy.save_file({"x": np.zeros(1)}, path)
   with pytest.raises(UserError, match="has no LoRA"):
     lora_files.rank(path)
