@@ -283,7 +283,7 @@ class Sampler:
       prompts: N texts.
       seed: image i depends on (seed, i, its prompt) alone, whatever the batch size.
       weights: of the UNet, placed on the mesh; the model's own if None.
-      progress: label of a progress bar; '' shows none.
+      progress: label of a progress bar on a terminal; '' shows none.
 
     Yields:
       `[n, H, W, 3]` float32 in [0, 1], on every process; n is the batch size, less at the end.
@@ -296,7 +296,8 @@ class Sampler:
     size, count = self._batch_size, len(prompts)
     ids = np.concatenate([ids, np.broadcast_to(self._empty, (-count % size, *ids.shape[1:]))])
     starts = range(0, count, size)
-    for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
+    hidden = None if progress else True  # None: where it is no terminal, as in a log file.
+    for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=hidden, leave=False):
       batch = self.rollout(weights, ids[start : start + size], _keys(seed, start, size))[1]
       yield sharding.fetch(batch)[: count - start]
 

@@ -178,7 +178,7 @@ class Progress:
     now, timed = time.monotonic(), self._done - self._initial - 1
     if not timed:
       self._first_end = now
-      return "..."
+      return "..." if self._done < self._total else _clock(0)
     return _clock((now - self._first_end) / timed * (self._total - self._done))
 
   def say(self, message: str) -> None:

@@ -159,13 +159,14 @@ def test_progress_in_a_log_file_is_one_line_an_iteration(clock):
     clock[0] = 1000.0  # the first iteration compiles
     progress.update({"reward/tone/mean": -0.51234, "reward/tone/std": 1, "images_per_second": 21.6})
     progress.say("saved")
-    for clock[0] in (1010.0, 1030.0):
+    for clock[0] in (1010.0, 1030.0, 1030.0):
       progress.update({"reward/tone/mean": jnp.float32(0.25)})
   assert stream.getvalue().splitlines() == [
     "iteration  8,  9/12 done  tone -0.5123  21.6 images/s  ... left",
     "saved",
     "iteration  9, 10/12 done  tone 0.25  0:20 left",
     "iteration 10, 11/12 done  tone 0.25  0:15 left",  # 30 s for two
+    "iteration 11, 12/12 done  tone 0.25  0:00 left",
   ]
 
 
