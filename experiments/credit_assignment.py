@@ -27,7 +27,7 @@ import numpy as np
 from rlft.config import flags as cli
 from rlft.config import tasks
 from rlft.config.settings import TaskConfig
-from rlft.evaluation import evaluate, results
+from rlft.evaluation import results
 from rlft.report import charts
 from rlft.rewards import sets
 from rlft.storage import files
@@ -109,9 +109,7 @@ def run_flags(
     raise UserError(f"the flagfile has {len(found)} tasks: give one with one task")
   (task,) = tasks.parse_task(found[0])
   reward = f"{task.reward}{'&' if '?' in task.reward else '?'}credit={credit}"
-  (judge,) = (
-    entry for entry in tasks.EVAL_PRESETS["emoji"] if entry.metric in evaluate.LOWER_IS_BETTER
-  )
+  (judge,) = (entry for entry in tasks.EVAL_PRESETS["emoji"] if entry.name == "parity")
   ours = {
     "task": f"{found[0]},reward={reward}",
     "workdir": workdir,

@@ -16,6 +16,7 @@ from rlft.data import pairs as pairs_lib
 from rlft.data import prompts as prompts_lib
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.rewards import grammar, user
+from rlft.rewards.scoring import errors
 from rlft.types import Prompt, Reward, UserError
 
 REWARDS: Mapping[str, str] = {
@@ -44,6 +45,7 @@ ORACLES: Mapping[str, str] = {
   "oracle-parity": "rlft.emoji.oracles:parity",
   "oracle-preference": "rlft.emoji.oracles:preference",
   "oracle-presence": "rlft.emoji.oracles:presence",
+  "oracle-skin-found": "rlft.emoji.oracles:skin_found",
 }
 # Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
 PROMPTS: Mapping[str, str] = {
@@ -85,19 +87,20 @@ def make_reward(spec: str) -> Reward:
     from rlft.rewards.remote import reward as remote
 
     return grammar.call(remote.remote_reward, spec, given, spec)
-  return dataclasses.replace(grammar.call(_factory(name), spec, given), name=spec)
+  return dataclasses.replace(grammar.call(_factory(name, spec), spec, given), name=spec)
 
 
-def _factory(name: str) -> Callable[..., Reward]:
+def _factory(name: str, spec: str) -> Callable[..., Reward]:
   known = {**REWARDS, **ORACLES}
   if name in known:
     return _function(known[name])
   near = difflib.get_close_matches(name, known, n=1)
   hint = f" (did you mean {near[0]!r}?)" if near else ""
   raise UserError(
-    f"unknown reward {name!r}{hint}: use one of {', '.join(known)}, your own function as"
-    " host:module:function, host:file.py:function or jax:file.py:function, your own factory as"
-    " factory:file.py:function?key=value, or a server as http://host:port/v2/models/NAME"
+    f"reward {spec!r}: there is none of this name{hint}: use one of {', '.join(known)}, your own"
+    " function as host:module:function, host:file.py:function or jax:file.py:function, your own"
+    " factory as factory:file.py:function?key=value, or a server as"
+    " http://host:port/v2/models/NAME"
   )
 
 
@@ -214,7 +217,8 @@ def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
       f"--eval=name={entry.name}: metric={entry.metric} adds up rewards relative to their batch,"
       " which measures nothing: give an evaluation for each of them"
     )
-  metric = make(entry.metric)
+  with errors.located(f"--eval=name={entry.name}: metric", entry.metric):
+    metric = make(entry.metric)
   if not metric.is_measure:
     raise UserError(
       f"--eval=name={entry.name}: metric={entry.metric} is the credit of images within their set,"

@@ -279,9 +279,9 @@ def run_task(
   # --- score ---
   stop.check()
   with stop.at_once():
-    found = task.scorer.submit(images, prompts)()
+    found = task.scorer.score(images, prompts)
   metrics = iteration_metrics.of_task(name, found, sharding.fetch)
-  scores = found.scores
+  scores = found.scores.values
   scored = time.perf_counter()
   unscored = metrics[f"reward/{name}/unscored"]
   if unscored > config.scoring.max_nan_share:
@@ -550,5 +550,11 @@ def _report(run: Run) -> None:
     before, after = history[0][1], history[-1][1]
     results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config))
     print(summary.table(before, after))
-  page = report.write_report(run.workdir, command=shlex.join(["python", *sys.argv]))
+  page = report.write_report(
+    run.workdir,
+    command=shlex.join(["python", *sys.argv]),
+    lower_is_better=[
+      one.name for task in run.tasks if (one := task.scorer.judge) and one.lower_is_better
+    ],
+  )
   print(f"report: {page}")

@@ -10,9 +10,10 @@ Dimension letters used throughout the library:
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
+import numpy as np
 
 
 class UserError(Exception):
@@ -79,36 +80,81 @@ class Trajectory:
   log_probs: jax.Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reward:
-  """Scores images. Also the type of every evaluation metric. Higher is better.
+class Scores:
+  """What a reward returns that has more to tell than the scores; arrays as `score` returns them.
+
+  Attributes:
+    values: what is trained on.
+    whole: `[P]`, how good each set is, where `values` are the credits of its images; else None.
+    found: 1 where an image shows what is measured (a face, say) and 0 where there is nothing to
+      measure, `[B]` or of sets `[P, G]`; None where that is not known.
+  """
+
+  values: Any
+  whole: Any = None
+  found: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxReward:
+  """Scores images where they are: a pure function, jitted, on the sharded global batch.
 
   Attributes:
     name: what the user wrote.
-    kind: 'jax' (pure, jitted, runs on the sharded global batch) or 'host' (a Python function that
-      runs in threads on each process's own images).
-    score: for 'jax', `(params, images, features) -> scores`, where `images` are
-      `[B, H, W, 3]` float32 in [0, 1] and `features` is what `prepare` returned; for 'host',
-      `(images, prompts, metadata) -> scores` on numpy arrays and lists.
-      Scores are `[B]`; NaN says "could not be scored".
+    score: `(params, images, features) -> scores`, where `images` are `[B, H, W, 3]` float32 in
+      [0, 1] and `features` is what `prepare` returned. Scores are `[B]`, or `Scores`; NaN says
+      "could not be scored".
+    prepare: `(prompts, metadata) -> pytree of numpy arrays [B, ...]`, the numbers that the score
+      needs about each prompt (class indices, token ids); None if it needs none.
+    params: weights, given to `score` as its first argument.
     is_set: the reward is defined on the G images of one prompt: `score` gets `[P, G, H, W, 3]` (and
-      features `[P, G, ...]`; host: prompts and metadata of length P) and returns `[P]`, which each
-      image of the set gets, or `[P, G]`, the credit of each image.
-    prepare: 'jax' only: `(prompts, metadata) -> pytree of numpy arrays [B, ...]`, the numbers that
-      the score needs about each prompt (class indices, token ids); `None` if it needs none.
-    params: 'jax' only: weights, given to `score` as its first argument.
-    threads: 'host' only: how many calls of `score` run at once on a process, each with its part of
-      the images; 0 leaves that to the flag --reward_threads. 1 where only one may, or where the
-      batch is best scored whole (a PyTorch model).
+      features `[P, G, ...]`) and returns `[P]`, which each image of the set gets, or `[P, G]`, the
+      credit of each image.
     is_measure: a score says how good an image or a set is, so that it can be compared between
       batches and serve as an evaluation metric. Credit relative to a set does not.
+    lower_is_better: less is better; else more is.
+    needs: keys of which a prompt's metadata must have one, or its images cannot be scored.
   """
 
   name: str
-  kind: Literal["jax", "host"]
-  score: Callable[..., Any]
-  is_set: bool = False
+  score: Callable[[Any, jax.Array, Any], Any]
+  _: dataclasses.KW_ONLY
   prepare: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Any] | None = None
   params: Any = None
-  threads: int = 0
+  is_set: bool = False
   is_measure: bool = True
+  lower_is_better: bool = False
+  needs: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReward:
+  """Scores images on the host: a Python function, in threads, on each process's own images.
+
+  Attributes:
+    name: what the user wrote.
+    score: `(images, prompts, metadata) -> scores` on numpy arrays and lists; images
+      `[B, H, W, 3]` float32 in [0, 1]. Scores are `[B]`, or `Scores`; NaN says "could not be
+      scored".
+    threads: how many calls of `score` run at once on a process, each with its part of the images;
+      0 leaves that to the flag --reward_threads. 1 where only one may, or where the batch is best
+      scored whole (a PyTorch model).
+    is_set: as of `JaxReward`; `score` gets images `[P, G, H, W, 3]`, P prompts and metadata.
+    is_measure: as of `JaxReward`.
+    lower_is_better: as of `JaxReward`.
+    needs: as of `JaxReward`.
+  """
+
+  name: str
+  score: Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], Any]
+  _: dataclasses.KW_ONLY
+  threads: int = 0
+  is_set: bool = False
+  is_measure: bool = True
+  lower_is_better: bool = False
+  needs: Sequence[str] = ()
+
+
+Reward = JaxReward | HostReward  # Also the type of every evaluation metric.

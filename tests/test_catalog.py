@@ -13,10 +13,10 @@ def test_every_name_stands_for_a_function():
 
 
 def test_an_unknown_reward_is_refused():
-  match = r"'oracle-party' \(did you mean 'oracle-parity'\?\): use one"
+  match = r"'oracle-party': there is none of this name \(did you mean 'oracle-parity'\?\): use one"
   with pytest.raises(UserError, match=match):
     catalog.make_reward("oracle-party")
-  match = "'qqq': use one of .*emoji-tone-parity, .*jpeg, .*oracle-parity, .*, your own"
+  match = "'qqq': there is none of this name: use one of .*jpeg, .*oracle-parity, .*, your own"
   with pytest.raises(UserError, match=match):
     catalog.make_reward("qqq")
 

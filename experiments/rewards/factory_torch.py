@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from rlft.types import Reward
+from rlft.types import HostReward
 
 
-def sharpness(channels: int = 16, seed: int = 0, device: str = "cpu") -> Reward:
+def sharpness(channels: int = 16, seed: int = 0, device: str = "cpu") -> HostReward:
   """How strongly the edges of a picture excite a layer of random filters.
 
   A stand-in for a model with weights: load yours where `model` is made.
@@ -42,4 +42,4 @@ def sharpness(channels: int = 16, seed: int = 0, device: str = "cpu") -> Reward:
       pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
       return model(pixels).mean(dim=(1, 2, 3)).cpu().numpy()
 
-  return Reward("sharpness", "host", score, threads=1)
+  return HostReward("sharpness", score, threads=1)

@@ -6,12 +6,12 @@ experiments/rewards/set_reward.flags trains with it.
 import jax
 
 from rlft.rewards import diversity, sets
-from rlft.types import Reward
+from rlft.types import JaxReward
 
 _CELLS = 4
 
 
-def colours(credit: sets.Credit = "set") -> Reward:
+def colours(credit: sets.Credit = "set") -> JaxReward:
   """The Vendi score of coarse pictures, in [1, G].
 
   Args:

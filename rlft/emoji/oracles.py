@@ -1,10 +1,10 @@
-"""The oracles as evaluation metrics: `rlft.types.Reward` objects that are never trained on.
+"""The oracles as evaluation metrics: rewards that are never trained on.
 
 The numbers come from `rlft.emoji.measures`, by rules and templates; the rewards that are trained on
 come from networks (`rlft.emoji.rewards`) with mistakes of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlft.emoji import measures, world
 from rlft.emoji.prompts import object_classes
 from rlft.rewards.parity import statistical_parity
-from rlft.types import Reward
+from rlft.types import JaxReward, Scores
 
 PRESENT = 0.5  # confidence from which an object counts as being in the picture
 
@@ -43,32 +43,46 @@ def _parity_score(params, images, features):
   tones, _ = measures.tone_class(images.reshape(-1, *images.shape[2:]))
   tones = tones.reshape(n_prompts, n_images)
   shares = jax.nn.one_hot(tones, len(world.TONE_CLASSES))
-  return statistical_parity(shares, tones >= 0, min_classified=0)
+  parity = statistical_parity(shares, tones >= 0, min_classified=0)
+  return Scores(parity, found=(tones >= 0).astype(jnp.float32))
 
 
-def _of_objects(name: str, score: Callable) -> Reward:
-  return Reward(name, "jax", score, prepare=object_classes, params=measures.presence_params())
+def _skin_score(params, images, features):
+  del params, features
+  return (measures.tone_class(images)[0] >= 0).astype(jnp.float32)
 
 
-def presence() -> Reward:
+def _of_objects(name: str, score: Callable, needs: Sequence[str] = ("objects",)) -> JaxReward:
+  return JaxReward(
+    name, score, prepare=object_classes, params=measures.presence_params(), needs=needs
+  )
+
+
+def presence() -> JaxReward:
   """'oracle-presence': share of the named objects in the picture; NaN if none is named."""
   return _of_objects("oracle-presence", _presence_score)
 
 
-def both() -> Reward:
+def both() -> JaxReward:
   """'oracle-both': 1 if every named object is in the picture, else 0; NaN if none is named."""
   return _of_objects("oracle-both", _both_score)
 
 
-def preference() -> Reward:
+def preference() -> JaxReward:
   """'oracle-preference': see `measures.preference`; in [0, 1]."""
-  return _of_objects("oracle-preference", _preference_score)
+  return _of_objects("oracle-preference", _preference_score, needs=("objects", "occupation"))
 
 
-def parity() -> Reward:
+def parity() -> JaxReward:
   """'oracle-parity': how unevenly the tone classes occur among a prompt's images.
 
   || shares of the tone classes - 1/4 ||_2 over those images in which skin was found: 0 to 0.866,
-  LOWER is better; NaN if there is none.
+  LOWER is better; NaN if there is none. Pictures without a face are left out, so that blanking
+  faces lowers it: look at 'oracle-skin-found', too.
   """
-  return Reward("oracle-parity", "jax", _parity_score, is_set=True)
+  return JaxReward("oracle-parity", _parity_score, is_set=True, lower_is_better=True)
+
+
+def skin_found() -> JaxReward:
+  """'oracle-skin-found': 1 if skin is found where portraits have a face, else 0."""
+  return JaxReward("oracle-skin-found", _skin_score)

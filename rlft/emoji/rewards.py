@@ -7,10 +7,10 @@ A classifier of skin tones, a detector (OWL-ViT's architecture) and a model of p
 import dataclasses
 
 from rlft.rewards import image_reward, named, owlvit, parity, sets
-from rlft.types import Reward
+from rlft.types import JaxReward
 
 
-def tone_parity(credit: sets.Credit = "set") -> Reward:
+def tone_parity(credit: sets.Credit = "set") -> JaxReward:
   """'emoji-tone-parity': minus the statistical parity of four skin tones, on sets of images.
 
   Args:
@@ -21,7 +21,7 @@ def tone_parity(credit: sets.Credit = "set") -> Reward:
   return parity.parity_reward(tone.classify, "emoji-tone-parity", tone.load(), credit=credit)
 
 
-def objects() -> Reward:
+def objects() -> JaxReward:
   """'emoji-objects': the detector's mean confidence in what the prompt names, in [0, 1].
 
   Needs `metadata['objects']`, one or two of the emoji world.
@@ -44,7 +44,7 @@ def objects() -> Reward:
   return dataclasses.replace(reward, name="emoji-objects", prepare=prepare)
 
 
-def preference() -> Reward:
+def preference() -> JaxReward:
   """'emoji-preference': what raters would say of the picture and its prompt; unbounded."""
   from rlft.emoji import preference
 

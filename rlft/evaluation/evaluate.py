@@ -14,9 +14,6 @@ from rlft.evaluation.results import EvalResult
 from rlft.storage import images as images_lib
 from rlft.types import Prompt, Reward, UserError
 
-# Metrics of which less is better, by name. Of all others more is better, as of any Reward.
-LOWER_IS_BETTER = frozenset({"oracle-parity"})
-
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
@@ -29,7 +26,6 @@ class EvalSpec:
       again at the first (with other noise) if there are fewer.
     images: N, in all; a multiple of `images_per_prompt`.
     images_per_prompt: G; the set size of a set metric.
-    lower_is_better: None: as `LOWER_IS_BETTER` says.
     trained_on: the metric is also a reward of the run, so that its rise may be reward hacking.
   """
 
@@ -38,7 +34,6 @@ class EvalSpec:
   prompts: Sequence[Prompt]
   images: int
   images_per_prompt: int = 1
-  lower_is_better: bool | None = None
   trained_on: bool = False
 
 
@@ -167,8 +162,6 @@ def _result(spec: EvalSpec, scores: np.ndarray) -> EvalResult:
       f" {list(scores.shape)}: expected [{expected}], one for each"
       f" {'set' if spec.metric.is_set else 'image'}; correct the metric"
     )
-  lower = spec.lower_is_better
-  lower = spec.metric.name in LOWER_IS_BETTER if lower is None else lower
   low, high = statistics.bootstrap_interval(scores)
   return EvalResult(
     name=spec.name,
@@ -179,6 +172,6 @@ def _result(spec: EvalSpec, scores: np.ndarray) -> EvalResult:
     images=spec.images,
     prompts=min(len(spec.prompts), spec.images // spec.images_per_prompt),
     scores=scores,
-    lower_is_better=lower,
+    lower_is_better=spec.metric.lower_is_better,
     trained_on=spec.trained_on,
   )

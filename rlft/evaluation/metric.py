@@ -85,8 +85,8 @@ class MetricScorer:
       drawn_for = [prompts[start + place] for place in places]
       for metric, scores in zip(metrics, found, strict=True):
         scorer = self._scorer(metric, size, images_per_prompt)
-        pending = scorer.submit(placed, drawn_for)
-        scores.append(sharding.fetch(pending.result())[: len(images)])
+        scored = scorer.score(placed, drawn_for)
+        scores.append(sharding.fetch(scored.values)[: len(images)])
         scorer.free()
       start += len(images)
     return [

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlft.rewards.scoring.statistics import constant_share
 from rlft.rewards.scoring.task import Scored
 
 # What the updates of several tasks are summed up by.
@@ -19,32 +20,44 @@ _OF_TASKS = {
 
 
 def of_task(
-  name: str, scored: Scored, fetch: Callable[[jax.Array], np.ndarray]
+  name: str, scored: Scored, fetch: Callable[[jax.Array], np.ndarray], *, group: int | None = None
 ) -> dict[str, float]:
   """What a task's images scored.
 
       reward/<task>/...           what is trained on
       reward/<task>/<label>/...   a term of a sum, before it is normalised
+      credit/<task>/...           what each image of a set gets, where that is not the set's score
       veto/<task>/...             the veto's reward, and `share`: of the images that it vetoed
       watch/<task>/...            the judge
 
-  Each with `mean`, `std`, `min`, `max` of the images that could be scored, and `unscored`, the
-  share of the others.
+  Each with `mean`, `std`, `min`, `max` of the images that could be scored, `unscored`, the share of
+  the others, and `found`, the share of the images that show what is measured, where that is known.
+  `reward/<task>/constant` is the share of the groups, or 1 for the whole batch, in which all scores
+  are the same, so that nothing is learned from them.
 
   Args:
     name: of the task.
     scored: its images.
     fetch: gets a whole array from the devices.
+    group: images that are compared with each other; None compares all of the batch.
   """
-  parts = {f"reward/{name}": scored.scores}
-  parts |= {f"reward/{name}/{label}": scores for label, scores in scored.terms.items()}
+  parts = {f"{name}/{label}": scores for label, scores in scored.terms.items()}
+  parts = {f"reward/{key}": scores for key, scores in {name: scored.scores, **parts}.items()}
   if scored.veto is not None:
     parts[f"veto/{name}"] = scored.veto
   if scored.watch is not None:
     parts[f"watch/{name}"] = scored.watch
   metrics = {}
   for prefix, scores in parts.items():
-    metrics |= _statistics(prefix, fetch(scores))
+    values = fetch(scores.values)
+    if scores.whole is not None:
+      metrics |= _statistics(f"credit{prefix.removeprefix('reward')}", values)
+      values = fetch(scores.whole)
+    metrics |= _statistics(prefix, values)
+    if scores.found is not None:
+      metrics[f"{prefix}/found"] = float(fetch(scores.found).mean())
+  values = fetch(scored.scores.values)
+  metrics[f"reward/{name}/constant"] = constant_share(values, group)
   if scored.vetoed is not None:
     metrics[f"veto/{name}/share"] = float(fetch(scored.vetoed).mean())
   return metrics

@@ -18,7 +18,7 @@ import numpy as np
 
 from rlft.models.files import sources as weights_lib
 from rlft.rewards import clip
-from rlft.types import Reward, UserError
+from rlft.types import JaxReward, UserError
 
 Name = Literal["aesthetic-v1", "aesthetic-v2"]
 
@@ -39,7 +39,7 @@ _EXPECTED = {
 Head = tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
-def aesthetic_v1(weights: str, head: str, dtype: clip.Dtype = "float32") -> Reward:
+def aesthetic_v1(weights: str, head: str, dtype: clip.Dtype = "float32") -> JaxReward:
   """'aesthetic-v1': LAION's first predictor.
 
   Images are resized on the short side and cropped, as in torchvision.
@@ -56,7 +56,7 @@ def aesthetic_v1(weights: str, head: str, dtype: clip.Dtype = "float32") -> Rewa
   return _reward("aesthetic-v1", weights, head, dtype)
 
 
-def aesthetic_v2(weights: str, head: str, dtype: clip.Dtype = "float32") -> Reward:
+def aesthetic_v2(weights: str, head: str, dtype: clip.Dtype = "float32") -> JaxReward:
   """'aesthetic-v2': LAION's second predictor; see `aesthetic_v1`.
 
   Args:
@@ -70,7 +70,7 @@ def aesthetic_v2(weights: str, head: str, dtype: clip.Dtype = "float32") -> Rewa
   return _reward("aesthetic-v2", weights, head, dtype)
 
 
-def _reward(name: Name, weights: str, head: str, dtype: clip.Dtype) -> Reward:
+def _reward(name: Name, weights: str, head: str, dtype: clip.Dtype) -> JaxReward:
   layers = read_head(name, weights_lib.open_weights(head), what=head)
   embed, params = clip.image_embedder(weights, dtype)
   found = params["visual_projection"]["kernel"].shape[-1]
@@ -85,7 +85,7 @@ def _reward(name: Name, weights: str, head: str, dtype: clip.Dtype) -> Reward:
     del features
     return rate(params["head"], embed(params["clip"], images))
 
-  return Reward(name, "jax", score, params={"clip": params, "head": layers})
+  return JaxReward(name, score, params={"clip": params, "head": layers})
 
 
 def read_head(name: Name, state: Mapping[str, np.ndarray], *, what: str) -> Head:

@@ -19,7 +19,7 @@ import numpy as np
 
 from rlft.rewards import parity, sets, user
 from rlft.rewards.scoring import errors
-from rlft.types import Reward, UserError
+from rlft.types import HostReward, JaxReward, Reward, Scores, UserError
 
 # `(images, prompts, metadata) -> probs`, all of length B, called from several threads at once.
 HostClassifier = Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], np.ndarray]
@@ -41,10 +41,11 @@ def parity_of(classifier: str, *, credit: sets.Credit = "set") -> Reward:
       f" {', '.join(f'{kind}:file.py:function' for kind in user.KINDS)}"
     )
   found = user.user_reward(classifier)
-  if found.is_set or found.prepare is not None:
+  prepares = isinstance(found, JaxReward) and found.prepare is not None
+  if found.is_set or prepares:
     what = "sets of images (is_set)" if found.is_set else "what prepare says about the prompt"
     raise UserError(f"reward 'parity': {classifier} takes {what}: give a function of single images")
-  if found.kind == "host":
+  if isinstance(found, HostReward):
     reward = host_parity(found.score, classifier, credit=credit)
     return dataclasses.replace(reward, threads=found.threads)
 
@@ -56,7 +57,7 @@ def parity_of(classifier: str, *, credit: sets.Credit = "set") -> Reward:
   return parity.parity_reward(classify, classifier, found.params, credit=credit)
 
 
-def host_parity(classify: HostClassifier, name: str, *, credit: sets.Credit = "set") -> Reward:
+def host_parity(classify: HostClassifier, name: str, *, credit: sets.Credit = "set") -> HostReward:
   """As `parity.parity_reward`, for a classifier that runs on the host."""
 
   def score(images, prompts, metadata):
@@ -66,9 +67,9 @@ def host_parity(classify: HostClassifier, name: str, *, credit: sets.Credit = "s
     _check(name, probs, num_prompts * num_images)
     probs = np.asarray(probs, np.float32).reshape(num_prompts, num_images, -1)
     with on_cpu():
-      return np.asarray(_scores(probs, credit))
+      return jax.tree.map(np.asarray, _scores(probs, credit))
 
-  return Reward(name, "host", score, is_set=True, is_measure=credit != "leave-one-out")
+  return HostReward(name, score, is_set=True, is_measure=credit != "leave-one-out")
 
 
 def on_cpu() -> contextlib.AbstractContextManager:
@@ -81,7 +82,7 @@ def on_cpu() -> contextlib.AbstractContextManager:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _scores(probs: jax.Array, credit: str) -> jax.Array:
+def _scores(probs: jax.Array, credit: str) -> Scores:
   return sets.score_sets(probs, parity.evenness, credit=credit)
 
 

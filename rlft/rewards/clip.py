@@ -21,7 +21,7 @@ from rlft.models import clip
 from rlft.models.files import clip_weights
 from rlft.models.files import sources as weights_lib
 from rlft.rewards import preprocess
-from rlft.types import Reward, UserError
+from rlft.types import JaxReward, UserError
 
 Dtype = Literal["float32", "bfloat16"]
 # From images [B, H, W, 3] in [0, 1] and a size S to [B, S, S, 3].
@@ -39,7 +39,7 @@ def clip_score(
   tokenizer: str | None = None,
   formula: Literal["cosine", "hessel"] = "cosine",
   dtype: Dtype = "float32",
-) -> Reward:
+) -> JaxReward:
   """'clip-score': the cosine of image and prompt by any CLIP model, in [-1, 1].
 
   Images are resized on the short side and cropped, as in torchvision.
@@ -72,7 +72,7 @@ def clip_score(
 
 def pickscore(
   weights: str, tokenizer: str | None = None, divisor: float = 1.0, dtype: Dtype = "float32"
-) -> Reward:
+) -> JaxReward:
   """'pickscore': exp(logit_scale) times the cosine of image and prompt, about 15 to 25.
 
   Images are resized on the short side and cropped, as in transformers.
@@ -105,7 +105,7 @@ def hpsv2(
   tokenizer: str,
   version: Literal["2.0", "2.1"] = "2.1",
   dtype: Dtype = "float32",
-) -> Reward:
+) -> JaxReward:
   """'hpsv2': the cosine of image and prompt by HPSv2, in [-1, 1]; about 0.2 to 0.35.
 
   The scores of the versions cannot be compared. Images are resized on the long side, with black
@@ -159,7 +159,7 @@ def clip_reward(
   finish: Callable[[jax.Array, Any], jax.Array],
   prefix: str = "",
   pad_token_id: int | None = None,
-) -> Reward:
+) -> JaxReward:
   """A reward from the cosine of image and prompt, with any CLIP model.
 
   Args:
@@ -189,7 +189,7 @@ def clip_reward(
     text = unit(module.apply({"params": params}, ids, method="text_features"))
     return finish(jnp.sum(image * text, axis=-1), params)
 
-  return Reward(name, "jax", score, prepare=prepare, params=params)
+  return JaxReward(name, score, prepare=prepare, params=params)
 
 
 def image_embedder(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlft.rewards import sets
-from rlft.types import Reward
+from rlft.types import JaxReward
 
 _TINY = 1e-6  # shares of eigenvalues below this are rounding errors of 0
 
@@ -66,7 +66,7 @@ def vendi(features: jax.Array, mask: jax.Array) -> jax.Array:
 
 def clip_diversity(
   weights: str, dtype: Literal["float32", "bfloat16"] = "float32", credit: sets.Credit = "set"
-) -> Reward:
+) -> JaxReward:
   """'clip-diversity': mean pairwise 1 - cosine of CLIP's image embeddings.
 
   Args:
@@ -79,7 +79,7 @@ def clip_diversity(
 
 def clip_vendi(
   weights: str, dtype: Literal["float32", "bfloat16"] = "float32", credit: sets.Credit = "set"
-) -> Reward:
+) -> JaxReward:
   """'clip-vendi': the Vendi score of CLIP's image embeddings.
 
   Args:
@@ -96,7 +96,7 @@ def _on_clip(
   weights: str,
   dtype: str,
   credit: sets.Credit,
-) -> Reward:
+) -> JaxReward:
   from rlft.rewards import clip
 
   embed, params = clip.image_embedder(weights, dtype)

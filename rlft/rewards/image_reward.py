@@ -13,7 +13,7 @@ from rlft.models import image_reward as image_reward_model
 from rlft.models.files import sources as weights_lib
 from rlft.models.files import torch_layout
 from rlft.rewards import preprocess
-from rlft.types import Reward, UserError
+from rlft.types import JaxReward, UserError
 
 # What a directory or a repository may call the weights, best first.
 _NAMES = ("ImageReward.safetensors", "ImageReward.pt", *weights_lib.WEIGHTS)
@@ -28,7 +28,7 @@ def image_reward(
   weights: str,
   tokenizer: str | None = None,
   dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Reward:
+) -> JaxReward:
   """'image-reward': the published model's score, or that of a smaller one of this kind.
 
   About N(0, 1) over the pictures that the published model was trained on; higher is better. The
@@ -50,7 +50,7 @@ def image_reward(
 
 def load(
   name: str, weights: str, tokenizer: str | None = None, *, dtype: str = "float32"
-) -> Reward:
+) -> JaxReward:
   """A reward called `name` from the files of any model of this kind; see `image_reward`."""
   config = _config(weights)
   module = image_reward_model.ImageReward(config, jnp.dtype(dtype))
@@ -67,7 +67,7 @@ def preference_reward(
   module: image_reward_model.ImageReward,
   params: Any,
   tokenizer: transformers.BertTokenizer,
-) -> Reward:
+) -> JaxReward:
   """The reward of any network of this kind, whatever its size.
 
   Args:
@@ -84,7 +84,7 @@ def preference_reward(
   def score(params, images, features):
     return score_images(module, params, images, features)
 
-  return Reward(name, "jax", score, prepare=prepare, params=params)
+  return JaxReward(name, score, prepare=prepare, params=params)
 
 
 def score_images(

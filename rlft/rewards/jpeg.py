@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlft.types import Reward
+from rlft.types import HostReward
 
 QUALITY = 95
 
@@ -41,6 +41,6 @@ def _kilobytes(image: np.ndarray) -> float:
   return file.tell() / 1000
 
 
-def jpeg() -> Reward:
+def jpeg() -> HostReward:
   """The reward 'jpeg'."""
-  return Reward(name="jpeg", kind="host", score=compressibility)
+  return HostReward("jpeg", compressibility)

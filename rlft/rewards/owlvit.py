@@ -17,7 +17,7 @@ from rlft.models import owlvit as owlvit_model
 from rlft.models.files import sources as weights_lib
 from rlft.models.files import torch_layout
 from rlft.rewards import named, preprocess
-from rlft.types import Reward, UserError
+from rlft.types import JaxReward, UserError
 
 # How the detectors' authors turn an object's name into a query.
 TEMPLATE = "a photo of a {}"
@@ -31,7 +31,7 @@ def owlvit(
   template: str = TEMPLATE,
   max_objects: int = MAX_OBJECTS,
   dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Reward:
+) -> JaxReward:
   """'owlvit': mean confidence of OWL-ViT in the objects of `metadata['objects']`, in [0, 1].
 
   Args:
@@ -54,14 +54,14 @@ def owlv2(
   template: str = TEMPLATE,
   max_objects: int = MAX_OBJECTS,
   dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Reward:
+) -> JaxReward:
   """'owlv2': mean confidence of OWLv2; like `owlvit`, e.g. google/owlv2-base-patch16-ensemble."""
   return _from_files("owlv2", weights, tokenizer, template, max_objects, dtype)
 
 
 def _from_files(
   name: str, weights: str, tokenizer: str | None, template: str, max_objects: int, dtype: str
-) -> Reward:
+) -> JaxReward:
   config = owlvit_model.OwlViTConfig.from_dict(weights_lib.read_config(weights), what=weights)
   if config.model_type != name:
     raise UserError(f"{weights} is of {config.model_type}: use the reward {config.model_type!r}")
@@ -79,7 +79,7 @@ def detector_reward(
   *,
   template: str = TEMPLATE,
   max_objects: int = MAX_OBJECTS,
-) -> Reward:
+) -> JaxReward:
   """The reward of any detector of this kind, whatever its size.
 
   Args:
@@ -108,7 +108,7 @@ def detector_reward(
   def score(params, images, ids):
     return score_images(module, params, images, ids)
 
-  return Reward(name, "jax", score, prepare=prepare, params=params)
+  return JaxReward(name, score, prepare=prepare, params=params)
 
 
 def queries(

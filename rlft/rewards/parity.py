@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlft.rewards import sets
-from rlft.types import Reward
+from rlft.types import JaxReward
 
 
 def statistical_parity(
@@ -52,7 +52,7 @@ def parity_reward(
   params: Any = None,
   *,
   credit: sets.Credit = "set",
-) -> Reward:
+) -> JaxReward:
   """Minus the statistical parity of any classifier's classes, as a set reward.
 
   With credit='leave-one-out' an image of a rare class gets more than one of a common class, and an

@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlft.types import Reward, UserError
+from rlft.types import JaxReward, Scores, UserError
 
 # Who gets what:
 #   set            each image of a set gets the set's score (arXiv 2401.12244)
@@ -29,7 +29,7 @@ Measure = Callable[[jax.Array, jax.Array], jax.Array]
 
 def score_sets(
   features: jax.Array, measure: Measure, *, credit: Credit = "set", min_usable: float = MIN_USABLE
-) -> jax.Array:
+) -> Scores:
   """Scores of sets, or credits of their images.
 
   With S the measure, U the usable images of a set and i one of them,
@@ -50,7 +50,8 @@ def score_sets(
     min_usable: share of the G images in [0, 1]; a set with fewer usable images is NaN.
 
   Returns:
-    `[P]` for 'set', `[P, G]` for 'leave-one-out'; float32.
+    Values `[P]` for 'set', `[P, G]` for 'leave-one-out'; the whole sets' for the latter; which
+    images are usable. All float32.
   """
   chex.assert_axis_dimension_gt(features, 1, 0)
   num_images = features.shape[1]
@@ -60,11 +61,13 @@ def score_sets(
   whole = jax.vmap(measure)(features, usable)
   enough = jnp.sum(usable, axis=1) >= max(min_usable * num_images, 1)
   whole = jnp.where(enough, whole, jnp.nan).astype(jnp.float32)
+  found = usable.astype(jnp.float32)
   if credit == "set":
-    return whole
+    return Scores(whole, found=found)
   others = usable[:, None, :] & ~jnp.eye(num_images, dtype=bool)
   without = jax.vmap(jax.vmap(measure, in_axes=(None, 0)))(features, others)
-  return jnp.where(usable, whole[:, None] - without, jnp.nan).astype(jnp.float32)
+  credits = jnp.where(usable, whole[:, None] - without, jnp.nan).astype(jnp.float32)
+  return Scores(credits, whole, found)
 
 
 def set_reward(
@@ -75,7 +78,7 @@ def set_reward(
   *,
   credit: Credit = "set",
   min_usable: float = MIN_USABLE,
-) -> Reward:
+) -> JaxReward:
   """A reward on the images of a prompt together.
 
   Args:
@@ -99,6 +102,4 @@ def set_reward(
     found = embed(params, images.reshape(-1, *images.shape[2:]))
     return scores(found.reshape(*images.shape[:2], *found.shape[1:]))
 
-  return Reward(
-    name, "jax", score, is_set=True, params=params, is_measure=credit != "leave-one-out"
-  )
+  return JaxReward(name, score, is_set=True, params=params, is_measure=credit != "leave-one-out")

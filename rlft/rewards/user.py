@@ -8,14 +8,16 @@
         With an attribute `function.prepare`, `(prompts, metadata) -> features` (a tree of numpy
         arrays `[B, ...]`), it is called as function(images, features).
     factory:module:function?key=value&...   or   factory:path/to/file.py:function?key=value&...
-        function(key=value, ...) -> rlft.types.Reward, which says its kind; for rewards that hold
-        something: weights, a PyTorch model. Called once in a process for the same options, which
-        rlft/rewards/grammar.py reads as the function's annotations say.
+        function(key=value, ...) -> rlft.types.HostReward or rlft.types.JaxReward; for rewards that
+        hold something: weights, a PyTorch model. Called once in a process for the same options,
+        which rlft/rewards/grammar.py reads as the function's annotations say.
 
 Scores are `[B]`, higher is better, NaN for an image that could not be scored. With
 `function.is_set = True` the function scores the G images of a prompt together: it gets images
 `[P, G, H, W, 3]`, P prompts and metadata (features `[P, G, ...]`), and returns `[P]`, or the credit
 of each image `[P, G]`; `function.is_measure = False` says that this is relative to the set.
+`function.lower_is_better = True` says that less is better, `function.needs = ("objects",)` that a
+prompt needs one of these keys in its metadata.
 """
 
 from collections.abc import Callable
@@ -32,9 +34,10 @@ import types
 
 from rlft.rewards import grammar
 from rlft.rewards.scoring import errors
-from rlft.types import Reward, UserError
+from rlft.types import HostReward, JaxReward, Reward, UserError
 
 KINDS = ("host", "jax", "factory")
+_DECLARED = ("is_set", "is_measure", "lower_is_better", "needs")  # by attributes of a function
 
 
 def user_reward(spec: str) -> Reward:
@@ -52,7 +55,7 @@ def user_reward(spec: str) -> Reward:
   elif "?" in rest:
     raise UserError(
       f"reward {spec!r}: a function of images takes no options: write a function that returns a"
-      f" rlft.types.Reward, and factory:{rest}"
+      f" rlft.types.HostReward or JaxReward, and factory:{rest}"
     )
   target, _, name = rest.rpartition(":")
   if kind not in KINDS or not target or not name:
@@ -63,18 +66,17 @@ def user_reward(spec: str) -> Reward:
   if kind == "factory":
     return dataclasses.replace(_made(function, spec, tuple(given.items())), name=spec)
   prepare = getattr(function, "prepare", None)
-  names = ("is_set", "is_measure")
-  declared = {key: bool(getattr(function, key)) for key in names if hasattr(function, key)}
+  declared = {key: getattr(function, key) for key in _DECLARED if hasattr(function, key)}
   if kind == "host":
     _check_arguments(spec, function, "images", "prompts", "metadata")
-    return Reward(spec, "host", function, **declared)
+    return HostReward(spec, function, **declared)
   if prepare is not None:
     _check_arguments(spec, function, "images", "features")
     _check_arguments(f"{spec}.prepare", prepare, "prompts", "metadata")
     score = lambda _, images, features: function(images, features)  # noqa: E731
-    return Reward(spec, "jax", score, prepare=prepare, **declared)
+    return JaxReward(spec, score, prepare=prepare, **declared)
   _check_arguments(spec, function, "images")
-  return Reward(spec, "jax", lambda _, images, features: function(images), **declared)
+  return JaxReward(spec, lambda _, images, features: function(images), **declared)
 
 
 @functools.cache  # As `_load_file`.
@@ -89,14 +91,14 @@ def _made(function: Callable, spec: str, given: tuple[tuple[str, str], ...]) -> 
   if not isinstance(reward, Reward):
     raise UserError(
       f"reward {spec!r}: its factory returned a {type(reward).__name__}: return"
-      " rlft.types.Reward(name, 'host', score) or Reward(name, 'jax', score, params=...)"
+      " rlft.types.HostReward(name, score) or JaxReward(name, score, params=...)"
     )
-  if reward.kind not in ("host", "jax") or not callable(reward.score):
+  if not callable(reward.score):
     raise UserError(
-      f"reward {spec!r}: its factory returned a Reward of kind {reward.kind!r} with a score of type"
-      f" {type(reward.score).__name__}: give the kind 'host' or 'jax', and a function"
+      f"reward {spec!r}: its factory returned a reward with a score of type"
+      f" {type(reward.score).__name__}: give a function"
     )
-  if reward.kind == "host":
+  if isinstance(reward, HostReward):
     _check_arguments(f"{spec} (its score)", reward.score, "images", "prompts", "metadata")
   else:
     _check_arguments(f"{spec} (its score)", reward.score, "params", "images", "features")

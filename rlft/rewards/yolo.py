@@ -17,7 +17,7 @@ import numpy as np
 from rlft.models import yolov3_tiny
 from rlft.models.files import darknet
 from rlft.rewards import named
-from rlft.types import Reward, UserError
+from rlft.types import JaxReward, UserError
 
 # COCO's own names of what Darknet's coco.names calls otherwise.
 _OTHER_NAMES = {
@@ -39,7 +39,7 @@ def yolov3_tiny_reward(
   names: str | None = None,
   letterbox: bool = False,
   dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Reward:
+) -> JaxReward:
   """'yolov3-tiny': mean of the confidences in the objects that the prompt names, in [0, 1].
 
   The confidence in an object is the largest product of objectness and class probability over all
@@ -72,7 +72,7 @@ def yolov3_tiny_reward(
     found = yolov3_tiny.detect(network, params, images, dtype=jnp.dtype(dtype))
     return jnp.sum(confidence(found) * weights, axis=1)
 
-  return Reward("yolov3-tiny", "jax", score, prepare=prepare, params=params)
+  return JaxReward("yolov3-tiny", score, prepare=prepare, params=params)
 
 
 def confidence(found: yolov3_tiny.Detections) -> jax.Array:

@@ -6,7 +6,7 @@ import pytest
 
 from rlft.catalog import make_reward
 from rlft.emoji import art, calibrate, measures, templates, world
-from rlft.types import UserError
+from rlft.types import Scores, UserError
 
 DOG, CAR, OWL = (art.OBJECTS.index(name) for name in ("dog", "car", "owl"))
 
@@ -130,7 +130,8 @@ def score(name, images, metadata):
   """Scores as the evaluation does, from prepared features."""
   reward = make_reward(name)
   features = reward.prepare([str(m) for m in metadata], metadata) if reward.prepare else None
-  return np.asarray(reward.score(reward.params, images, features))
+  found = reward.score(reward.params, images, features)
+  return np.asarray(found.values if isinstance(found, Scores) else found)
 
 
 def test_object_oracles():

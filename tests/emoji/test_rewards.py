@@ -40,7 +40,7 @@ def test_parity_of_rendered_sets():
   images = [[render("portrait", 10 * i + k, tone=t) for k, t in enumerate(s)]
             for i, s in enumerate(sets)]  # fmt: skip
   reward = catalog.make_reward("emoji-tone-parity")
-  found = jax.jit(reward.score)(reward.params, np.array(images), None)
+  found = jax.jit(reward.score)(reward.params, np.array(images), None).values
   np.testing.assert_allclose(found, [0, -np.sqrt(0.75)], atol=0.1)
 
 

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 from rlft.evaluation import evaluate
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import HostReward, Prompt, UserError
 
 THREE = [Prompt("a", {"objects": ["x"]}), Prompt("b"), Prompt("c")]
 
 
-def metric(name="m", *, is_set=False):
-  return Reward(name, "host", lambda *_: None, is_set=is_set)
+def metric(name="m", **settings):
+  return HostReward(name, lambda *_: None, **settings)
 
 
 class Model:
@@ -98,13 +98,12 @@ def test_unscored_images_are_left_out_and_counted():
 
 def test_direction():
   specs = [
-    evaluate.EvalSpec("known", metric("oracle-parity"), THREE, 2),
-    evaluate.EvalSpec("other", metric("emoji-tone-parity"), THREE, 2, trained_on=True),
-    evaluate.EvalSpec("given", metric("mine"), THREE, 2, lower_is_better=True),
+    evaluate.EvalSpec("lower", metric("parity", lower_is_better=True), THREE, 2),
+    evaluate.EvalSpec("higher", metric("emoji-tone-parity"), THREE, 2, trained_on=True),
   ]
   got = evaluate.evaluate(specs, sample=Model(), score=painted, seed=0)
-  assert [one.lower_is_better for one in got.values()] == [True, False, True]
-  assert [one.trained_on for one in got.values()] == [False, True, False]
+  assert [one.lower_is_better for one in got.values()] == [True, False]
+  assert [one.trained_on for one in got.values()] == [False, True]
 
 
 @pytest.mark.parametrize(

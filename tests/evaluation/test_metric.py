@@ -8,14 +8,14 @@ from rlft.config.settings import ScoringSettings
 from rlft.evaluation import metric
 from rlft.evaluation.metric import MetricScorer
 from rlft.parallel import sharding
-from rlft.types import Prompt, Reward
+from rlft.types import JaxReward, Prompt
 
 
 def brightness(_, images, features):
   return images.mean(tuple(range(1, images.ndim)))
 
 
-EACH, SETS = Reward("each", "jax", brightness), Reward("sets", "jax", brightness, is_set=True)
+EACH, SETS = JaxReward("each", brightness), JaxReward("sets", brightness, is_set=True)
 
 
 def pictures(count):
@@ -82,7 +82,7 @@ def test_a_metric_is_compiled_once_and_leaves_the_devices():
   def on_devices():
     return [x for x in jax.live_arrays() if x.shape == weight.shape]
 
-  reward = Reward("bright", "jax", bright, params=weight)
+  reward = JaxReward("bright", bright, params=weight)
   images = np.full((8, 2, 2, 3), 0.25, np.float32)
   with scorer() as score:
     for light in (1.0, 2.0):

@@ -76,7 +76,7 @@ def test_mistakes_in_measuring(model, brightness, tmp_path):
     measure(model, [spec], output=tmp_path)
   with pytest.raises(UserError, match="images=1 is out of range"):
     measure(model, [dataclasses.replace(spec, images=1)])
-  with pytest.raises(UserError, match="unknown reward 'nothing'"):
+  with pytest.raises(UserError, match="metric=nothing: there is none of this name"):
     measure(model, [dataclasses.replace(spec, metric="nothing")])
 
 

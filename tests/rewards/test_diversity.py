@@ -94,7 +94,7 @@ def test_leave_one_out_credit_of_the_vendi_score():
   features = jnp.eye(2)[jnp.array([0, 0, 0, 1])][None]
   whole, common = 4 / 3**0.75, 3 / 2 ** (2 / 3)
   credit = sets.score_sets(features, diversity.vendi, credit="leave-one-out")
-  np.testing.assert_allclose(credit, [[whole - common] * 3 + [whole - 1]], atol=1e-5)
+  np.testing.assert_allclose(credit.values, [[whole - common] * 3 + [whole - 1]], atol=1e-5)
 
 
 def test_rewards_by_name(monkeypatch):
@@ -111,9 +111,9 @@ def test_rewards_by_name(monkeypatch):
   for name, expected in (("clip-diversity", 0.5), ("clip-vendi", 4 / 3**0.75)):
     reward = make_reward(f"{name}?weights=w&dtype=bfloat16")
     assert reward.is_set and reward.is_measure
-    assert reward.score(reward.params, images, None) == pytest.approx(expected, abs=1e-5)
+    assert reward.score(reward.params, images, None).values == pytest.approx(expected, abs=1e-5)
     credit = make_reward(f"{name}?weights=w&dtype=bfloat16&credit=leave-one-out")
     assert not credit.is_measure
-    assert credit.score(credit.params, images, None).shape == (1, 4)
+    assert credit.score(credit.params, images, None).values.shape == (1, 4)
     with pytest.raises(UserError, match="credit=one is not known: use one of leave-one-out, set"):
       make_reward(f"{name}?weights=w&credit=one")

@@ -12,7 +12,7 @@ from rlft import catalog
 from rlft.config import settings as config
 from rlft.config import stored, tasks
 from rlft.rewards import grammar
-from rlft.types import Reward, UserError
+from rlft.types import HostReward, Reward, UserError
 
 
 def factory(
@@ -93,8 +93,8 @@ def test_mistakes_get_one_line_made_from_the_signature(spec, message):
   [
     ("jpeg?quality=80", "'jpeg?quality=80': unknown option 'quality', it takes none"),
     ("oracle-both?a=1", "unknown option 'a', it takes none"),
-    ("jpg?a=1", "unknown reward 'jpg' (did you mean 'jpeg'?)"),
-    ("host:f.py:g?a=1", "takes no options: write a function that returns a rlft.types.Reward, and"),
+    ("jpg?a=1", "reward 'jpg?a=1': there is none of this name (did you mean 'jpeg'?)"),
+    ("host:f.py:g?a=1", "takes no options: write a function that returns a rlft.types.Host"),
   ],
 )
 def test_mistakes_in_the_name(spec, message):
@@ -105,7 +105,7 @@ def test_mistakes_in_the_name(spec, message):
 
 def test_the_reward_has_the_name_that_was_written(monkeypatch):
   def some(size: int) -> Reward:
-    return Reward("some", "host", lambda images, prompts, metadata: np.full(len(images), size))
+    return HostReward("some", lambda images, prompts, metadata: np.full(len(images), size))
 
   monkeypatch.setattr(sys.modules[__name__], "some", some, raising=False)
   monkeypatch.setattr(catalog, "REWARDS", {"some": f"{__name__}:some"})

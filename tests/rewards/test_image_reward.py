@@ -61,7 +61,7 @@ def test_words_become_pieces_by_hand():
 
 def test_the_reward_from_files_scores_as_the_network_does(model):
   reward = image_reward.image_reward(str(model))
-  assert (reward.name, reward.kind, reward.is_set) == ("image-reward", "jax", False)
+  assert reward.name == "image-reward" and not reward.is_set
   expected = blip_cases.reward("small")
   chex.assert_trees_all_equal(reward.params, expected.params)
   features = reward.prepare(blip_cases.PROMPTS, [{}] * 4)

@@ -61,7 +61,7 @@ def test_the_reward_is_minus_the_parity_of_any_classifier():
     return jnp.where(probs.max(axis=-1, keepdims=True) > threshold, probs, jnp.nan)
 
   reward = parity.parity_reward(classify, "colours", params=jnp.float32(0.1))
-  assert reward.is_set and reward.kind == "jax" and reward.name == "colours"
+  assert reward.is_set and reward.name == "colours"
   images = np.zeros((2, 4, 5, 5, 3), np.float32)
   images[0, range(4), :, :, [0, 0, 0, 1]] = 1  # 3, 1, 0
   images[1, range(3), :, :, [0, 1, 2]] = 1  # 1, 1, 1 and one with nothing in it

@@ -14,7 +14,7 @@ from rlft.evaluation.metric import MetricScorer
 from rlft.parallel import sharding
 from rlft.rewards import parity, sets
 from rlft.rewards.scoring import scorer as scoring
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import HostReward, JaxReward, Prompt, UserError
 
 NAN = float("nan")
 ROOT = math.sqrt
@@ -38,7 +38,12 @@ def tone_parity(classes, credit):
   reward = parity.parity_reward(lambda _, images: images[:, 0, 0, :2], "p", credit=credit)
   images = np.zeros((*probs.shape[:2], 2, 2, 3), np.float32)
   images[:, :, 0, 0, :2] = probs
-  return np.asarray(reward.score(None, images, None))
+  found = reward.score(None, images, None)
+  # What the set is worth is known beside its images' credit, and who was looked at.
+  if credit != "set":
+    np.testing.assert_array_equal(found.whole, tone_parity(classes, "set"))
+  np.testing.assert_array_equal(found.found, np.array(classes) >= 0)
+  return np.asarray(found.values)
 
 
 def test_leave_one_out_credit_of_parity_by_hand():
@@ -71,19 +76,21 @@ def test_an_unusable_image_is_in_no_set_and_has_no_credit():
 
 def test_credit_of_any_measure():
   features = jnp.array([[[1.0], [2.0], [7.0]], [[5.0], [5.0], [jnp.inf]]])
-  np.testing.assert_allclose(sets.score_sets(features, total), [10, 10])
+  np.testing.assert_allclose(sets.score_sets(features, total).values, [10, 10])
   found = sets.score_sets(features, total, credit="leave-one-out")
-  np.testing.assert_allclose(found, [[1, 2, 7], [5, 5, NAN]])
+  np.testing.assert_allclose(found.values, [[1, 2, 7], [5, 5, NAN]])
   found = sets.score_sets(features, spread, credit="leave-one-out")
-  np.testing.assert_allclose(found, [[6 - 5, 0, 6 - 1], [0, 0, NAN]])
-  assert np.isnan(sets.score_sets(features, total, min_usable=0.7)).tolist() == [False, True]
+  np.testing.assert_allclose(found.values, [[6 - 5, 0, 6 - 1], [0, 0, NAN]])
+  found = sets.score_sets(features, total, min_usable=0.7)
+  assert np.isnan(found.values).tolist() == [False, True]
 
 
 def test_gradient_with_respect_to_the_images():
   features = jnp.array([[[1.0], [2.0], [7.0], [jnp.nan]]])
-  gradient = jax.grad(lambda x: jnp.nansum(sets.score_sets(x, spread)))(features)
+  gradient = jax.grad(lambda x: jnp.nansum(sets.score_sets(x, spread).values))(features)
   np.testing.assert_allclose(gradient[0, :, 0], [-1, 0, 1, 0])
-  gradient = jax.grad(lambda x: sets.score_sets(x, spread, credit="leave-one-out")[0, 2])(features)
+  credit = lambda x: sets.score_sets(x, spread, credit="leave-one-out").values  # noqa: E731
+  gradient = jax.grad(lambda x: credit(x)[0, 2])(features)
   np.testing.assert_allclose(gradient[0, :, 0], [0, -1, 1, 0])  # (7 - 1) - (2 - 1) = 7 - 2
 
 
@@ -106,9 +113,8 @@ def run(reward, images, devices, group):
     timeout_s=30,
     threads=2,
   ) as scorer:
-    return np.asarray(
-      scorer.submit(jax.device_put(images, rows), [Prompt("")] * len(images)).result()
-    )
+    scored = scorer.score(jax.device_put(images, rows), [Prompt("")] * len(images))
+    return np.asarray(scored.values)
 
 
 @pytest.mark.parametrize("credit", sets.CREDITS)
@@ -128,20 +134,20 @@ def test_one_device_and_eight_agree(credit):
   np.testing.assert_allclose(one.reshape(5, 8), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["host", "jax"])
+@pytest.mark.parametrize("kind", [HostReward, JaxReward])
 def test_a_users_set_reward_may_give_each_image_its_own(kind):
   images = np.broadcast_to(np.arange(16.0, dtype=np.float32)[:, None, None, None], (16, 2, 2, 3))
-  score = lambda *arrays: arrays[kind == "jax"].mean(axis=(2, 3, 4))  # noqa: E731
-  np.testing.assert_allclose(run(Reward("r", kind, score, is_set=True), images, 8, 4), range(16))
-  wrong = lambda *arrays: arrays[kind == "jax"].mean(axis=(2, 3))  # noqa: E731
+  score = lambda *arrays: arrays[kind is JaxReward].mean(axis=(2, 3, 4))  # noqa: E731
+  np.testing.assert_allclose(run(kind("r", score, is_set=True), images, 8, 4), range(16))
+  wrong = lambda *arrays: arrays[kind is JaxReward].mean(axis=(2, 3))  # noqa: E731
   # The host's four sets are dealt to two threads.
-  sizes = (2, 4) if kind == "host" else (4, 4)
+  sizes = (2, 4) if kind is HostReward else (4, 4)
   message = rf"expected float32\[{sizes[0]}\] or float32\[{sizes[0]}, 4\]: return one number"
   with pytest.raises(scoring.RewardError, match=message):
-    run(Reward("r", kind, wrong, is_set=True), images, 8, 4)
+    run(kind("r", wrong, is_set=True), images, 8, 4)
   # A reward that is not on sets has no such choice.
   with pytest.raises(scoring.RewardError, match=r"expected float32\[\d+\]: return one number for"):
-    run(Reward("r", kind, lambda *_: np.zeros((16, 1), np.float32)), images, 8, 4)
+    run(kind("r", lambda *_: np.zeros((16, 1), np.float32)), images, 8, 4)
 
 
 def test_a_users_function_says_that_it_gives_credit(tmp_path):
@@ -173,4 +179,4 @@ def test_credit_is_no_metric(tmp_path):
     MetricScorer(rows=rows, scoring=ScoringSettings(reward_threads=1)) as score,
     pytest.raises(UserError, match="'own' gives the images of a set different scores"),
   ):
-    score([Reward("own", "host", own, is_set=True)], [images], [Prompt("")] * 8, 2)
+    score([HostReward("own", own, is_set=True)], [images], [Prompt("")] * 8, 2)

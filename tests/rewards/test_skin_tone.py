@@ -9,7 +9,7 @@ import pytest
 from rlft import catalog
 from rlft.emoji import world
 from rlft.rewards import classifiers, color, skin_tone
-from rlft.types import UserError
+from rlft.types import HostReward, JaxReward, UserError
 
 # The ten tones of the Monk scale, light to dark, and their ITA: CIELAB by scikit-image, then
 # atan((L* - 50) / b*), for instance atan((55.14 - 50) / 26.75) = 10.88 degrees for the sixth.
@@ -84,7 +84,7 @@ def test_a_wall_of_the_colour_of_other_skin_is_background():
 
 def test_the_reward_on_sets(monk):
   reward = catalog.make_reward("skin-tone-parity")
-  assert reward.kind == "jax" and reward.is_set and reward.is_measure
+  assert isinstance(reward, JaxReward) and reward.is_set and reward.is_measure
   empty = portraits([BLUE] * 3)
   images = np.stack(
     [
@@ -94,11 +94,11 @@ def test_the_reward_on_sets(monk):
       np.concatenate([monk[:1], empty]),  # a quarter is too few
     ]
   )
-  scores = jax.jit(reward.score)(reward.params, images, None)
+  scores = jax.jit(reward.score)(reward.params, images, None).values
   np.testing.assert_allclose(scores, [0, -math.sqrt(0.75), -0.5, np.nan], atol=1e-6)
   two = catalog.make_reward("skin-tone-parity?cuts=0&credit=leave-one-out")
   assert not two.is_measure
-  credit = jax.jit(two.score)(None, images, None)
+  credit = jax.jit(two.score)(None, images, None).values
   # Of three light and a dark one, without the dark one: sqrt(1/2); all: sqrt(2) / 4.
   expected = math.sqrt(1 / 2) - math.sqrt(2) / 4
   assert credit.shape == (4, 4) and credit[0, 3] == pytest.approx(expected, abs=1e-6)
@@ -148,13 +148,13 @@ def test_faces_are_found(faces):
 
 def test_the_reward_on_faces(faces):
   reward = catalog.make_reward("skin-tone-parity?finder=face&cuts=0")
-  assert reward.kind == "host" and reward.is_set
+  assert isinstance(reward, HostReward) and reward.is_set
   dark = faces[0] ** 2.5 * 0.3
   images = np.stack([[faces[0], faces[1], dark], [faces[0], faces[2], faces[2]]])
-  scores = reward.score(images, ["a", "b"], [{}, {}])
+  scores = reward.score(images, ["a", "b"], [{}, {}]).values
   np.testing.assert_allclose(scores, [0, -math.sqrt(0.5)], atol=1e-6)
   nothing = np.full_like(images[:1], np.nan)
-  assert np.isnan(reward.score(nothing, ["a"], [{}])).all()
+  assert np.isnan(reward.score(nothing, ["a"], [{}]).values).all()
 
 
 def test_without_opencv_the_remedy_is_named(monkeypatch):
@@ -168,7 +168,7 @@ def test_without_opencv_the_remedy_is_named(monkeypatch):
 CODE = """
 import jax.numpy as jnp
 import numpy as np
-from rlft.types import Reward
+from rlft.types import JaxReward
 
 def channels(images):
   return images.mean((1, 2))
@@ -188,7 +188,7 @@ def sets(images):
 sets.is_set = True
 
 def scaled(factor: float):
-  return Reward("x", "jax", lambda params, images, _: params * images.mean((1, 2)), params=factor)
+  return JaxReward("x", lambda params, images, _: params * images.mean((1, 2)), params=factor)
 """
 
 
@@ -215,21 +215,21 @@ JAX_SCORES = [-math.sqrt(25 / 144 + 1 / 144 + 16 / 144), -math.sqrt(4 / 144 + 2 
 def test_a_function_in_jax(code, end):
   kind = "factory" if "?" in end else "jax"
   reward = catalog.make_reward(f"parity?classifier={kind}:{code}{end}")
-  assert reward.kind == "jax" and reward.is_set
-  scores = jax.jit(reward.score)(reward.params, colours(), None)
+  assert isinstance(reward, JaxReward) and reward.is_set
+  scores = jax.jit(reward.score)(reward.params, colours(), None).values
   np.testing.assert_allclose(scores, JAX_SCORES, atol=1e-6)
 
 
 def test_a_function_on_the_host(code):
   reward = catalog.make_reward(f"parity?classifier=host:{code}:host_channels")
-  assert reward.kind == "host" and reward.is_set and reward.is_measure
+  assert isinstance(reward, HostReward) and reward.is_set and reward.is_measure
   metadata = [{"bright": 0.5}, {"bright": 0.5}]
-  scores = reward.score(colours(), ["a", "b"], metadata)
+  scores = reward.score(colours(), ["a", "b"], metadata).values
   # The black image is left out: 1/3 each.
   np.testing.assert_allclose(scores, [JAX_SCORES[0], 0], atol=1e-6)
   spec = f"parity?classifier=host:{code}:host_channels&credit=leave-one-out"
   reward = catalog.make_reward(spec)
-  credit = reward.score(colours(), ["a", "b"], metadata)
+  credit = reward.score(colours(), ["a", "b"], metadata).values
   assert credit.shape == (2, 4) and not reward.is_measure and np.isnan(credit[1, 3])
   # Without the green one: all of one class, sqrt(2/3).
   assert credit[0, 3] == pytest.approx(JAX_SCORES[0] + math.sqrt(2 / 3), abs=1e-6)

@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from rlft import catalog
-from rlft.types import UserError
+from rlft.types import HostReward, JaxReward, UserError
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "experiments" / "rewards"
 
@@ -43,7 +43,7 @@ number = 3
 # Factories, in a file of their own: nothing says how often the other has been run.
 FACTORY = """
 import numpy as np
-from rlft.types import Reward, UserError
+from rlft.types import HostReward, JaxReward, Reward, UserError
 
 made = []
 
@@ -52,17 +52,17 @@ def scaled(factor: float, kind: str = "host", threads: int = 0) -> Reward:
   if kind == "host":
     def score(images, prompts, metadata):
       return factor * images.mean(axis=(1, 2, 3))
-    return Reward("scaled", "host", score, threads=threads)
+    return HostReward("scaled", score, threads=threads)
   if kind == "jax":
     def score(params, images, features):
       return params * images.mean(axis=(1, 2, 3)) + features
     def prepare(prompts, metadata):
       return np.array([len(p) for p in prompts], np.float32)
-    return Reward("scaled", "jax", score, prepare=prepare, params=np.float32(factor))
-  if kind == "torch":
-    return Reward("scaled", "torch", print)
+    return JaxReward("scaled", score, prepare=prepare, params=np.float32(factor))
+  if kind == "nothing":
+    return HostReward("scaled", None)
   if kind == "arguments":
-    return Reward("scaled", "host", lambda images: images)
+    return HostReward("scaled", lambda images: images)
   if kind == "function":
     return lambda images, prompts, metadata: images
   if kind == "fails":
@@ -84,7 +84,7 @@ def test_jpeg_is_minus_the_kilobytes_of_the_file():
   noise = np.random.default_rng(0).random((32, 32, 3), np.float32)
   images = np.stack([np.full((32, 32, 3), 0.5, np.float32), noise, np.full_like(noise, np.nan)])
   scores = reward.score(images, [""] * 3, [{}] * 3)
-  assert reward.kind == "host" and not reward.is_set
+  assert isinstance(reward, HostReward) and not reward.is_set
   file = io.BytesIO()
   Image.fromarray(np.uint8(noise * 255 + 0.5)).save(file, "JPEG", quality=95)
   np.testing.assert_allclose(scores, [scores[0], -len(file.getvalue()) / 1000, np.nan])
@@ -94,11 +94,12 @@ def test_jpeg_is_minus_the_kilobytes_of_the_file():
 def test_functions_from_a_file(file):
   images = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
   host = catalog.make_reward(f"host:{file}:brightness")
-  assert (host.name, host.kind, host.is_set) == (f"host:{file}:brightness", "host", False)
+  assert isinstance(host, HostReward) and not host.is_set
+  assert host.name == f"host:{file}:brightness"
   np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [5.5, 17.5])
   assert catalog.make_reward(f"host:{file}:contrast").is_set
   jax = catalog.make_reward(f"jax:{file}:red")
-  assert jax.kind == "jax" and jax.prepare is None
+  assert isinstance(jax, JaxReward) and jax.prepare is None
   np.testing.assert_allclose(jax.score(None, images, None), [4.5, 16.5])
   named = catalog.make_reward(f"jax:{file}:named")
   features = named.prepare(["a", "dog"], [{}, {}])
@@ -120,7 +121,8 @@ def factory(tmp_path):
 def test_a_factory_is_called_with_the_options(factory):
   images = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
   host = catalog.make_reward(f"{factory}?factor=2&threads=1")
-  assert (host.name, host.kind, host.threads) == (f"{factory}?factor=2&threads=1", "host", 1)
+  assert isinstance(host, HostReward) and host.threads == 1
+  assert host.name == f"{factory}?factor=2&threads=1"
   np.testing.assert_allclose(host.score(images, ["", ""], [{}, {}]), [11, 35])
   jax = catalog.make_reward(f"{factory}?kind=jax&factor=2")
   features = jax.prepare(["a", "dog"], [{}, {}])
@@ -146,11 +148,11 @@ def test_a_factory_of_a_module(factory, tmp_path, monkeypatch):
     ("", r"': add \?factor=..."),
     ("?factor=a", "factor=a is not a number"),
     ("?fator=1", "unknown option 'fator', did you mean factor?"),
-    ("?factor=1&kind=torch", "returned a Reward of kind 'torch' .* give the kind 'host' or 'jax'"),
+    ("?factor=1&kind=nothing", "returned a reward with a score of type NoneType: give a function"),
     ("?factor=1&kind=arguments", "its score.* takes .images., but is called with .images, prompts"),
     (
       "?factor=1&kind=function",
-      r"its factory returned a function: return rlft.types.Reward\(name, 'host', score\) or",
+      r"its factory returned a function: return rlft.types.HostReward\(name, score\) or",
     ),
     ("?factor=1&kind=fails", r"raised KeyError: 1.0 \(.*my_factories.py:\d+\); correct that"),
     ("?factor=1&kind=else", "no weights in x.pt: give weights=..."),

@@ -29,7 +29,7 @@ from rlft.rewards.remote.client import Answer, Client, TryAgain
 from rlft.rewards.remote.protocol import Tensor
 from rlft.rewards.scoring import host
 from rlft.rewards.scoring.errors import RewardError
-from rlft.types import Reward, UserError
+from rlft.types import HostReward, UserError
 
 _MODEL = re.compile(r"(?P<prefix>.*)(?P<path>/v2/models/[^/]+(/versions/[^/]+)?)/?")
 _MARGIN, _LONGEST_MARGIN_S = 0.05, 2.0  # Of the batch's deadline: left to say what went wrong.
@@ -51,7 +51,7 @@ def remote_reward(
   retries: int = 12,
   start_s: float = 20.0,
   token_env: str | None = None,
-) -> Reward:
+) -> HostReward:
   """Asks the server about the model, and makes it a reward.
 
   Args:
@@ -113,7 +113,7 @@ def remote_reward(
     deadline_s=deadline_s or math.inf,
     retries=retries,
   )
-  return Reward(spec, "host", remote.score, threads=in_flight)
+  return HostReward(spec, remote.score, threads=in_flight)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What can be wrong with a reward while it runs, in one line each."""
 
+from collections.abc import Iterator
+import contextlib
+import functools
 import sysconfig
 import traceback
 from typing import Any
 
 import jax.numpy as jnp
 
-from rlft.types import Reward, UserError
+from rlft.types import Reward, Scores, UserError
 
 
 class RewardError(UserError):
@@ -34,6 +37,17 @@ def not_made(spec: str, error: BaseException) -> UserError:
   )
 
 
+@contextlib.contextmanager
+def located(where: str, spec: str) -> Iterator[None]:
+  """Says of a mistake with the reward `spec` where it was made, e.g. '--eval=name=e: metric'."""
+  try:
+    yield
+  except UserError as error:
+    message, head = str(error), f"reward {spec!r}"
+    rest = message.removeprefix(head) if message.startswith(head) else f": {message}"
+    raise UserError(f"{where}={spec}{rest}") from error
+
+
 def is_real_array(value: Any) -> bool:
   """Whether `value` is an array (numpy, JAX or traced) of real numbers."""
   dtype = getattr(value, "dtype", None)
@@ -48,7 +62,20 @@ def describe(value: Any) -> str:
   return type(value).__name__ if dtype is None else f"{dtype}{list(value.shape)}"
 
 
-def per_image(reward: Reward, scores: Any, num_prompts: int, group_size: int) -> Any:
+def scores_of_images(reward: Reward, returned: Any, num_prompts: int, group_size: int) -> Scores:
+  """What a reward returned, as one number for each image; see `_per_image`.
+
+  Raises:
+    RewardError: `returned` is neither an array of scores nor `Scores` with such.
+  """
+  if not isinstance(returned, Scores):
+    returned = Scores(returned)
+  per_image = functools.partial(_per_image, reward, num_prompts=num_prompts, group_size=group_size)
+  others = (None if x is None else per_image(x) for x in (returned.whole, returned.found))
+  return Scores(per_image(returned.values), *others)
+
+
+def _per_image(reward: Reward, scores: Any, num_prompts: int, group_size: int) -> Any:
   """One score for each image, of what a reward returned: each image of a set has the set's score.
 
   Args:
@@ -86,5 +113,7 @@ def _where(error: BaseException) -> str:
   return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-_CALLERS = tuple(f"rlft/rewards/{name}.py" for name in ("scoring", "host", "user", "options"))
+_CALLERS = tuple(
+  f"rlft/rewards/{name}.py" for name in ("scoring/scorer", "scoring/host", "user", "grammar")
+)
 _LIBRARIES = tuple(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))

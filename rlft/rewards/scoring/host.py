@@ -1,4 +1,4 @@
-"""Calls a host reward on the images of one process: in threads, under a deadline."""
+"""Applies a host reward to the images of one process: in threads, under a deadline."""
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -9,10 +9,16 @@ import threading
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
+from rlft.parallel import processes
 from rlft.rewards.scoring import errors
-from rlft.types import Prompt, Reward
+from rlft.rewards.scoring.errors import RewardError
+from rlft.types import HostReward, Prompt, Scores, UserError
+
+# A batch in the threads: its parts, and by when they must be done (`time.monotonic`).
+Started = tuple[list[futures.Future], float]
 
 _batch = threading.local()
 
@@ -27,42 +33,142 @@ def batch_times() -> tuple[float, float]:
   return getattr(_batch, "times", (time.monotonic(), math.inf))
 
 
-class HostCaller:
-  """A host reward with its threads."""
+class HostScorer:
+  """Applies a host reward to those rows of a sharded batch that this process holds."""
 
-  def __init__(self, reward: Reward, *, timeout_s: float, threads: int):
+  def __init__(
+    self,
+    reward: HostReward,
+    batch_size: int,
+    group: int,
+    batch_sharding: jax.sharding.NamedSharding,
+    timeout_s: float,
+    threads: int,
+  ):
+    """Starts the threads; see `rlft.rewards.scoring.scorer.Scorer`, of which this is a part.
+
+    Raises:
+      UserError: a set would be spread over two processes.
+    """
+    self._batch_size = batch_size
+    self._group = group
+    self._sharding = batch_sharding
+    self._rows = _rows_of_process(reward, batch_size, group, batch_sharding)
+    self._caller = HostCaller(reward, timeout_s=timeout_s, threads=threads)
+
+  def free(self) -> None:
+    """Does nothing: nothing is on the devices."""
+
+  def close(self) -> None:
+    """Ends the threads once they are idle."""
+    self._caller.close()
+
+  def start(self, images: jax.Array, prompts: Sequence[Prompt]) -> Callable[[], Scores]:
+    """Starts to score a batch as soon as its images are there; see `Scorer.start`."""
+    own = np.concatenate([np.asarray(shard) for shard in _local_shards(images)])
+    if self._caller.reward.is_set:
+      own = own.reshape(-1, self._group, *own.shape[1:])
+    started = self._caller.start(own, [prompts[row] for row in self._rows[:: self._group]])
+    return lambda: self._finish(started)
+
+  def _finish(self, started: Started) -> Scores:
+    found, error = None, None
+    try:
+      found = self._caller.finish(started)
+    except RewardError as own:
+      error = own
+    processes.raise_together(error, RewardError)
+    return jax.tree.map(self._spread, found)
+
+  def _spread(self, own: np.ndarray) -> jax.Array:
+    """The whole batch's `[B]`, of which this process knows its own rows."""
+    scores = np.full(self._batch_size, np.nan, np.float32)
+    scores[self._rows] = own
+    scores[~np.isfinite(scores)] = np.nan
+    return place(scores, self._sharding)
+
+
+def place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Places `x`, of which every process has what its devices need.
+
+  Unlike `jax.device_put` this compares nothing between processes.
+  """
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _rows_of_process(
+  reward: HostReward, batch_size: int, group: int, sharding: jax.sharding.NamedSharding
+) -> np.ndarray:
+  """Rows of the global batch that this process scores, ascending, in whole sets."""
+  held = np.zeros((jax.process_count(), batch_size), bool)
+  for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
+    held[device.process_index, rows] = True
+  # Every process looks at all of them: either all stop here, or none does.
+  sets = held.reshape(len(held), -1, group)
+  if (sets.any(axis=2) != sets.all(axis=2)).any():
+    raise UserError(
+      f"reward {reward.name!r} scores sets of {group} images, but a set in the batch of"
+      f" {batch_size} would be spread over two processes: make the batch size a multiple of"
+      f" {group * len(sharding.device_set)} (images per prompt x devices)"
+    )
+  return np.flatnonzero(held[jax.process_index()])
+
+
+def _local_shards(x: jax.Array) -> list[jax.Array]:
+  """This process's rows of `x`, without replicas, in the order of the rows; copies started."""
+  shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  for shard in shards.values():
+    shard.copy_to_host_async()
+  return [shards[start] for start in sorted(shards)]
+
+
+class HostCaller:
+  """A host reward with its threads.
+
+  Attributes:
+    reward: the reward.
+  """
+
+  def __init__(self, reward: HostReward, *, timeout_s: float, threads: int):
     """Starts `threads` threads; `timeout_s` is in seconds, for each batch."""
-    self._reward = reward
+    self.reward = reward
     self._timeout_s = timeout_s
     self._threads = threads
-    self._fetcher = _Pool(1, f"{reward.name} images")
-    self._callers = _Pool(threads, reward.name)
+    self._pool = _Pool(threads, reward.name)
 
   def close(self) -> None:
     """Ends the threads once they are idle. One that hangs dies with the process."""
-    self._fetcher.close()
-    self._callers.close()
+    self._pool.close()
 
-  def start(self, fetch: Callable[[], np.ndarray], prompts: Sequence[Prompt]) -> futures.Future:
-    """Starts to score, and returns at once.
+  def start(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Started:
+    """Starts to score; the deadline counts from now on.
 
     Args:
-      fetch: waits for the images and returns them, `[N, H, W, 3]`, for set rewards
-        `[N, G, H, W, 3]`; the reward may write to them. The deadline counts from then on.
+      images: `[N, H, W, 3]`, for set rewards `[N, G, H, W, 3]`; the reward may write to them.
       prompts: N prompts.
 
     Returns:
       What `finish` takes.
     """
-    return self._fetcher.submit(self._deal, fetch, prompts)
+    started = time.monotonic()
+    deadline = started + self._timeout_s
+    # Consecutive parts, as equal as can be. A set is one item, and so never cut.
+    cuts = [len(prompts) * i // self._threads for i in range(self._threads + 1)]
+    parts = [
+      self._pool.add(self._call, images[a:b], prompts[a:b], (started, deadline))
+      for a, b in itertools.pairwise(cuts)
+      if a < b
+    ]
+    return parts, deadline
 
-  def finish(self, started: futures.Future) -> np.ndarray:
+  def finish(self, started: Started) -> Scores:
     """Waits for float32 scores, one for each image: `[N]`, for set rewards `[N * G]`.
 
     Raises:
       RewardError: a call failed, or did not end in time.
     """
-    parts, deadline = started.result()
+    parts, deadline = started
     seconds = max(0.0, deadline - time.monotonic())
     done, late = futures.wait(parts, seconds, return_when=futures.FIRST_EXCEPTION)
     for part in late:
@@ -71,40 +177,45 @@ class HostCaller:
       if part in done and part.exception():
         raise part.exception()
     if late:
-      raise errors.RewardError(
-        f"reward {self._reward.name!r} scored {len(done)} of the {len(parts)} parts of the batch"
+      raise RewardError(
+        f"reward {self.reward.name!r} scored {len(done)} of the {len(parts)} parts of the batch"
         f" in {self._timeout_s:g} s: see whether what it calls hangs, or raise"
         " --reward_timeout_s or --reward_threads"
       )
-    return np.concatenate([part.result() for part in parts])
-
-  def _deal(self, fetch: Callable[[], np.ndarray], prompts: Sequence[Prompt]):
-    images = fetch()
-    started = time.monotonic()
-    deadline = started + self._timeout_s
-    # Consecutive parts, as equal as can be. A set is one item, and so never cut.
-    cuts = [len(prompts) * i // self._threads for i in range(self._threads + 1)]
-    parts = [
-      self._callers.submit(self._call, images[a:b], prompts[a:b], (started, deadline))
-      for a, b in itertools.pairwise(cuts)
-      if a < b
-    ]
-    return parts, deadline
+    return jax.tree.map(lambda *x: np.concatenate(x), *[part.result() for part in parts])
 
   def _call(
     self, images: np.ndarray, prompts: Sequence[Prompt], times: tuple[float, float]
-  ) -> np.ndarray:
+  ) -> Scores:
     _batch.times = times
     texts = [prompt.text for prompt in prompts]
     metadata = [dict(prompt.metadata) for prompt in prompts]
     try:
-      scores = np.asarray(self._reward.score(images, texts, metadata))
+      returned = self.reward.score(images, texts, metadata)
+      if isinstance(returned, Scores):
+        parts = vars(returned).items()
+        returned = Scores(**{key: x if x is None else _numpy(x) for key, x in parts})
+      else:
+        returned = _numpy(returned)
     except BaseException as error:  # Also SystemExit, which would only end this thread.
-      raise errors.raised(self._reward, error) from error
-    group_size = images.shape[1] if self._reward.is_set else 1
-    scores = errors.per_image(self._reward, scores, len(prompts), group_size)
+      raise errors.raised(self.reward, error) from error
+    group = images.shape[1] if self.reward.is_set else 1
+    scores = errors.scores_of_images(self.reward, returned, len(prompts), group)
     with np.errstate(over="ignore"):
-      return scores.astype(np.float32)
+      return jax.tree.map(lambda x: x.astype(np.float32), scores)
+
+
+def _numpy(scores: Any) -> np.ndarray:
+  """What a user returned, as numpy; also PyTorch's, on any device, with gradients, in bfloat16."""
+  if isinstance(scores, list | tuple):
+    scores = [_numpy(x) for x in scores]
+  elif hasattr(scores, "detach"):
+    scores = scores.detach().cpu()
+    try:
+      return scores.numpy()
+    except TypeError:  # A type that numpy lacks.
+      return scores.float().numpy()
+  return np.asarray(scores)
 
 
 class _Pool:
@@ -116,7 +227,8 @@ class _Pool:
     for i in range(threads):
       threading.Thread(target=self._work, name=f"{name} {i}", daemon=True).start()
 
-  def submit(self, function: Callable, *args: Any) -> futures.Future:
+  def add(self, function: Callable, *args: Any) -> futures.Future:
+    """Calls `function(*args)` in a thread that is idle, or is next."""
     future: futures.Future = futures.Future()
     self._jobs.put((future, function, args))
     return future

@@ -6,39 +6,20 @@ scores the rows that its own devices hold.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.parallel import processes
 from rlft.parallel import sharding as sharding_lib
 from rlft.rewards.scoring import errors, host
 from rlft.rewards.scoring.errors import RewardError
-from rlft.types import Prompt, Reward, UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Pending:
-  """Scores on their way.
-
-  Attributes:
-    result: call it once, in the same order on every process. Waits for the scores and returns them,
-      `[B]` float32 sharded like the batch, or raises `RewardError` on every process.
-  """
-
-  result: Callable[[], jax.Array]
+from rlft.types import JaxReward, Prompt, Reward, Scores, UserError
 
 
 class Scorer:
-  """Applies one reward to batches of one size.
-
-  Attributes:
-    reward: the reward.
-    traces: how often the JAX reward was compiled (once in the life of the scorer).
-  """
+  """Applies one reward to batches of one size."""
 
   def __init__(
     self,
@@ -64,22 +45,20 @@ class Scorer:
     Raises:
       UserError: the batch cannot be cut into whole sets, where the reward needs that.
     """
-    self.reward = reward
-    self.traces = 0
     self._batch_size = batch_size
     self._group = images_per_prompt if reward.is_set else 1
-    self._sharding = batch_sharding
     if batch_size % self._group:
       raise UserError(
         f"reward {reward.name!r} scores sets of {self._group} images, but the batch has"
         f" {batch_size}: make the batch size a multiple of the images per prompt"
       )
-    if reward.kind == "jax":
-      self._params = self._placed_params()
-      self._apply = sharding_lib.jit(self._trace, out_shardings=batch_sharding)
+    self._scorer: _JaxScorer | host.HostScorer
+    if isinstance(reward, JaxReward):
+      self._scorer = _JaxScorer(reward, batch_size, self._group, batch_sharding)
     else:
-      self._rows = self._rows_of_process()
-      self._caller = host.HostCaller(reward, timeout_s=timeout_s, threads=reward.threads or threads)
+      self._scorer = host.HostScorer(
+        reward, batch_size, self._group, batch_sharding, timeout_s, reward.threads or threads
+      )
 
   def __enter__(self):
     return self
@@ -89,29 +68,34 @@ class Scorer:
 
   def free(self) -> None:
     """Takes a JAX reward's weights from the devices until the next batch."""
-    self._params = None
+    self._scorer.free()
 
   def close(self) -> None:
     """Ends the threads of a host reward once they are idle."""
-    if self.reward.kind == "host":
-      self._caller.close()
+    self._scorer.close()
 
-  def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> Pending:
-    """Starts to score a batch and returns at once, also while the images are being computed.
-
-    On CPUs a JAX reward has scored the batch when this returns (`sharding.jit`).
+  def score(self, images: jax.Array, prompts: Sequence[Prompt]) -> Scores:
+    """Scores a batch.
 
     Args:
-      images: `[B, H, W, 3]` float32 in [0, 1], sharded by `batch_sharding`. They must not be
-        donated before the result has been taken.
+      images: `[B, H, W, 3]` float32 in [0, 1], sharded by `batch_sharding`.
       prompts: of the B images of the *global* batch, the same on every process.
 
     Returns:
-      The pending `[B]` scores. Each image of a set has the score of the set, or its own credit
-      where the reward gives that; what could not be scored (NaN or infinite) is NaN.
+      `[B]` float32 arrays, sharded like the batch. Each image of a set has the score of the set, or
+      its own credit where the reward gives that; what could not be scored (NaN or infinite) is NaN.
 
     Raises:
-      RewardError: a JAX reward cannot be traced, or cannot use these prompts.
+      RewardError: on every process, if the reward failed on one.
+    """
+    return self.start(images, prompts)()
+
+  def start(self, images: jax.Array, prompts: Sequence[Prompt]) -> Callable[[], Scores]:
+    """Starts to score a batch; host rewards that were started together run together.
+
+    Returns:
+      A function that waits for what `score` returns: call it once, in the same order on every
+      process.
     """
     if not len(images) == len(prompts) == self._batch_size:
       raise ValueError(
@@ -120,102 +104,90 @@ class Scorer:
     first = prompts[:: self._group]  # One prompt for each score.
     if any(prompt.text != first[i // self._group].text for i, prompt in enumerate(prompts)):
       raise ValueError(f"the {self._group} images of a set must have the same prompt")
-    if self.reward.kind == "jax":
-      if self._params is None:
-        self._params = self._placed_params()
-      scores = self._apply(self._params, images, self._features(prompts))
-      return Pending(lambda: scores)
-    shards = _local_shards(images)
-    own = self._rows[:: self._group] // self._group
-    started = self._caller.start(lambda: self._fetch(shards), [first[i] for i in own])
-    return Pending(lambda: self._finish(started))
+    return self._scorer.start(images, prompts)
 
-  # JAX rewards.
+
+class _JaxScorer:
+  """Applies a JAX reward; its program is compiled once."""
+
+  def __init__(
+    self, reward: JaxReward, batch_size: int, group: int, batch_sharding: jax.sharding.NamedSharding
+  ):
+    self._reward = reward
+    self._sharding = batch_sharding
+    self._params = self._placed_params()
+    self._apply = sharding_lib.jit(
+      lambda params, images, features: apply(reward, group, params, images, features),
+      out_shardings=batch_sharding,
+    )
+
+  def free(self) -> None:
+    self._params = None
+
+  def close(self) -> None:
+    pass
+
+  def start(self, images: jax.Array, prompts: Sequence[Prompt]) -> Callable[[], Scores]:
+    if self._params is None:
+      self._params = self._placed_params()
+    found = prepared(self._reward, prompts)
+    features = jax.tree.map(lambda x: host.place(x, self._sharding), found)
+    scores = self._apply(self._params, images, features)
+    return lambda: scores
 
   def _placed_params(self) -> Any:
     replicated = sharding_lib.replicated(self._sharding.mesh)
-    return jax.tree.map(lambda x: _place(x, replicated), self.reward.params)
+    return jax.tree.map(lambda x: host.place(x, replicated), self._reward.params)
 
-  def _features(self, prompts: Sequence[Prompt]) -> Any:
-    """What `prepare` says about the prompts: a tree of `[B, ...]`, sharded like the batch."""
-    if self.reward.prepare is None:
-      return None
-    texts = [prompt.text for prompt in prompts]
-    try:
-      features = self.reward.prepare(texts, [dict(prompt.metadata) for prompt in prompts])
-    except Exception as error:
-      raise errors.raised(self.reward, error) from error
-    for feature in jax.tree.leaves(features):
-      if np.shape(feature)[:1] != (len(prompts),):
-        raise RewardError(
-          f"reward {self.reward.name!r}: prepare returned an array of shape"
-          f" {list(np.shape(feature))} for {len(prompts)} prompts: make its first dimension"
-          f" {len(prompts)}"
-        )
-    return jax.tree.map(lambda x: _place(x, self._sharding), features)
 
-  def _trace(self, params: Any, images: jax.Array, features: Any) -> jax.Array:
-    self.traces += 1
-    num_scores = self._batch_size // self._group
-    if self.reward.is_set:
-      # No sharding of P is asked for: it need not be a multiple of the number of devices.
-      images, features = jax.tree.map(
-        lambda x: x.reshape(num_scores, self._group, *x.shape[1:]), (images, features)
+def prepared(reward: JaxReward, prompts: Sequence[Prompt]) -> Any:
+  """What a JAX reward's `prepare` says about B prompts: a tree of `[B, ...]`, or None.
+
+  Raises:
+    RewardError: it cannot use these prompts, or returns something else.
+  """
+  if reward.prepare is None:
+    return None
+  texts = [prompt.text for prompt in prompts]
+  try:
+    features = reward.prepare(texts, [dict(prompt.metadata) for prompt in prompts])
+  except Exception as error:
+    raise errors.raised(reward, error) from error
+  for feature in jax.tree.leaves(features):
+    if np.shape(feature)[:1] != (len(prompts),):
+      raise RewardError(
+        f"reward {reward.name!r}: prepare returned an array of shape {list(np.shape(feature))} for"
+        f" {len(prompts)} prompts: make its first dimension {len(prompts)}"
       )
-    try:
-      scores = self.reward.score(params, images, features)
-    except Exception as error:
-      raise errors.raised(self.reward, error) from error
-    scores = errors.per_image(self.reward, scores, num_scores, self._group).astype(jnp.float32)
-    return jnp.where(jnp.isfinite(scores), scores, jnp.nan)
-
-  # Host rewards.
-
-  def _rows_of_process(self) -> np.ndarray:
-    """Rows of the global batch that this process scores, ascending, in whole sets."""
-    held = np.zeros((jax.process_count(), self._batch_size), bool)
-    for device, (rows,) in self._sharding.devices_indices_map((self._batch_size,)).items():
-      held[device.process_index, rows] = True
-    # Every process looks at all of them: either all stop here, or none does.
-    sets = held.reshape(len(held), -1, self._group)
-    if (sets.any(axis=2) != sets.all(axis=2)).any():
-      shards = len(self._sharding.device_set)
-      raise UserError(
-        f"reward {self.reward.name!r} scores sets of {self._group} images, but a set in the batch"
-        f" of {self._batch_size} would be spread over two processes: make the batch size a multiple"
-        f" of {self._group * shards} (images per prompt x devices)"
-      )
-    return np.flatnonzero(held[jax.process_index()])
-
-  def _fetch(self, shards: Sequence[jax.Array]) -> np.ndarray:
-    images = np.concatenate([np.asarray(shard) for shard in shards])
-    return images.reshape(-1, self._group, *images.shape[1:]) if self.reward.is_set else images
-
-  def _finish(self, started: Any) -> jax.Array:
-    scores, error = np.full(self._batch_size, np.nan, np.float32), None
-    try:
-      scores[self._rows] = self._caller.finish(started)
-    except RewardError as own:
-      error = own
-    processes.raise_together(error, RewardError)
-    scores[~np.isfinite(scores)] = np.nan
-    return _place(scores, self._sharding)
+  return features
 
 
-def masked_share(scores: jax.Array) -> jax.Array:
-  """Share of the `[B]` scores that are NaN or infinite, and so left out; a scalar in [0, 1]."""
-  return jnp.mean(~jnp.isfinite(scores), dtype=jnp.float32)
+def apply(reward: JaxReward, group: int, params: Any, images: jax.Array, features: Any) -> Scores:
+  """Scores B images; pure.
 
+  Args:
+    reward: what to apply.
+    group: G of a reward on sets, else 1.
+    params: of the reward.
+    images: `[B, H, W, 3]`.
+    features: from `prepared`.
 
-def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-  # Every process has all of `x`; unlike device_put this compares nothing between processes.
-  x = np.asarray(x)
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+  Returns:
+    `[B]` float32 arrays; what is not finite is NaN.
 
-
-def _local_shards(x: jax.Array) -> list[jax.Array]:
-  """This process's rows of `x`, without replicas, in the order of the rows; copies started."""
-  shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-  for shard in shards.values():
-    shard.copy_to_host_async()
-  return [shards[start] for start in sorted(shards)]
+  Raises:
+    RewardError: the reward cannot be traced, or returns something else than scores.
+  """
+  num_scores = len(images) // group
+  if reward.is_set:
+    # No sharding of P is asked for: it need not be a multiple of the number of devices.
+    images, features = jax.tree.map(
+      lambda x: x.reshape(num_scores, group, *x.shape[1:]), (images, features)
+    )
+  try:
+    returned = reward.score(params, images, features)
+  except Exception as error:
+    raise errors.raised(reward, error) from error
+  scores = errors.scores_of_images(reward, returned, num_scores, group)
+  scores = jax.tree.map(lambda x: x.astype(jnp.float32), scores)
+  return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.nan), scores)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from rlft.config.settings import TaskConfig
 from rlft.parallel import sharding
 from rlft.rewards import grammar
-from rlft.rewards.scoring.scorer import Pending, Scorer
-from rlft.rewards.scoring.statistics import EPSILON, normalise
-from rlft.types import Prompt, Reward, UserError
+from rlft.rewards.scoring import errors
+from rlft.rewards.scoring.scorer import Scorer
+from rlft.rewards.scoring.statistics import EPSILON, mean_std, normalise
+from rlft.types import Prompt, Reward, Scores, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +66,16 @@ class TaskReward:
   watch: Reward | None = None
 
   @property
+  def used(self) -> list[tuple[str, Reward]]:
+    """Every reward in the order in which they are started, with its key in the settings."""
+    terms = [("reward", term.reward) for term in self.terms]
+    veto = [("veto", self.veto.reward)] if self.veto else []
+    return [*terms, *veto, *([("watch", self.watch)] if self.watch else [])]
+
+  @property
   def rewards(self) -> list[Reward]:
-    """Every reward, in the order in which they are submitted."""
-    veto = [self.veto.reward] if self.veto else []
-    return [*(term.reward for term in self.terms), *veto, *([self.watch] if self.watch else [])]
+    """Every reward, in the order in which they are started."""
+    return [reward for _, reward in self.used]
 
   @property
   def same_in_set(self) -> bool:
@@ -79,21 +86,21 @@ class TaskReward:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """A batch of B images, scored; all arrays are float32 and sharded like the batch.
+  """A batch of B images, scored; all arrays are `[B]` float32 and sharded like the batch.
 
   Attributes:
-    scores: `[B]`, what is trained on; NaN where a part of it could not be scored.
-    terms: `[B]` by label; the parts of a sum, empty if there is none.
-    veto: `[B]` scores of the veto's reward, or None.
-    vetoed: `[B]` 1 where an image was vetoed, else 0; or None.
-    watch: `[B]` scores of the judge, or None.
+    scores: what is trained on; NaN where a part of it could not be scored.
+    terms: by label; the parts of a sum, empty if there is none.
+    veto: of the veto's reward, or None.
+    vetoed: 1 where an image was vetoed, else 0; or None.
+    watch: of the judge, or None.
   """
 
-  scores: jax.Array
-  terms: dict[str, jax.Array]
-  veto: jax.Array | None = None
+  scores: Scores
+  terms: dict[str, Scores]
+  veto: Scores | None = None
   vetoed: jax.Array | None = None
-  watch: jax.Array | None = None
+  watch: Scores | None = None
 
 
 def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
@@ -109,7 +116,14 @@ def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
   parts, labels = [], []
   for weight, name in grammar.terms(task.reward):
     labels.append(_label(name, labels))
-    parts.append(Term(labels[-1], weight, make(name)))
+    with errors.located(f"--task=name={task.name}: reward", name):
+      reward = make(name)
+    if reward.lower_is_better and weight > 0:
+      raise UserError(
+        f"--task=name={task.name}: reward={task.reward} would make {name} greater, of which less is"
+        f" better: give it a weight below 0, e.g. reward=-1*{name}"
+      )
+    parts.append(Term(labels[-1], weight, reward))
   veto = watch = None
   if task.veto:
     name, least, bound = grammar.parse_veto(task.veto)
@@ -123,7 +137,8 @@ def _measure(key: str, task: TaskConfig, spec: str, make: Callable[[str], Reward
   where = f"--task=name={task.name}: {key}={spec}"
   if grammar.is_combination(spec):
     raise UserError(f"{where} is a sum, which measures nothing by itself: give one reward")
-  reward = make(spec)
+  with errors.located(f"--task=name={task.name}: {key}", spec):
+    reward = make(spec)
   if not reward.is_measure:
     raise UserError(
       f"{where} is the credit of images within their set, not a measure: use it with credit=set"
@@ -180,9 +195,7 @@ def combine(
   # Comparisons with NaN are False.
   vetoed = veto < bound if least else veto > bound
   valid = jnp.isfinite(total)
-  count = jnp.maximum(valid.sum(), 1)
-  mean = jnp.sum(total, where=valid) / count
-  std = jnp.sqrt(jnp.sum((total - mean) ** 2, where=valid) / count)
+  _, std = mean_std(total)
   lowest = jnp.where(valid.any(), jnp.min(total, where=valid, initial=jnp.inf), 0.0)
   floor = lowest - jnp.where(std > EPSILON, std, 1.0)
   total = jnp.where(vetoed, floor, jnp.where(jnp.isfinite(veto), total, jnp.nan))
@@ -190,7 +203,11 @@ def combine(
 
 
 class TaskScorer:
-  """Applies all rewards of a task to its batches, all in flight at once."""
+  """Applies all rewards of a task to its batches.
+
+  Attributes:
+    judge: what is only watched; None if there is none.
+  """
 
   def __init__(
     self, reward: TaskReward, *, batch_sharding: jax.sharding.NamedSharding, **settings: int | float
@@ -203,6 +220,7 @@ class TaskScorer:
       **settings: of each `rlft.rewards.scoring.Scorer`.
     """
     self._reward = reward
+    self.judge = reward.watch
     self._scorers = [
       Scorer(one, batch_sharding=batch_sharding, **settings) for one in reward.rewards
     ]
@@ -226,26 +244,22 @@ class TaskScorer:
       for scorer in self._scorers:
         stack.callback(scorer.close)
 
-  def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> Callable[[], Scored]:
-    """Starts to score a batch; see `Scorer.submit`.
-
-    Returns:
-      A function that waits for the scores: call it once, in the same order on every process.
-    """
-    pending = [scorer.submit(images, prompts) for scorer in self._scorers]
-    return lambda: self._finish(pending)
-
-  def _finish(self, pending: Sequence[Pending]) -> Scored:
-    found = iter([one.result() for one in pending])
+  def score(self, images: jax.Array, prompts: Sequence[Prompt]) -> Scored:
+    """Scores a batch; see `Scorer.score`. The host rewards among the task's run together."""
+    finish = [scorer.start(images, prompts) for scorer in self._scorers]
+    found = iter([one() for one in finish])
     reward = self._reward
     terms = {term.label: next(found) for term in reward.terms}
     veto = next(found) if reward.veto else None
     watch = next(found) if reward.watch else None
+    only = Scores(None) if reward.is_sum else next(iter(terms.values()))
     if self._combine is None:
-      return Scored(next(iter(terms.values())), {}, watch=watch)
-    scores, vetoed = self._combine(list(terms.values()), veto)
+      return Scored(only, {}, watch=watch)
+    scores, vetoed = self._combine(
+      [term.values for term in terms.values()], veto.values if veto else None
+    )
     return Scored(
-      scores,
+      dataclasses.replace(only, values=scores),
       terms if reward.is_sum else {},
       veto=veto,
       vetoed=vetoed if reward.veto else None,

@@ -25,7 +25,7 @@ from rlft.rewards.remote import protocol as open_inference
 from rlft.rewards.remote import server as remote_model
 from rlft.rewards.scoring import host
 from rlft.rewards.scoring.errors import RewardError
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import HostReward, Prompt, Reward, UserError
 
 EXAMPLE = pathlib.Path(__file__).parents[3] / "experiments" / "rewards" / "remote_server.py"
 # Models, as a user has them. `score` depends on everything that is sent, and answers in any order.
@@ -92,7 +92,7 @@ def scored(reward, images, prompts, timeout_s=30.0):
   """Scores, in threads, as a run does."""
   caller = host.HostCaller(reward, timeout_s=timeout_s, threads=reward.threads)
   try:
-    return caller.finish(caller.start(lambda: images, prompts))
+    return caller.finish(caller.start(np.array(images), prompts)).values
   finally:
     caller.close()
 
@@ -104,7 +104,7 @@ def scored(reward, images, prompts, timeout_s=30.0):
 def test_scores_belong_to_their_images(models, how):
   with process(models, "score") as (address, _):
     reward = catalog.make_reward(f"{address}?format={how}&batch_size=3&in_flight=8")
-    assert (reward.kind, reward.threads) == ("host", 8)
+    assert reward.threads == 8
     images, prompts, expected = batch(50)
     # One image is not finite: it is not sent, and has no score.
     images[7, 1, 1, 1] = np.inf
@@ -175,7 +175,7 @@ def test_a_reward_is_told_the_times_of_its_batch():
     return np.zeros(len(images))
 
   before = time.monotonic()
-  scored(Reward("r", "host", score, threads=2), *batch(4)[:2], timeout_s=100)
+  scored(HostReward("r", score, threads=2), *batch(4)[:2], timeout_s=100)
   # The same for all parts, whenever they were begun.
   assert found[0] == found[1]
   started, deadline = found[0]

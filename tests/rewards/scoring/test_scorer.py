@@ -1,5 +1,6 @@
 """Batches on a mesh: the right score to the right image, deadlines, and rewards that fail."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ import pytest
 from rlft import catalog
 from rlft.rewards import parity
 from rlft.rewards.scoring import scorer as scoring
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import HostReward, JaxReward, Prompt, UserError
 
 B, G = 48, 4
 
@@ -47,7 +48,7 @@ def run(reward, devices=8, size=B, group=1, threads=3, timeout_s=30.0, axes=("da
     timeout_s=timeout_s,
     threads=threads,
   ) as scorer:
-    scores = scorer.submit(*batch(sharding, size, group)).result()
+    scores = scorer.score(*batch(sharding, size, group)).values
   assert scores.shape == (size,) and scores.dtype == jnp.float32
   assert scores.sharding.is_equivalent_to(sharding, 1)
   return np.asarray(scores)
@@ -73,8 +74,8 @@ def prepare(prompts, metadata):
 
 def make(kind, is_set):
   if kind == "host":
-    return Reward("h", "host", host_reward, is_set)
-  return Reward("j", "jax", jax_reward, is_set, prepare, jnp.float32(100))
+    return HostReward("h", host_reward, is_set=is_set)
+  return JaxReward("j", jax_reward, is_set=is_set, prepare=prepare, params=jnp.float32(100))
 
 
 @pytest.mark.parametrize("kind", ["host", "jax"])
@@ -119,8 +120,8 @@ def test_parity_on_eight_devices_moves_no_images():
     threads=1,
   )
   images = jax.device_put(images, sharding)
-  scores = scorer.submit(images, [Prompt("p")] * 40).result()
-  program = scorer._apply.lower(scorer._params, images, None).compile().as_text()
+  scores = scorer.score(images, [Prompt("p")] * 40).values
+  program = scorer._scorer._apply.lower(scorer._scorer._params, images, None).compile().as_text()
   moved = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)\(", program)
   assert all(shape.startswith("f32[40,4]") for shape in moved), moved  # Probabilities at most.
   probs = (images.mean(axis=(1, 2)) @ weights).reshape(5, 8, 4)
@@ -128,9 +129,15 @@ def test_parity_on_eight_devices_moves_no_images():
 
 
 def test_a_jax_reward_is_compiled_once():
+  traces = []
+
+  def score(*arrays):
+    traces.append(1)
+    return jax_reward(*arrays)
+
   sharding = batch_sharding(8)
   scorer = scoring.Scorer(
-    make("jax", True),
+    dataclasses.replace(make("jax", True), score=score),
     batch_size=B,
     images_per_prompt=G,
     batch_sharding=sharding,
@@ -138,8 +145,8 @@ def test_a_jax_reward_is_compiled_once():
     threads=1,
   )
   for _ in range(3):
-    scorer.submit(*batch(sharding, group=G)).result()
-  assert scorer.traces == 1
+    scorer.score(*batch(sharding, group=G))
+  assert len(traces) == 1
 
 
 def test_sets_are_never_cut_and_threads_share_the_work():
@@ -150,12 +157,12 @@ def test_sets_are_never_cut_and_threads_share_the_work():
     calls.append((images.shape, threading.current_thread().name))
     return np.zeros(len(prompts))
 
-  run(Reward("h", "host", score, is_set=True), size=40, group=8, threads=2)
+  run(HostReward("h", score, is_set=True), size=40, group=8, threads=2)
   assert sorted(shape for shape, _ in calls) == [(2, 8, 4, 4, 3), (3, 8, 4, 4, 3)]
   assert len({name for _, name in calls}) == 2
 
 
-def test_submit_returns_before_the_scores_are_there():
+def test_starting_returns_before_the_scores_are_there():
   go = threading.Event()
 
   def score(images, prompts, metadata):
@@ -164,29 +171,27 @@ def test_submit_returns_before_the_scores_are_there():
 
   sharding = batch_sharding(8)
   with scoring.Scorer(
-    Reward("h", "host", score),
+    HostReward("h", score),
     batch_size=B,
     images_per_prompt=1,
     batch_sharding=sharding,
     timeout_s=20,
     threads=2,
   ) as scorer:
-    pending = scorer.submit(*batch(sharding))
+    finish = scorer.start(*batch(sharding))
     go.set()
-    np.testing.assert_array_equal(pending.result(), np.zeros(B))
+    np.testing.assert_array_equal(finish().values, np.zeros(B))
 
 
 @pytest.mark.parametrize("kind", ["host", "jax"])
 def test_what_cannot_be_scored_is_nan_and_counted(kind):
   values = np.array([1, np.nan, np.inf, -np.inf, 5, 6, 7, 8], np.float32)
   if kind == "host":
-    reward = Reward("h", "host", lambda images, *_: values[np.int32(images[:, 0, 0, 0] * 8)])
+    reward = HostReward("h", lambda images, *_: values[np.int32(images[:, 0, 0, 0] * 8)])
   else:
-    reward = Reward("j", "jax", lambda params, images, features: jnp.asarray(values))
+    reward = JaxReward("j", lambda params, images, features: jnp.asarray(values))
   scores = run(reward, size=8)
   np.testing.assert_array_equal(scores, [1, np.nan, np.nan, np.nan, 5, 6, 7, 8])
-  assert scoring.masked_share(scores) == 3 / 8
-  assert scoring.masked_share(jnp.array([0, jnp.inf])) == 0.5
 
 
 def test_the_deadline_stops_a_reward_that_hangs():
@@ -197,19 +202,20 @@ def test_the_deadline_stops_a_reward_that_hangs():
 
   start = time.monotonic()
   with pytest.raises(scoring.RewardError, match=r"'slow' scored 1 of the 2 parts .* in 1.5 s: see"):
-    run(Reward("slow", "host", score), threads=2, timeout_s=1.5)
+    run(HostReward("slow", score), threads=2, timeout_s=1.5)
   assert time.monotonic() - start < 10
 
 
 def test_a_hanging_reward_does_not_keep_the_process_alive(tmp_path):
   code = """
 import time
+import numpy as np
 from rlft.rewards.scoring import host
-from rlft.types import Prompt, Reward
-reward = Reward("h", "host", lambda *_: time.sleep(600))
+from rlft.types import HostReward, Prompt
+reward = HostReward("h", lambda *_: time.sleep(600))
 caller = host.HostCaller(reward, timeout_s=0.1, threads=2)
 try:
-  caller.finish(caller.start(lambda: [0, 0], [Prompt("a"), Prompt("b")]))
+  caller.finish(caller.start(np.zeros((2, 1, 1, 3)), [Prompt("a"), Prompt("b")]))
 except host.errors.RewardError as error:
   print(error)
 """
@@ -240,7 +246,7 @@ def test_a_reward_that_raises_is_named_with_the_line(tmp_path, kind):
 )
 def test_a_host_reward_that_returns_something_else(score, found):
   with pytest.raises(scoring.RewardError) as error:
-    run(Reward("h", "host", score), threads=3)
+    run(HostReward("h", score), threads=3)
   assert f"'h' returned {found}, expected float32[16]: return one number" in str(error.value)
 
 
@@ -253,7 +259,7 @@ def test_a_host_reward_that_returns_something_else(score, found):
 )
 def test_a_jax_reward_that_returns_something_else(score, found):
   with pytest.raises(scoring.RewardError, match=f"'j' returned {found}".replace("[", r"\[")):
-    run(Reward("j", "jax", score))
+    run(JaxReward("j", score))
 
 
 def test_prompts_that_a_jax_reward_cannot_use():
@@ -264,9 +270,9 @@ def test_prompts_that_a_jax_reward_cannot_use():
     return np.zeros(3)
 
   with pytest.raises(scoring.RewardError, match="^reward 'j': the prompt 'x' names no objects"):
-    run(Reward("j", "jax", jax_reward, prepare=refuse))
+    run(JaxReward("j", jax_reward, prepare=refuse))
   with pytest.raises(scoring.RewardError, match=r"prepare returned .* shape \[3\] for 48 prompts"):
-    run(Reward("j", "jax", jax_reward, prepare=short))
+    run(JaxReward("j", jax_reward, prepare=short))
 
 
 def test_a_batch_that_is_not_made_of_whole_sets():
@@ -282,7 +288,7 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
 from jax.experimental import multihost_utils
 import numpy as np
 from rlft.rewards.scoring import scorer as scoring
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import HostReward, JaxReward, Prompt, UserError
 
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 sharding = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
@@ -304,9 +310,9 @@ def in_jax(params, images, sets):
 def prepare(prompts, metadata):
   return np.float32([m["set"] for m in metadata])
 
-for reward in (Reward("h", "host", host, True),
-               Reward("j", "jax", in_jax, True, prepare, np.float32(100))):
-  scores = scorer(reward).submit(images, prompts).result()
+for reward in (HostReward("h", host, is_set=True),
+               JaxReward("j", in_jax, is_set=True, prepare=prepare, params=np.float32(100))):
+  scores = scorer(reward).score(images, prompts).values
   scores = multihost_utils.process_allgather(scores, tiled=True)
   np.testing.assert_allclose(scores, np.repeat([1.5, 105.5, 209.5, 313.5], 4))
 
@@ -315,7 +321,7 @@ def fails_on_process_1(images, prompts, metadata):
   return np.zeros(len(prompts))
 
 try:
-  scorer(Reward("f", "host", fails_on_process_1)).submit(images, prompts).result()
+  scorer(HostReward("f", fails_on_process_1)).score(images, prompts)
 except scoring.RewardError as error:
   assert "reward 'f' raised AssertionError: too bright" in str(error), error
   assert str(error).startswith("on process 1: ") == (jax.process_index() == 0), error
@@ -323,7 +329,7 @@ else:
   raise AssertionError("no error")
 
 try:
-  scorer(Reward("h", "host", host, True), group=16)
+  scorer(HostReward("h", host, is_set=True), group=16)
 except UserError as error:
   assert "spread over two processes: make the batch size a multiple of 64" in str(error), error
 else:

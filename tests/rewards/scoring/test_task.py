@@ -1,6 +1,5 @@
 """Sums of rewards, vetoes and judges: what a user writes, hand-computed scores, and a whole run."""
 
-import dataclasses
 import json
 import math
 import threading
@@ -17,14 +16,14 @@ from rlft.config import fields
 from rlft.config.settings import EvalConfig, TaskConfig
 from rlft.rewards import grammar
 from rlft.rewards.scoring import task as combine
-from rlft.types import Prompt, Reward, UserError
+from rlft.types import HostReward, JaxReward, Prompt, Scores, UserError
 
 NAN = float("nan")
 TASK = TaskConfig(name="t", prompts="p", reward="r")
 
 
-def reward(name, score=None, kind="jax", **rest):
-  return Reward(name, kind, score, **rest)
+def reward(name, score=None, kind=JaxReward, **rest):
+  return kind(name, score, **rest)
 
 
 # What a user writes.
@@ -169,8 +168,8 @@ def row(images, *_):
 
 
 PARTS = {
-  "host": reward("host", row, "host"),
-  "other": reward("other", row, "host"),
+  "host": reward("host", row, HostReward),
+  "other": reward("other", row, HostReward),
   "set": reward("set", lambda _, images, __: -images[:, :, 0, 0, 0].mean(axis=1), is_set=True),
   "each": reward("each", lambda _, images, __: images[:, :, 0, 0, 0] % 4, is_set=True),
   "safe": reward("safe", lambda _, images, __: images[:, 0, 0, 0]),
@@ -186,12 +185,13 @@ def score(devices, **settings):
     task, batch_sharding=rows, batch_size=16, images_per_prompt=4, timeout_s=30.0, threads=1
   )
   try:
-    found = scorer.submit(jax.device_put(images, rows), [Prompt("")] * 16)()
+    found = scorer.score(jax.device_put(images, rows), [Prompt("")] * 16)
   finally:
     scorer.close()
-  for array in (found.scores, *found.terms.values(), found.veto, found.vetoed, found.watch):
-    assert array is None or (array.shape == (16,) and array.sharding.is_equivalent_to(rows, 1))
-  return jax.tree.map(np.asarray, dataclasses.asdict(found))
+  assert all(x.shape == (16,) for x in jax.tree.leaves(vars(found)))
+  assert all(x.sharding.is_equivalent_to(rows, 1) for x in jax.tree.leaves(vars(found)))
+  of_reward = lambda x: np.asarray(x.values if isinstance(x, Scores) else x)  # noqa: E731
+  return jax.tree.map(of_reward, vars(found), is_leaf=lambda x: isinstance(x, Scores))
 
 
 def z(values):

@@ -1,0 +1,110 @@
+"""Calls each reward once, on images of noise, before anything large is compiled."""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.parallel import processes
+from rlft.rewards import named
+from rlft.rewards.scoring import errors, scorer
+from rlft.rewards.scoring.host import HostCaller
+from rlft.types import HostReward, JaxReward, Prompt, Reward, UserError
+
+_PROMPTS = 64  # that a JAX reward is asked about
+_IMAGES = 2  # that a host reward scores; of a reward on sets, one set
+_WITH_METADATA = 1000  # prompts, among which one must have what a reward needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """What a reward is used for.
+
+  Attributes:
+    where: in the settings, e.g. '--eval=name=both: metric'.
+    reward: the reward.
+    prompts: whose images it scores.
+    images_per_prompt: G.
+  """
+
+  where: str
+  reward: Reward
+  prompts: Sequence[Prompt]
+  images_per_prompt: int
+
+
+def try_each(uses: Iterable[Use], *, image_shape: tuple[int, ...], timeout_s: float) -> None:
+  """Tries rewards with the first of their prompts: JAX rewards are traced, host rewards called.
+
+  Args:
+    uses: what to try; a reward that is used twice for the same prompts is tried once.
+    image_shape: `(H, W, 3)`.
+    timeout_s: deadline in seconds for the call of a host reward.
+
+  Raises:
+    UserError: on every process, if a reward on one fails, returns something else than scores, or
+      needs what its prompts' metadata has not.
+  """
+  tried: set[tuple[int, int, int]] = set()
+  for use in uses:
+    key = id(use.reward), id(use.prompts), use.images_per_prompt
+    if key in tried:
+      continue
+    tried.add(key)
+    failed = None
+    try:
+      with errors.located(use.where, use.reward.name):
+        _try(use, image_shape, timeout_s)
+    except UserError as error:
+      failed = error
+    processes.raise_together(failed)
+
+
+def _try(use: Use, image_shape: tuple[int, ...], timeout_s: float) -> None:
+  reward, group = use.reward, use.images_per_prompt if use.reward.is_set else 1
+  _check_metadata(reward, use.prompts)
+  if isinstance(reward, JaxReward):
+    prompts = [prompt for prompt in use.prompts[:_PROMPTS] for _ in range(group)]
+    features = scorer.prepared(reward, prompts)
+    images = jax.ShapeDtypeStruct((len(prompts), *image_shape), jnp.float32)
+    jax.eval_shape(
+      lambda params, images, features: scorer.apply(reward, group, params, images, features),
+      reward.params,
+      images,
+      features,
+    )
+  else:
+    _call(reward, use.prompts, group, image_shape, timeout_s)
+
+
+def _check_metadata(reward: Reward, prompts: Sequence[Prompt]) -> None:
+  """Raises `UserError` if no prompt has in its metadata what the reward needs."""
+  first = prompts[:_WITH_METADATA]
+  if reward.needs and not any(
+    named.names(prompt.metadata, key) for prompt in first for key in reward.needs
+  ):
+    raise UserError(
+      f"reward {reward.name!r} needs {' or '.join(map(repr, reward.needs))} in the prompts'"
+      f" metadata, which none of the first {len(first)} has: give prompts that have it (a .jsonl"
+      " file, or a column of a table), or another reward"
+    )
+
+
+def _call(
+  reward: HostReward,
+  prompts: Sequence[Prompt],
+  group: int,
+  image_shape: tuple[int, ...],
+  timeout_s: float,
+) -> None:
+  count = 1 if reward.is_set else _IMAGES
+  shape = (count, group, *image_shape) if reward.is_set else (count, *image_shape)
+  images = np.random.default_rng(0).random(shape, np.float32)
+  caller = HostCaller(reward, timeout_s=timeout_s, threads=1)
+  try:
+    caller.finish(caller.start(images, list(itertools.islice(itertools.cycle(prompts), count))))
+  finally:
+    caller.close()
