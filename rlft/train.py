@@ -48,6 +48,7 @@ from rlft.report.metrics import MetricsWriter, Progress
 from rlft.rewards.scoring import statistics
 from rlft.rewards.scoring.scorer import RewardError
 from rlft.run import checks
+from rlft.run import scored as scored_lib
 from rlft.run.open import Run, measure, open_run
 from rlft.run.preemption import Stop, Stopped
 from rlft.run.state import TrainState, initial_state, optimizer_of, sampling_weights
@@ -280,17 +281,11 @@ def run_task(
   stop.check()
   with stop.at_once():
     found = task.scorer.score(images, prompts)
-  metrics = iteration_metrics.of_task(name, found, sharding.fetch)
+  compared = group if config.algorithm.advantage == "group" else None
+  metrics = iteration_metrics.of_task(name, found, sharding.fetch, group=compared)
   scores = found.scores.values
   scored = time.perf_counter()
-  unscored = metrics[f"reward/{name}/unscored"]
-  if unscored > config.scoring.max_nan_share:
-    source = task.config.reward + (f" and veto={task.config.veto}" if task.config.veto else "")
-    raise RewardError(
-      f"task {name}, iteration {iteration}: {unscored:.0%} of the images could not be scored by"
-      f" {source}, more than --max_nan_share={config.scoring.max_nan_share:g}: correct the reward,"
-      " then run the same command to go on"
-    )
+  scored_lib.check_scores(config, task.config, metrics, iteration)
   stop.check()
 
   # --- normalise ---
@@ -300,9 +295,7 @@ def run_task(
     values = task.history.advantages(texts, rewards, clip=config.algorithm.advantage_clip)
     advantages = sharding.put(np.asarray(values, np.float32), run.rows)
   else:
-    advantages = programs.advantages(
-      scores, group if config.algorithm.advantage == "group" else None
-    )
+    advantages = programs.advantages(scores, compared)
 
   # --- update ---
   picked = run.schedule.trainable[

@@ -1,6 +1,7 @@
 """What goes wrong in a run says so in one line, and nothing is lost."""
 
 import contextlib
+import dataclasses
 import logging
 import resource
 import shutil
@@ -144,3 +145,51 @@ def test_prompt_files(folder, tmp_path, caplog):
   assert (
     "2 of 3 prompts of" in caplog.text and "more than 16 tokens and were cut off" in caplog.text
   )
+
+
+OWN = """
+import numpy as np
+
+def nothing(images, prompts, metadata):
+  return np.full(len(images), np.nan)
+
+def same(images):
+  return 0 * images[:, 0, 0, 0]
+"""
+
+
+def test_rewards_that_cannot_score_the_prompts(folder, tmp_path):
+  prompts = str(folder / "prompts.txt")
+  for task, evals, where in (
+    (cases.task(folder, watch="oracle-both"), (), "--task=name=red: watch"),
+    (cases.task(folder), (EvalConfig("e", prompts, "oracle-both", 8),), "--eval=name=e: metric"),
+  ):
+    settings = config(folder, tmp_path, task=(task,), eval=evals, pretrain_weight=0.0)
+    with one_line(f"{where}=oracle-both needs 'objects' in the prompts' metadata, which none of"):
+      open_run(settings)
+
+
+def test_who_scores_nothing_is_found_before_the_first_update(folder, tmp_path, caplog):
+  own = tmp_path / "own.py"
+  own.write_text(OWN)
+  nothing = f"host:{own}:nothing"
+  settings = config(
+    folder,
+    tmp_path,
+    task=(cases.task(folder, "same", "jax:same", own, watch=nothing),),
+    eval=(EvalConfig("e", str(folder / "prompts.txt"), nothing, 8),),
+    pretrain_weight=0.0,
+    iterations=1,
+  )
+  with one_line("--eval=name=e: metric=host:.* could score none of the 8 images of the base"):
+    cases.run(settings)
+  settings = fields.replace(settings, eval=())
+  with one_line("task same, iteration 0: watch=host:.*:nothing could score none of the images"):
+    cases.run(settings)
+  assert not cases.metrics(tmp_path / "run")
+  # A reward that says nothing is said to, and the run goes on.
+  task = dataclasses.replace(settings.task[0], watch="")
+  with caplog.at_level(logging.WARNING, "rlft"):
+    cases.run(fields.replace(settings, task=(task,), iterations=2))
+  assert [line["reward/same/constant"] for line in cases.metrics(tmp_path / "run")] == [1, 1]
+  assert caplog.text.count("task same: jax:") == caplog.text.count("nothing is learned") == 1

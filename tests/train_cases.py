@@ -57,7 +57,7 @@ def red(images):
 
 def green(images, prompts, metadata):
   global calls
-  calls += 1
+  calls += len(images) > 2  # Two are a trial before the run.
   how, _, call = os.environ.get("BROKEN", "").partition("@")
   if how and calls == int(call or calls):
     if how == "raises":

@@ -8,7 +8,9 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from rlft.config.settings import ScoringSettings
+from rlft.evaluation.evaluate import EvalSpec
 from rlft.parallel import sharding
+from rlft.rewards.scoring import trial
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.types import Prompt, Reward, UserError
 
@@ -16,6 +18,14 @@ from rlft.types import Prompt, Reward, UserError
 # large themselves (85 of 512 x 512 pixels).
 _SCORED_AT_ONCE = 256
 _BYTES_AT_ONCE = 2**28
+
+
+def uses(specs: Iterable[EvalSpec]) -> list[trial.Use]:
+  """What evaluations use their metrics for, to be tried."""
+  return [
+    trial.Use(f"--eval=name={spec.name}: metric", spec.metric, spec.prompts, spec.images_per_prompt)
+    for spec in specs
+  ]
 
 
 class MetricScorer:

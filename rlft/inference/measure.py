@@ -9,11 +9,13 @@ from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig, ScoringSettings
 from rlft.evaluation import evaluate as evaluate_lib
+from rlft.evaluation import metric as metric_lib
 from rlft.evaluation import summary
-from rlft.evaluation.metric import MetricScorer
 from rlft.inference.draw import Drawer, Drawing, check_output
+from rlft.models import stable_diffusion
 from rlft.parallel import sharding
 from rlft.rewards import grammar
+from rlft.rewards.scoring import trial
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -51,12 +53,17 @@ def measure(
     specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
   if not specs:
     raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
+  trial.try_each(
+    metric_lib.uses(specs),
+    image_shape=(*stable_diffusion.image_size(draw.found.model), 3),
+    timeout_s=scoring.reward_timeout_s,
+  )
   rows = sharding.batch(sharding.make_mesh())
 
   def sample(prompts, seed):
     return draw.batches([prompt.text for prompt in prompts], progress="evaluating")
 
-  with MetricScorer(rows=rows, scoring=scoring) as score:
+  with metric_lib.MetricScorer(rows=rows, scoring=scoring) as score:
     measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
   if output:
     given = {name: getattr(drawing, name) for name in ("scheduler", "image_size")}

@@ -6,6 +6,7 @@ Nothing here is the algorithm (that is rlft/train.py), and nothing here changes 
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlft.data import pairs as pairs_lib
 from rlft.diffusion import ddim
 from rlft.diffusion import sampler as sampler_lib
 from rlft.evaluation import evaluate as evaluate_lib
-from rlft.evaluation import results
+from rlft.evaluation import metric, results
 from rlft.evaluation.metric import MetricScorer
 from rlft.models import lora, stable_diffusion
 from rlft.models.files import pretrained
@@ -28,8 +29,9 @@ from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
 from rlft.report import samples
 from rlft.rewards.scoring import task as combine
+from rlft.rewards.scoring import trial
 from rlft.rewards.scoring.task import TaskScorer
-from rlft.run import checks
+from rlft.run import checks, scored
 from rlft.run.preemption import Stop
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import Prompt, UserError
@@ -156,6 +158,16 @@ def open_run(config: Config, devices: int = 0) -> Run:
     size = stable_diffusion.image_size(model)
     pairs = catalog.load_pairs(config.pretraining.pretrain_data, size=size, seed=config.seed)
 
+  uses = [
+    *itertools.chain(*map(combine.uses, config.task, rewards, prompts)),
+    *metric.uses(evals),
+  ]
+  trial.try_each(
+    uses,
+    image_shape=(*stable_diffusion.image_size(model), 3),
+    timeout_s=config.scoring.reward_timeout_s,
+  )
+
   kept = config.policy.lora_rank or config.algorithm.kl_weight
   frozen = {name: tree for name, tree in model.params.items() if name != "unet" or kept}
   rows = sharding.batch(mesh)
@@ -228,6 +240,7 @@ def measure(run: Run, weights: lora.Weights, iteration: int, stop: Stop) -> None
 
   Raises:
     RewardError: a metric failed.
+    UserError: a metric could score none of the base model's images.
     Stopped: the run was told to stop; nothing has been kept of the results.
   """
 
@@ -247,5 +260,7 @@ def measure(run: Run, weights: lora.Weights, iteration: int, stop: Stop) -> None
       seed=run.config.evaluation.eval_seed,
       keep=keep if run.writes else None,
     )
+  if iteration == 0:
+    scored.check_evaluations(measured)
   if run.writes:
     results.append_history(run.workdir, iteration, measured)

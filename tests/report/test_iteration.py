@@ -5,6 +5,7 @@ import pytest
 
 from rlft.report import iteration
 from rlft.rewards.scoring.task import Scored
+from rlft.types import Scores
 
 TIMES = {
   f"time/{phase}_s/{task}": seconds
@@ -55,11 +56,11 @@ def test_figures_of_updates():
 
 def test_figures_of_scores():
   scored = Scored(
-    scores=jnp.array([1.0, 3.0, jnp.nan, 2.0]),
-    terms={"x": jnp.array([5.0, 5.0, 5.0, 5.0])},
-    veto=jnp.array([0.0, 1.0, 0.0, 1.0]),
+    scores=Scores(jnp.array([1.0, 3.0, jnp.nan, 2.0])),
+    terms={"x": Scores(jnp.array([5.0, 5.0, 5.0, 5.0]))},
+    veto=Scores(jnp.array([0.0, 1.0, 0.0, 1.0])),
     vetoed=jnp.array([1.0, 0.0, 0.0, 0.0]),
-    watch=jnp.full(4, jnp.nan),
+    watch=Scores(jnp.full(4, jnp.nan), found=jnp.array([0.0, 0.0, 1.0, 0.0])),
   )
   got = iteration.of_task("a", scored, jax.device_get)
   assert [got[f"reward/a/{key}"] for key in ("mean", "min", "max", "unscored")] == [2, 1, 3, 0.25]
@@ -67,3 +68,16 @@ def test_figures_of_scores():
   assert (got["reward/a/x/mean"], got["reward/a/x/std"]) == (5.0, 0.0)
   assert (got["veto/a/mean"], got["veto/a/share"]) == (0.5, 0.25)
   assert np.isnan(got["watch/a/mean"]) and got["watch/a/unscored"] == 1.0
+  assert got["watch/a/found"] == 0.25 and "reward/a/found" not in got
+  assert got["reward/a/constant"] == 0.0 and not any(key.startswith("credit/") for key in got)
+
+
+def test_a_set_and_the_credit_of_its_images():
+  credits = Scores(jnp.array([0.25, -0.25, jnp.nan, 0.0]), whole=jnp.full(4, -0.5))
+  got = iteration.of_task("a", Scored(credits, {"x": credits}), jax.device_get, group=2)
+  # The evaluation's name for the set's score is the training's.
+  for name in ("a", "a/x"):
+    assert (got[f"reward/{name}/mean"], got[f"reward/{name}/unscored"]) == (-0.5, 0.0)
+    assert (got[f"credit/{name}/mean"], got[f"credit/{name}/unscored"]) == (0.0, 0.25)
+  # Of the second group only one image has a score.
+  assert got["reward/a/constant"] == 0.5

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rlft.config.settings import TaskConfig
 from rlft.parallel import sharding
 from rlft.rewards import grammar
-from rlft.rewards.scoring import errors
+from rlft.rewards.scoring import errors, trial
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.rewards.scoring.statistics import EPSILON, mean_std, normalise
 from rlft.types import Prompt, Reward, Scores, UserError
@@ -131,6 +131,14 @@ def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
   if task.watch:
     watch = _measure("watch", task, task.watch, make)
   return TaskReward(parts, grammar.is_combination(task.reward), veto, watch)
+
+
+def uses(task: TaskConfig, reward: TaskReward, prompts: Sequence[Prompt]) -> list[trial.Use]:
+  """What a task uses its rewards for, to be tried."""
+  return [
+    trial.Use(f"--task=name={task.name}: {key}", one, prompts, task.images_per_prompt)
+    for key, one in reward.used
+  ]
 
 
 def _measure(key: str, task: TaskConfig, spec: str, make: Callable[[str], Reward]) -> Reward:

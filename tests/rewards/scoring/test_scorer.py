@@ -18,7 +18,7 @@ import pytest
 from rlft import catalog
 from rlft.rewards import parity
 from rlft.rewards.scoring import scorer as scoring
-from rlft.types import HostReward, JaxReward, Prompt, UserError
+from rlft.types import HostReward, JaxReward, Prompt, Scores, UserError
 
 B, G = 48, 4
 
@@ -232,6 +232,57 @@ def test_a_reward_that_raises_is_named_with_the_line(tmp_path, kind):
     run(catalog.make_reward(f"{kind}:{path}:f"))
   assert f"reward '{kind}:{path}:f' raised JSONDecodeError: Expecting" in str(error.value)
   assert f"({path}:4); correct that" in str(error.value) and "\n" not in str(error.value)
+
+
+class Tensor:
+  """As PyTorch's that has a gradient, is on an accelerator and of a type that numpy lacks."""
+
+  def __init__(self, values, *done):
+    self._values, self._done = values, done
+
+  def __array__(self, *_, **__):
+    raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+  def __getattr__(self, name):
+    if name not in ("detach", "cpu", "float"):
+      raise AttributeError(name)
+    return lambda: Tensor(self._values, *self._done, name)
+
+  def numpy(self):
+    if "float" not in self._done:
+      raise TypeError("Got unsupported ScalarType BFloat16")
+    assert {"detach", "cpu"} < set(self._done)
+    return np.asarray(self._values, np.float32)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_host_reward_may_return_a_tensor(several):
+  def score(images, *_):
+    values = images[:, 0, 0, 0]
+    return [Tensor(value) for value in values] if several else Tensor(values)
+
+  np.testing.assert_allclose(run(HostReward("h", score)), np.arange(B) / B)
+
+
+def test_a_host_reward_may_return_more_than_scores():
+  def score(images, prompts, metadata):
+    rows = images[..., 0, 0, 0]
+    return Scores(rows, whole=rows.mean(1).tolist(), found=rows < 0.5)
+
+  sharding = batch_sharding(8)
+  with scoring.Scorer(
+    HostReward("h", score, is_set=True),
+    batch_size=B,
+    images_per_prompt=G,
+    batch_sharding=sharding,
+    timeout_s=30,
+    threads=3,
+  ) as scorer:
+    found = scorer.score(*batch(sharding, group=G))
+  rows = np.arange(B) / B
+  np.testing.assert_allclose(found.values, rows)
+  np.testing.assert_allclose(found.whole, rows.reshape(-1, G).mean(1).repeat(G), rtol=1e-6)
+  np.testing.assert_array_equal(found.found, rows < 0.5)
 
 
 @pytest.mark.parametrize(

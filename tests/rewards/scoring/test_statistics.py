@@ -1,9 +1,11 @@
 """Normalised scores on literals."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from rlft.rewards.scoring.statistics import normalise
+from rlft.rewards.scoring.statistics import constant_share, mean_std, normalise
 
 NAN = float("nan")
 
@@ -38,3 +40,36 @@ def test_groups():
 def test_equal_rewards_have_no_advantage():
   # 0.1 is no float32; its rounding error must not become an advantage.
   assert jnp.abs(normalise(jnp.full((64,), 0.1), clip=10.0)).max() < 0.1
+
+
+def test_mean_and_deviation():
+  # Of 1 and 3, without NaN.
+  np.testing.assert_allclose(mean_std(jnp.array([1.0, NAN, 3.0])), [2, 1])
+  np.testing.assert_array_equal(mean_std(jnp.array([NAN, NAN])), [0, 0])
+
+
+@pytest.mark.parametrize("rewards", [[1.0, NAN, 3.0], [2.0, 2.0, NAN], [NAN, NAN, NAN]])
+def test_what_is_masked_does_not_poison_the_gradient(rewards):
+  rewards = jnp.array(rewards)
+  for function in (
+    lambda x: normalise(x, clip=10.0)[0],
+    lambda x: normalise(x, clip=10.0, group_size=3)[0],
+    lambda x: sum(mean_std(x)),
+  ):
+    gradient = jax.grad(function)(rewards)
+    assert np.isfinite(gradient).all() and not gradient[np.isnan(rewards)].any()
+
+
+def test_gradient_of_a_normalised_reward():
+  # (r0 - mean) / std of two is -1 or 1, whatever they are.
+  gradient = jax.grad(lambda x: normalise(x, clip=10.0)[0])(jnp.array([1.0, 3.0]))
+  np.testing.assert_allclose(gradient, [0, 0], atol=1e-5)
+
+
+def test_share_from_which_nothing_is_learned():
+  rewards = np.array([1, 1, NAN, 2, 0.1, 0.1, NAN, NAN], np.float32)
+  assert constant_share(rewards) == 0
+  # (1, 1) are the same, (NaN, 2) has no other, (NaN, NaN) none.
+  assert constant_share(rewards, 2) == 1
+  assert constant_share(rewards, 4) == 0.5
+  assert constant_share(np.full(64, 0.1, np.float32)) == constant_share(np.full(4, NAN)) == 1
