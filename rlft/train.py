@@ -48,9 +48,9 @@ from rlft.report.metrics import MetricsWriter, Progress
 from rlft.rewards.scoring import statistics
 from rlft.rewards.scoring.scorer import RewardError
 from rlft.run import checks
-from rlft.run import scored as scored_lib
 from rlft.run.open import Run, measure, open_run
 from rlft.run.preemption import Stop, Stopped
+from rlft.run.scored import check_scores
 from rlft.run.state import TrainState, initial_state, optimizer_of, sampling_weights
 from rlft.storage import files
 from rlft.types import Denoiser, UserError
@@ -285,7 +285,7 @@ def run_task(
   metrics = iteration_metrics.of_task(name, found, sharding.fetch, group=compared)
   scores = found.scores.values
   scored = time.perf_counter()
-  scored_lib.check_scores(config, task.config, metrics, iteration)
+  check_scores(config, task.config, metrics, iteration)
   stop.check()
 
   # --- normalise ---

@@ -274,7 +274,8 @@ def test_a_run_with_a_sum_a_veto_and_a_judge(folder, tmp_path):
   assert line.keys() >= {f"reward/sum/{key}" for key in ("mean", "std", "min", "max", "unscored")}
   assert last["reward/sum/red/mean"] != line["reward/sum/red/mean"]
   # A veto needs no other score.
-  updates = [call.args for call in calls if call.name == "update"][: config.train_timesteps]
+  count = config.algorithm.train_timesteps
+  updates = [call.args for call in calls if call.name == "update"][:count]
   vetoed = line["veto/sum/share"] * cases.BATCH
   for _, _, _, advantages, mask, _ in updates:
     advantages, mask = np.asarray(advantages), np.asarray(mask)
