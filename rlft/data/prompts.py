@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-import csv
 import functools
 import json
 import logging
 import os
 from typing import Any, overload
 
+from rlft.data import tables
 from rlft.types import Prompt, UserError
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class _Prompts(Sequence[Prompt]):
 
 
 def load_file(path: str) -> Sequence[Prompt]:
-  """The prompts of a file, in its order; lines and rows without text are left out.
+  """The prompts of a file, in its order; lines without text, and rows (counted), are left out.
 
   Args:
     path: one of
@@ -101,12 +101,21 @@ def _suffix(path: str) -> str:
 
 
 def _read_text(path: str) -> Sequence[Prompt]:
+  texts = []
   with open(path, encoding="utf-8-sig") as file:
-    return _Prompts([line.strip() for line in file if line.strip()])
+    for number, line in enumerate(file, 1):
+      if line.strip():
+        _check_text(path, number, line)
+        texts.append(line.strip())
+  return _Prompts(texts)
 
 
 def _read_json_lines(path: str) -> Sequence[Prompt]:
-  return _from_rows(json_rows(path, (_COLUMN,)), _COLUMN)
+  texts, metadata = [], []
+  for row in json_rows(path, (_COLUMN,)):
+    texts.append(row[_COLUMN])
+    metadata.append({key: value for key, value in row.items() if key != _COLUMN})
+  return _with_text(path, texts, metadata)
 
 
 def json_rows(path: str, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
@@ -130,29 +139,63 @@ def json_rows(path: str, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         raise UserError(f"{path}, line {number} is not JSON ({error}): correct it") from error
       if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
         raise UserError(f"{path}, line {number} is not of the form {{{form}, ...}}: correct it")
+      for key in keys:
+        _check_text(path, number, row[key])
       yield row
 
 
-def _read_table(path: str, dialect: str) -> Sequence[Prompt]:
-  with open(path, encoding="utf-8-sig", newline="") as file:
-    reader = csv.DictReader(file, dialect=dialect)
-    try:
-      columns = reader.fieldnames or []
-      named = [column for column in columns if column.strip().lower() == _COLUMN]
-      if not named and columns:
-        raise _no_column(path, columns)
-      return _from_rows(reader, named[0] if named else _COLUMN)
-    except csv.Error as error:
-      raise UserError(f"{path}, after line {reader.line_num}: {error}: correct it") from error
-
-
-def _from_rows(rows: Iterator[Mapping[str, Any]], column: str) -> Sequence[Prompt]:
+def _read_table(path: str, read: Callable[[str], Iterator[tables.Row]]) -> Sequence[Prompt]:
+  rows = read(path)
+  _, columns = next(rows, (0, [_COLUMN]))
+  named = [place for place, column in enumerate(columns) if column.strip().lower() == _COLUMN]
+  if not named:
+    raise _no_column(path, columns)
+  repeated = [column for column in columns if column and columns.count(column) > 1]
+  if len(named) > 1 or repeated:
+    name = (repeated or [_COLUMN])[0]
+    raise UserError(f"{path} has two columns '{name}': rename one of them")
   texts, metadata = [], []
-  for row in rows:  # a csv row that is too long has its rest under the key None
-    if (row[column] or "").strip():
-      texts.append(row[column].strip())
-      metadata.append({key: value for key, value in row.items() if key not in (column, None)})
-  return _Prompts(texts, metadata)
+  for number, cells in rows:
+    if named[0] >= len(cells):
+      raise UserError(
+        f"{path}, line {number} has {len(cells)} of {len(columns)} cells, and none in the column"
+        f" '{columns[named[0]]}': correct it"
+      )
+    cells += [None] * (len(columns) - len(cells))
+    found = dict(zip(columns, cells, strict=True))
+    texts.append(found.pop(columns[named[0]]))
+    _check_text(path, number, texts[-1])
+    metadata.append(found)
+  return _with_text(path, texts, metadata)
+
+
+def _check_text(path: str, number: int, text: str) -> None:
+  """Refuses what no tokenizer takes: it is there because the file is in another encoding."""
+  if "\0" in text:
+    raise UserError(f"{path}, line {number} has a NUL character: convert the file to UTF-8")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"{path}, line {number} has half of a character ({error.object[error.start]!a}): correct it"
+    ) from error
+
+
+def _with_text(
+  path: str, texts: Sequence[str | None], metadata: Sequence[Mapping[str, Any]] | None = None
+) -> Sequence[Prompt]:
+  """The prompts of the rows that have one; the others are counted in a warning."""
+  kept = [place for place, text in enumerate(texts) if text and text.strip()]
+  if len(kept) < len(texts):
+    _log.warning(
+      "%d of %d rows of %s have no prompt and are left out",
+      len(texts) - len(kept),
+      len(texts),
+      path,
+    )
+  return _Prompts(
+    [texts[place].strip() for place in kept], metadata and [metadata[place] for place in kept]
+  )
 
 
 def _read_parquet(path: str) -> Sequence[Prompt]:
@@ -169,7 +212,7 @@ def _read_parquet(path: str) -> Sequence[Prompt]:
       column = file.read(columns=[_COLUMN]).column(0).cast(pyarrow.string()).to_pylist()
   except pyarrow.ArrowException as error:
     raise UserError(f"prompt file {path} cannot be read ({error}): write it anew") from error
-  return _Prompts([text.strip() for text in column if text and text.strip()])
+  return _with_text(path, column)
 
 
 def _no_column(path: str, columns: Sequence[str]) -> UserError:
@@ -180,8 +223,8 @@ def _no_column(path: str, columns: Sequence[str]) -> UserError:
 _READERS: Mapping[str, Callable[[str], Sequence[Prompt]]] = {
   ".txt": _read_text,
   ".jsonl": _read_json_lines,
-  ".csv": functools.partial(_read_table, dialect="excel"),
-  ".tsv": functools.partial(_read_table, dialect="excel-tab"),
+  ".csv": functools.partial(_read_table, read=tables.read_csv),
+  ".tsv": functools.partial(_read_table, read=tables.read_tsv),
   ".parquet": _read_parquet,
 }
 

@@ -1,5 +1,6 @@
 """Prompt sources."""
 
+import logging
 import sys
 
 import numpy as np
@@ -45,12 +46,51 @@ def test_json_lines_carry_metadata(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t"), ("TSV", "\t")])
 def test_tables(tmp_path, suffix, comma):
-  rows = [["Prompt", "Category"], ['"a dog, ""Rex"""', "animal"], ["", "none"], ["a car"]]
+  rows = [["Prompt", "Category"], ['"a dog, ""Rex"""', "animal"], ["a car"], ["", ""]]
   path = write(tmp_path / f"p.{suffix}", "\n".join(comma.join(row) for row in rows))
   assert list(prompts.load_file(path)) == [
     Prompt('a dog, "Rex"', {"Category": "animal"}),
     Prompt("a car", {"Category": None}),
   ]
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "texts"),
+  [
+    # One column: a comma separates nothing.
+    ("p.csv", "prompt\na dog, a car and a bell\na cat,\n", ["a dog, a car and a bell", "a cat,"]),
+    ("p.csv", 'prompt\n"a dog, a car"\n12" ruler\n', ["a dog, a car", '12" ruler']),
+    ("p.csv", "prompt,tag\na dog,x,,\n\n,,\na cat,y\n", ["a dog", "a cat"]),
+    ("p.csv", "\ufeff\r\n prompt ,tag\r\na dog,x\r\n", ["a dog"]),
+    ("p.csv", 'prompt,tag\r\n"a dog\r\non a mat",x\r\na cat,y', ["a dog\r\non a mat", "a cat"]),
+    ("p.csv", "tag,prompt\nx,a dog\n", ["a dog"]),
+    ("p.tsv", 'prompt\ttag\n"Hello" on a board\tx\n"Stop\ty\n', ['"Hello" on a board', '"Stop']),
+    ("p.tsv", 'prompt\n"PEACE"\n12" ruler\n"\n', ['"PEACE"', '12" ruler', '"']),
+    ("p.tsv", 'prompt\ttag\r\n"a ""b"""\tx\r\na cat\t\r\n', ['a "b"', "a cat"]),
+    ("p.tsv", '\ufeff"prompt"\t"tag"\n"a\tb\nc"\t"x"\n"d"\t"y"\n', ["a\tb\nc", "d"]),
+    ("p.jsonl", '{"prompt": " a \\"dog\\", a cat\\n"}\n', ['a "dog", a cat']),
+  ],
+)
+def test_no_row_is_lost_or_altered(tmp_path, caplog, name, content, texts):
+  with caplog.at_level(logging.WARNING):
+    loaded = prompts.load_file(write(tmp_path / name, content))
+  assert [prompt.text for prompt in loaded] == texts
+  assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("p.csv", "prompt,tag\na dog,x\n,y\n \t,z\na cat,\n"),
+    ("p.tsv", "prompt\ttag\na dog\tx\n\ty\n \tz\na cat\n"),
+    ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": ""}\n{"prompt": "\\n"}\n{"prompt": "a cat"}\n'),
+  ],
+)
+def test_rows_without_a_prompt_are_counted(tmp_path, caplog, name, content):
+  path = write(tmp_path / name, content)
+  with caplog.at_level(logging.WARNING):
+    assert [prompt.text for prompt in prompts.load_file(path)] == ["a dog", "a cat"]
+  assert caplog.messages == [f"2 of 4 rows of {path} have no prompt and are left out"]
 
 
 def test_parquet(tmp_path):
@@ -83,12 +123,31 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     ("p.csv", "prompt\n", "has no prompts"),
     ("p.csv", "text,tag\na dog,x\n", "has no column 'prompt' (it has text, tag): rename"),
     ("p.csv", b"prompt\ncaf\xe9\n", "is not UTF-8 text"),
-    ("p.csv", "prompt\n" + "x" * 200_000, "after line 1: field larger than field limit"),
+    ("p.csv", "prompt\n" + "x" * 200_000, "line 2: field larger than field limit"),
+    ("p.csv", "prompt,tag\na dog, a cat,x\n", "line 2 has 3 cells and the header 2: put a text"),
+    ("p.csv", 'prompt\n"a", b\n', "line 2 has 2 cells and the header 1"),
+    ("p.csv", 'prompt,tag\na,x\n\n"Hi" he said,y\n', "line 4: ',' expected after"),
+    ("p.csv", 'prompt,tag\na,x\n"Stop,y\nb,z\n', "line 3: unexpected end of data: a cell that"),
+    ("p.csv", "id,prompt\n1,a\n2\n", "line 3 has 1 of 2 cells, and none in the column 'prompt'"),
+    ("p.csv", "prompt,Prompt\na,b\n", "has two columns 'prompt': rename one of them"),
+    ("p.csv", "prompt,tag,tag\na,b,c\n", "has two columns 'tag'"),
+    ("p.csv", b"prompt\na\0 dog\n", "line 2 has a NUL character: convert the file to UTF-8"),
+    ("p.csv", "prompt\na".encode("utf-16"), "is not UTF-8 text"),
+    ("p.tsv", "prompt\na\tdog\n", "line 2 has 2 cells and the header 1: a cell cannot hold tabs"),
+    (
+      "p.tsv",
+      'id\tprompt\n"1\n2"\ta\n',
+      "line 2 has 1 of 2 cells, and none in the column 'prompt'",
+    ),
+    ("p.txt", "a\nb\0\n", "line 2 has a NUL character"),
     ("p.jsonl", "", "has no prompts"),
     ("p.jsonl", '{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
     ("p.jsonl", '{"text": "a dog"}\n', 'line 1 is not of the form {"prompt": "...", ...}'),
     ("p.jsonl", '["a dog"]\n', "line 1 is not of the form"),
     ("p.jsonl", '{"prompt": 3}\n', "line 1 is not of the form"),
+    ("p.jsonl", '{"prompt": null}\n', "line 1 is not of the form"),
+    ("p.jsonl", '{"prompt": "\\u0000"}\n', "line 1 has a NUL character"),
+    ("p.jsonl", '\n{"prompt": "\\ud83d"}\n', "line 2 has half of a character"),
     ("p.doc", "a dog", "has no known suffix: use one of .txt, .jsonl, .csv, .tsv, .parquet"),
   ],
 )
