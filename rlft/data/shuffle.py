@@ -4,9 +4,11 @@ There is no iterator whose state would have to be saved, and the number of devic
 plays no part.
 """
 
-import functools
-
 import numpy as np
+
+# The permutation last used of each stream, with (seed, epoch, size): of millions of prompts, one is
+# too slow to make in every iteration.
+_last: dict[int, tuple[tuple[int, int, int], np.ndarray]] = {}
 
 
 def batch_indices(seed: int, stream: int, iteration: int, *, count: int, size: int) -> np.ndarray:
@@ -33,7 +35,9 @@ def batch_indices(seed: int, stream: int, iteration: int, *, count: int, size: i
   indices = np.empty(count, np.int64)
   for epoch in np.unique(epochs).tolist():
     chosen = epochs == epoch
-    indices[chosen] = _permutation(seed, stream, epoch, size)[offsets[chosen]]
+    if _last.get(stream, (None,))[0] != (seed, epoch, size):
+      _last[stream] = (seed, epoch, size), _permutation(seed, stream, epoch, size)
+    indices[chosen] = _last[stream][1][offsets[chosen]]
   return indices
 
 
@@ -42,11 +46,8 @@ def subset(seed: int, stream: int, iteration: int, *, count: int, size: int) -> 
   return _permutation(seed, stream, iteration, size)[:count]
 
 
-@functools.lru_cache(maxsize=8)  # for millions of prompts, too slow to make in every iteration
 def _permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
   # The raw bits of a numpy bit generator are the same in every version, which numpy does not
   # promise of Generator.permutation: a resumed run must not depend on it.
   bits = np.random.Philox(np.random.SeedSequence([seed, stream, epoch])).random_raw(size)
-  order = np.argsort(bits, kind="stable")
-  order.flags.writeable = False
-  return order
+  return np.argsort(bits, kind="stable")

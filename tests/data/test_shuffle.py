@@ -32,6 +32,21 @@ def test_a_pure_function_of_seed_stream_and_iteration():
   assert np.concatenate(halves).tolist() == first
 
 
+def test_a_permutation_is_made_once_however_many_lists_there_are(monkeypatch):
+  made, permutation = [], order._permutation
+
+  def counted(*args):
+    made.append(args)
+    return permutation(*args)
+
+  monkeypatch.setattr(order, "_permutation", counted)
+  for iteration in range(5):
+    for stream in range(100, 120):
+      order.batch_indices(7, stream, iteration, count=4, size=20)
+      order.subset(7, 200 + stream, iteration, count=2, size=5)
+  assert len([args for args in made if args[1] < 200]) == 20
+
+
 def test_the_order_is_the_same_in_every_version():
   assert order.batch_indices(0, 0, 0, count=10, size=10).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
 
