@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import shlex
 import sys
 import time
@@ -493,6 +494,7 @@ def _save(run: Run, state: TrainState, cursor: Cursor) -> None:
       "cursor": dataclasses.asdict(cursor),
       "config": stored.to_json(run.config),
       "base_model": run.fingerprint,
+      "started_in": os.getcwd(),  # Paths of prompts may be relative.
       "histories": [task.history.state() if task.history else None for task in run.tasks],
     },
     task=cursor.task,

@@ -24,6 +24,7 @@ class Finetuned:
     lora: the adapter of a run that trained one.
     lora_scale: factor of the adapter, alpha / rank.
     iteration: iterations done; 0 for a plain directory.
+    started_in: where the run was started, as far as it says so; '' for a plain directory.
   """
 
   model: StableDiffusion
@@ -31,6 +32,7 @@ class Finetuned:
   lora: Any = None
   lora_scale: float = 0.0
   iteration: int = 0
+  started_in: str = ""
 
 
 def load(
@@ -76,7 +78,8 @@ def load(
     adapter, scale = params, lora_lib.scale(config.policy.lora_rank, config.policy.lora_alpha)
     params = lora_lib.merge(model.params["unet"], adapter, scale)
   model = dataclasses.replace(model, params={**model.params, "unet": params}, fingerprint="")
-  return Finetuned(model, config, adapter, scale, meta["cursor"]["iteration"])
+  iteration = meta["cursor"]["iteration"]
+  return Finetuned(model, config, adapter, scale, iteration, meta.get("started_in", ""))
 
 
 def _load_base(

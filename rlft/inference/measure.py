@@ -11,6 +11,7 @@ from rlft.config.settings import Config, EvalConfig, ScoringSettings
 from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import metric as metric_lib
 from rlft.evaluation import summary
+from rlft.evaluation.evaluate import EvalSpec
 from rlft.inference.draw import Drawer, Drawing, check_output
 from rlft.models import stable_diffusion
 from rlft.parallel import sharding
@@ -48,7 +49,7 @@ def measure(
   draw = Drawer(drawing)
   trained = draw.found.config
   if trained is not None:
-    specs = specs or catalog.make_specs(trained.eval)
+    specs = specs or _specs_of_run(drawing.model, trained.eval, draw.found.started_in)
     is_trained_on = grammar.trained_on(trained.task)
     specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
   if not specs:
@@ -74,3 +75,20 @@ def measure(
     }
     files.write_atomic(output, json.dumps(content, indent=2) + "\n")
   return summary.table(measured)
+
+
+def _specs_of_run(path: str, evals: Sequence[EvalConfig], started_in: str) -> list[EvalSpec]:
+  """A run's own evaluations; relative paths of prompts count from here, or where it was started."""
+
+  def found(entry):
+    there = os.path.join(started_in, entry.prompts)
+    elsewhere = not os.path.exists(entry.prompts) and os.path.isfile(there)
+    return dataclasses.replace(entry, prompts=there) if elsewhere else entry
+
+  try:
+    return catalog.make_specs([found(entry) for entry in evals])
+  except UserError as error:
+    raise UserError(
+      f"the evaluations of the run in {path} cannot be done here: {error}; or give others with"
+      " --eval"
+    ) from error

@@ -1,5 +1,6 @@
 """What sampling, evaluation and export read is what was trained."""
 
+import os
 import shutil
 
 import jax
@@ -65,6 +66,7 @@ def test_a_run(folder, base):
   assert_equal(found.model.params["vae"], base["vae"])
   assert found.iteration == 3 and found.lora is None
   assert found.config == cases.config(folder, workdir, iterations=3)
+  assert found.started_in == os.getcwd()
 
 
 @pytest.mark.parametrize("ema", [True, False])

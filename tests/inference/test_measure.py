@@ -94,3 +94,24 @@ def test_metrics_of_a_run_are_made_once_and_marked(model, brightness, monkeypatc
     measure(model, evals, output=tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["results"]["a"]["trained_on"]
   assert made == [entry, entry]
+
+
+def test_prompts_of_a_run_are_found_from_another_directory(
+  model, brightness, monkeypatch, tmp_path
+):
+  (tmp_path / "start").mkdir()
+  (tmp_path / "start" / "prompts.txt").write_text("a dog\na cat")
+  entry = EvalConfig(name="a", prompts="prompts.txt", metric=f"host:{brightness}:mean", images=2)
+  load, started_in = finetuned.load, str(tmp_path / "start")
+
+  def run(path, **how):
+    return dataclasses.replace(
+      load(path, **how), config=Config(eval=(entry,)), started_in=started_in
+    )
+
+  monkeypatch.setattr(finetuned, "load", run)
+  assert "2 (2 prompts)" in measure(model, [])
+  (tmp_path / "start" / "prompts.txt").unlink()
+  message = "evaluations of the run in .* cannot be done here: .*prompts.txt does not exist: give a"
+  with pytest.raises(UserError, match=message + ".*; or give others with --eval"):
+    measure(model, [])
