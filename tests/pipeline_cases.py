@@ -26,8 +26,12 @@ def initial_latents() -> np.ndarray:
 
 
 def flax_outputs(kind: str) -> dict[str, np.ndarray]:
-  """What rlft makes of the prompts, see `torch_outputs`."""
-  model = models_cases.tiny_pipeline(kind)
+  """What rlft makes of the prompts with a tiny pipeline, see `torch_outputs`."""
+  return flax_outputs_of(models_cases.tiny_pipeline(kind))
+
+
+def flax_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
+  """As `flax_outputs`, of any model with 8x8x4 latents."""
   schedule = ddim.make_schedule(model.scheduler, models_cases.STEPS, eta=0.0)
   ids, empty_ids = (model.tokenize(texts)[0] for texts in (models_cases.PROMPTS, [""]))
 
@@ -55,7 +59,7 @@ def flax_outputs(kind: str) -> dict[str, np.ndarray]:
 
   prompt, empty, latents, images = run(model.params, initial_latents(), ids, empty_ids)
   outputs = {"text": prompt.text, "empty_text": empty.text, "latents": latents, "images": images}
-  if kind == "sdxl":
+  if prompt.pooled is not None:
     outputs |= {"pooled": prompt.pooled, "empty_pooled": empty.pooled}
   outputs |= {"ids": ids, "empty_ids": empty_ids, "timesteps": schedule.timesteps}
   return jax.tree.map(np.asarray, outputs)
@@ -86,6 +90,11 @@ def torch_pipeline(model: StableDiffusion) -> Any:
 
 
 def torch_outputs(kind: str) -> dict[str, np.ndarray]:
+  """As `torch_outputs_of`, with a tiny pipeline."""
+  return torch_outputs_of(models_cases.tiny_pipeline(kind))
+
+
+def torch_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
   """What diffusers' pipeline makes of the prompts.
 
   Returns:
@@ -97,7 +106,6 @@ def torch_outputs(kind: str) -> dict[str, np.ndarray]:
   """
   import torch
 
-  model = models_cases.tiny_pipeline(kind)
   pipeline = torch_pipeline(model)
 
   def tokens(texts):

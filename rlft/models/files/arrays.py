@@ -47,6 +47,10 @@ class _Lazy(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read_part(name, ())
 
+  def __contains__(self, name: object) -> bool:
+    # That of `Mapping` would read the array.
+    return name in iter(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:

@@ -27,7 +27,7 @@ import safetensors.numpy
 
 from rlft.models import clip, diffusers_unet, scheduler_config, stable_diffusion, unet, vae
 from rlft.models import config as config_lib
-from rlft.models.files import arrays, diffusers_layout, hub, streaming
+from rlft.models.files import arrays, diffusers_layout, hub, single_file, streaming
 from rlft.models.files import sources as weights
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
 from rlft.models.shapes import Params
@@ -51,24 +51,28 @@ _MODULES = {
 }
 
 
-def find(path: str | os.PathLike[str]) -> str | pathlib.Path:
+def find(path: str | os.PathLike[str]) -> str | pathlib.Path | single_file.Source:
   """Where the model is that a user names: a directory, or a hub's repository as `weights` takes it.
 
   Args:
-    path: a directory in the diffusers layout, 'org/name@revision', or 'emoji-sd'.
+    path: a directory in the diffusers layout, 'org/name@revision', a single file with its
+      tokenizer (see `single_file`), or 'emoji-sd'.
 
   Raises:
     UserError: there is no such model; the message begins with `path`.
   """
   if str(path) == EMOJI_SD:
     return EMOJI_SD_PATH
+  if (file := single_file.parse(str(path))) is not None:
+    single_file.check(file)
+    return file
   source = pathlib.Path(path) if pathlib.Path(path).is_dir() else str(path)
   if isinstance(source, str):
     repository = hub.parse(source)
     if repository is None or repository.file is not None:
       raise UserError(
         f"{path} is not a directory: give a Stable Diffusion model in the diffusers layout, a hub's"
-        f" org/name@revision, or {EMOJI_SD}"
+        f" org/name@revision, a {' or '.join(single_file.SUFFIXES)} file, or {EMOJI_SD}"
       )
     if repository.revision is None:
       raise UserError(
@@ -123,18 +127,16 @@ def load(
   scheduler: str = "",
   image_size: str = "",
 ) -> StableDiffusion:
-  """Reads a model in the diffusers layout.
+  """Reads a model in the diffusers layout, or in one file.
 
   Args:
-    path: a directory, 'org/name@revision' of a hub, or 'emoji-sd' for the model that comes with
-      the library.
+    path: as `find` takes it.
     dtype: type that the UNet computes in; VAE and text encoders compute in float32.
     remat, attention: see `UNet2DCondition`.
     backend: whose UNet, 'rlft' or 'diffusers' (see `diffusers_unet`).
     place: where each parameter belongs, see `streaming.read`; None leaves them on the host.
     identify: whether to set the model's `fingerprint`; all processes have to do the same.
-    scheduler: options in the place of those in `scheduler_config.json`, see
-      `scheduler_config.parse`.
+    scheduler: options in the place of the model's own, see `scheduler_config.parse`.
     image_size: of the images to draw, see `stable_diffusion.parse_size`.
 
   Returns:
@@ -144,23 +146,50 @@ def load(
   Raises:
     UserError: something is missing, is not a Stable Diffusion that is supported, or does not fit.
   """
-  source = find(path)
+  source, options = find(path), scheduler_config.parse(scheduler)
+  if isinstance(source, single_file.Source):
+    contents = single_file.read(source, options)
+  else:
+    contents = _read_directory(source, options)
+  modules = contents.modules
+  config = stable_diffusion.sized(
+    modules["unet"].config,
+    modules["vae"].config,
+    stable_diffusion.parse_size(image_size),
+    what=f"{source}/unet/config.json",
+  )
+  network = modules["unet"].clone(config=config, dtype=dtype, remat=remat, attention=attention)
+  params, fingerprint = streaming.read(
+    modules, contents.states, what=contents.what, place=place, identify=identify
+  )
+  return StableDiffusion(
+    unet=diffusers_unet.make(network) if backend == "diffusers" else network,
+    vae=modules["vae"],
+    text_encoders=tuple(m for name, m in modules.items() if name.startswith("text_encoder")),
+    tokenizers=contents.tokenizers,
+    scheduler=contents.scheduler,
+    params=params,
+    zero_empty=contents.zero_empty,
+    fingerprint=fingerprint,
+  )
+
+
+def _read_directory(
+  source: str | pathlib.Path, scheduler: Mapping[str, Any]
+) -> single_file.Contents:
+  """A model in the diffusers layout before its parameters are read; see `single_file.read`."""
   index = _read_json(source, INDEX)
   _check_class(f"{source}/{INDEX}", index.get("_class_name"), PIPELINES)
   texts = PIPELINES[index["_class_name"]]
-  configs = {}
+  modules = {}
   for name in ("unet", "vae", *texts):
     file = f"{name}/config.json"
     found = _read_json(source, file)
     if name not in texts:
       _check_class(f"{source}/{file}", found.get("_class_name"), (CLASSES[name],))
-    configs[name] = _CONFIGS[name].from_dict(found, f"{source}/{file}")
-  size = stable_diffusion.parse_size(image_size)
-  configs["unet"] = stable_diffusion.sized(
-    configs["unet"], configs["vae"], size, what=f"{source}/unet/config.json"
-  )
+    modules[name] = _MODULES[name](_CONFIGS[name].from_dict(found, f"{source}/{file}"))
   file = "scheduler/scheduler_config.json"
-  options = {**_read_json(source, file), **scheduler_config.parse(scheduler)}
+  options = {**_read_json(source, file), **scheduler}
   scheduler_config.SchedulerConfig.from_dict(options, f"{source}/{file}")
   # Which of the two names diffusers believes depends on how it is asked.
   if named := index.get("scheduler"):
@@ -168,30 +197,15 @@ def load(
   tokenizers = tuple(
     weights.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
   )
-
-  modules = {name: _MODULES[name](config) for name, config in configs.items()}
-  modules["unet"] = modules["unet"].clone(dtype=dtype, remat=remat, attention=attention)
-  network = modules["unet"]
-  if backend == "diffusers":
-    network = diffusers_unet.make(network)
   opened = {name: _open_weights(source, name) for name in modules}
-  params, fingerprint = streaming.read(
-    modules,
-    {name: state for name, (state, _) in opened.items()},
+  return single_file.Contents(
+    modules=modules,
+    states={name: state for name, (state, _) in opened.items()},
     what={name: file for name, (_, file) in opened.items()},
-    place=place,
-    identify=identify,
-  )
-  return StableDiffusion(
-    unet=network,
-    vae=modules["vae"],
-    text_encoders=tuple(modules[name] for name in texts),
     tokenizers=tokenizers,
     scheduler=options,
-    params=params,
     # As in diffusers, where SDXL's index does not say.
     zero_empty=len(texts) > 1 and index.get("force_zeros_for_empty_prompt", True),
-    fingerprint=fingerprint,
   )
 
 

@@ -73,7 +73,7 @@ def test_what_the_cache_of_a_hub_does_not_have(cache):
   ("source", "message"),
   [
     ("org/name", "needs a revision, since its files may change: write org/name@<commit hash>"),
-    ("org/name@main/unet", "is not a directory: give .* a hub's org/name@revision, or emoji-sd"),
+    ("org/name@main/unet", "is not a directory: give .* a hub's org/name@revision, .* or emoji-sd"),
     ("nowhere", "nowhere is not a directory: give"),
   ],
 )
