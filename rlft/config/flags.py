@@ -28,6 +28,7 @@ _REPEATED = {
   "eval": (EvalConfig, tasks.parse_eval, tasks.EVAL_PRESETS),
 }
 _SHIPPED = (EMOJI_SD, EMOJI)  # names that stand where a path may stand
+_TOKENIZER = "?tokenizer="
 
 Settings = typing.TypeVar("Settings")
 
@@ -103,9 +104,14 @@ class _Parser(flags.ArgumentParser):
 
 
 def _absolute(path: str) -> str:
-  """The path of a directory that is there as it is read from other working directories, too."""
+  """The path of what is there as it is read from other working directories, too.
+
+  A model in one file is followed by its tokenizer, which has a path of its own.
+  """
+  if _TOKENIZER in path and not os.path.exists(path):
+    return _TOKENIZER.join(map(_absolute, path.split(_TOKENIZER)))
   path = os.path.expanduser(path)
-  if os.path.isdir(path) and path not in _SHIPPED:
+  if os.path.exists(path) and path not in _SHIPPED:
     return os.path.abspath(path)
   return path
 

@@ -248,7 +248,7 @@ class Config:
 
   pretrained: str = option(
     "the model to fine-tune: a directory in the diffusers layout, org/name@revision of the Hugging"
-    f" Face hub, or {EMOJI_SD}",
+    f" Face hub, MODEL.safetensors?tokenizer=FOLDER, or {EMOJI_SD}",
     "",
     path=True,
   )

@@ -29,7 +29,9 @@ class Drawing:
   and noise are part of what was trained, and other values give other pictures.
   """
 
-  model: str = option("a run's directory, a model in the diffusers layout, or emoji-sd", path=True)
+  model: str = option(
+    "a run's directory, or a model as --pretrained of training takes it", path=True
+  )
   pretrained: str = option(
     "where the base model of the run is now, if it has moved", default="", path=True
   )

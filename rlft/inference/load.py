@@ -38,7 +38,7 @@ class Finetuned:
 def load(
   path: str, *, ema: bool = True, base: str = "", scheduler: str = "", image_size: str = ""
 ) -> Finetuned:
-  """Loads a run's workdir, a model in the diffusers layout, 'org/name@revision' or 'emoji-sd'.
+  """Loads a run's workdir, or a model as `pretrained.find` takes it.
 
   Args:
     path: which.

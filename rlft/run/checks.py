@@ -27,7 +27,7 @@ def validate(config: Config) -> None:
     UserError: a value out of range, a contradiction, or a missing file or directory.
   """
   for name, remedy in (
-    ("pretrained", f"give a model directory in the diffusers layout, or {EMOJI_SD}"),
+    ("pretrained", f"give a model directory in the diffusers layout, a single file, or {EMOJI_SD}"),
     ("workdir", "give a directory for the run's files"),
     ("task", "give at least one, e.g. --task=emoji-skintone"),
   ):
@@ -136,7 +136,7 @@ def _nearest_multiples(name: str, value: int, step: int) -> str:
 
 
 def validate_pretrained(path: str) -> None:
-  """Checks that there is a model: the shipped one, a diffusers directory, or a hub's repository."""
+  """Checks that there is a model, as `pretrained.find` takes it."""
   try:
     pretrained.find(path)
   except UserError as error:

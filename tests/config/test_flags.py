@@ -21,6 +21,23 @@ def parse(*argv: str) -> Config:
   return cli.read(Config, flag_values=values)
 
 
+def test_paths_are_those_of_other_working_directories_too(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "clip").mkdir()
+  (tmp_path / "emoji-sd").mkdir()
+  (tmp_path / "m.safetensors").touch()
+  for given, expected in (
+    ("clip", f"{tmp_path}/clip"),
+    ("~/clip", f"{tmp_path}/clip"),
+    ("emoji-sd", "emoji-sd"),
+    ("org/name@main", "org/name@main"),
+    ("m.safetensors?tokenizer=~/clip", f"{tmp_path}/m.safetensors?tokenizer={tmp_path}/clip"),
+    ("m.safetensors?tokenizer=a/b@c", f"{tmp_path}/m.safetensors?tokenizer=a/b@c"),
+  ):
+    assert parse(f"--pretrained={given}").pretrained == expected
+
+
 def test_without_flags_the_paper():
   settings = parse()
   assert settings == Config()

@@ -1,6 +1,5 @@
 """Stable Diffusion in one file: the same model as in diffusers' directory, and nothing but it."""
 
-
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
