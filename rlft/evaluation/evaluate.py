@@ -37,6 +37,19 @@ class EvalSpec:
   trained_on: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What a metric says of N images.
+
+  Attributes:
+    scores: `[N]`, or `[N / G]` of a set metric; NaN: could not be scored.
+    found: `[N]`, 1 where an image shows what is measured, else 0; None where that is not known.
+  """
+
+  scores: np.ndarray
+  found: np.ndarray | None = None
+
+
 class Sample(Protocol):
   """Samples an image for each prompt."""
 
@@ -56,8 +69,8 @@ class Score(Protocol):
     batches: Iterable[np.ndarray],
     prompts: list[Prompt],
     images_per_prompt: int,
-  ) -> Sequence[np.ndarray]:
-    """Scores `[N]` by each metric, or `[N / G]` by a set metric, of what `Sample` returns.
+  ) -> Sequence[Measured]:
+    """What each metric says of the images that `Sample` returns.
 
     `prompts` has length N; the `images_per_prompt` images of one set follow each other.
     """
@@ -111,8 +124,8 @@ def evaluate(
     kept = dict.fromkeys(keep.choose(prompts) if keep else ())
     batches = _watched(sample(prompts, seed), kept)
     found = score([spec.metric for spec in group], batches, prompts, first.images_per_prompt)
-    for spec, scores in zip(group, found, strict=True):
-      measured[spec.name] = _result(spec, np.asarray(scores, np.float32))
+    for spec, one in zip(group, found, strict=True):
+      measured[spec.name] = _result(spec, one)
     if keep:
       keep.save(first.name, list(kept.values()), prompts)
   return {spec.name: measured[spec.name] for spec in specs}
@@ -154,7 +167,8 @@ def _prompts_of(spec: EvalSpec) -> list[Prompt]:
   ]
 
 
-def _result(spec: EvalSpec, scores: np.ndarray) -> EvalResult:
+def _result(spec: EvalSpec, measured: Measured) -> EvalResult:
+  scores = np.asarray(measured.scores, np.float32)
   expected = spec.images // spec.images_per_prompt if spec.metric.is_set else spec.images
   if scores.shape != (expected,):
     raise UserError(
@@ -174,4 +188,5 @@ def _result(spec: EvalSpec, scores: np.ndarray) -> EvalResult:
     scores=scores,
     lower_is_better=spec.metric.lower_is_better,
     trained_on=spec.trained_on,
+    found=float("nan") if measured.found is None else float(np.mean(measured.found)),
   )

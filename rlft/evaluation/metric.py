@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from rlft.config.settings import ScoringSettings
-from rlft.evaluation.evaluate import EvalSpec
+from rlft.evaluation.evaluate import EvalSpec, Measured
 from rlft.parallel import sharding
 from rlft.rewards.scoring import trial
 from rlft.rewards.scoring.scorer import Scorer
@@ -67,7 +67,7 @@ class MetricScorer:
     batches: Iterable[np.ndarray],
     prompts: Sequence[Prompt],
     images_per_prompt: int,
-  ) -> list[np.ndarray]:
+  ) -> list[Measured]:
     """Scores any number of images by several metrics, and forgets each image when it is scored.
 
     Args:
@@ -76,15 +76,12 @@ class MetricScorer:
       prompts: N; the images of a set follow each other.
       images_per_prompt: G, which divides N.
 
-    Returns:
-      For each metric `[N]` scores, or `[N / G]` of a set metric.
-
     Raises:
       RewardError: a host metric failed.
       UserError: a set metric gives the images of a set different scores.
     """
     count, unit = len(prompts), math.lcm(images_per_prompt, self._rows.mesh.size)
-    found: list[list[np.ndarray]] = [[] for _ in metrics]
+    parts: list[list[Measured]] = [[] for _ in metrics]
     start = 0
     for size, images in _regrouped(batches, count, unit):
       # Padded by copies of the last set, so that every batch has the same size.
@@ -93,17 +90,19 @@ class MetricScorer:
       places = np.where(places < len(images), places, last_set)
       placed = sharding.put(images if len(images) == size else images[places], self._rows)
       drawn_for = [prompts[start + place] for place in places]
-      for metric, scores in zip(metrics, found, strict=True):
+      for metric, measured in zip(metrics, parts, strict=True):
         scorer = self._scorer(metric, size, images_per_prompt)
         scored = scorer.score(placed, drawn_for)
-        scores.append(sharding.fetch(scored.values)[: len(images)])
+        scores, found = (
+          None if x is None else sharding.fetch(x)[: len(images)]
+          for x in (scored.values, scored.found)
+        )
+        measured.append(Measured(scores, found))
         scorer.free()
       start += len(images)
     return [
-      _of_sets(metric, np.concatenate(scores), images_per_prompt)
-      if metric.is_set
-      else np.concatenate(scores)
-      for metric, scores in zip(metrics, found, strict=True)
+      _joined(metric, measured, images_per_prompt)
+      for metric, measured in zip(metrics, parts, strict=True)
     ]
 
   def _scorer(self, metric: Reward, size: int, images_per_prompt: int) -> Scorer:
@@ -140,6 +139,16 @@ def _regrouped(
       yield size, joined[:size]
   if any(map(len, held)):
     yield size, np.concatenate(held)
+
+
+def _joined(metric: Reward, parts: Sequence[Measured], images_per_prompt: int) -> Measured:
+  """What a metric says of all images, from what it says of batches."""
+  scores = np.concatenate([part.scores for part in parts])
+  known = all(part.found is not None for part in parts)
+  return Measured(
+    _of_sets(metric, scores, images_per_prompt) if metric.is_set else scores,
+    np.concatenate([part.found for part in parts]) if known else None,
+  )
 
 
 def _of_sets(metric: Reward, scores: np.ndarray, images_per_prompt: int) -> np.ndarray:

@@ -36,6 +36,7 @@ class EvalResult:
     scores: `[N]` float32, or `[N / G]` for a set metric; NaN: could not be scored.
     lower_is_better: direction of improvement.
     trained_on: the metric is also a reward of the run.
+    found: share of the images that show what is measured; NaN where that is not known.
   """
 
   name: str
@@ -48,6 +49,7 @@ class EvalResult:
   scores: np.ndarray
   lower_is_better: bool = False
   trained_on: bool = False
+  found: float = float("nan")
 
   @property
   def unscored(self) -> int:
@@ -65,7 +67,8 @@ class EvalResult:
     return statistics.digits(self.spread)
 
   def summary(self) -> dict[str, Any]:
-    """The result without its scores, for JSON: NaN is None."""
+    """The result without its scores, for JSON: NaN is None; `found` is there where it is known."""
+    found = {} if np.isnan(self.found) else {"found": self.found}
     return {
       "mean": files.finite(self.mean),
       "low": files.finite(self.low),
@@ -76,6 +79,7 @@ class EvalResult:
       "unscored": self.unscored,
       "lower_is_better": self.lower_is_better,
       "trained_on": self.trained_on,
+      **found,
     }
 
 
@@ -194,6 +198,7 @@ def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, E
           scores=np.array([_nan_if_none(score) for score in result["scores"]], np.float32),
           lower_is_better=result["lower_is_better"],
           trained_on=result["trained_on"],
+          found=_nan_if_none(result.get("found")),
         )
         for name, result in entry["results"].items()
       }

@@ -37,8 +37,9 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
       last = after[name]
       row += [mean(last), *change(old, last)]
     row += [""] * (len(header) - len(row))
-    unscored = f", {last.unscored} unscored" if last.unscored else ""
-    rows.append([*row, f"{last.images} ({last.prompts} prompts{unscored})"])
+    counts = [f"{last.prompts} prompts", found(old, last)]
+    counts += [f"{last.unscored} unscored"] if last.unscored else []
+    rows.append([*row, f"{last.images} ({', '.join(filter(None, counts))})"])
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for row in rows:
@@ -53,14 +54,23 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
 
 def change(before: EvalResult, after: EvalResult) -> tuple[str, str, str, str]:
   """The change, its interval, its share of the mean before, and its verdict; '' for NaN."""
-  found = results.paired_difference(before, after)
+  difference = results.paired_difference(before, after)
   digits = f"+.{before.digits}f"
   return (
-    "" if np.isnan(found.mean) else f"{found.mean:{digits}}",
-    "" if np.isnan(found.low) else f"[{found.low:{digits}}, {found.high:{digits}}]",
-    "" if np.isnan(found.relative) else f"{found.relative:+.1%}",
-    found.verdict,
+    "" if np.isnan(difference.mean) else f"{difference.mean:{digits}}",
+    "" if np.isnan(difference.low) else f"[{difference.low:{digits}}, {difference.high:{digits}}]",
+    "" if np.isnan(difference.relative) else f"{difference.relative:+.1%}",
+    difference.verdict,
   )
+
+
+def found(before: EvalResult, after: EvalResult) -> str:
+  """The share of images that show what is measured; '' where that is not known."""
+  if np.isnan(after.found):
+    return ""
+  text = f"found in {after.found:.1%}"
+  known = before is not after and not np.isnan(before.found)
+  return f"{text}, before in {before.found:.1%}" if known else text
 
 
 def when(iteration: int) -> str:
@@ -78,10 +88,10 @@ def lines(history: results.History) -> list[str]:
   """
   if not history:
     return []
-  (_, start), (iteration, found) = history[0], history[-1]
-  width = max(map(len, found))
+  (_, start), (iteration, last) = history[0], history[-1]
+  width = max(map(len, last))
   texts = []
-  for name, result in found.items():
+  for name, result in last.items():
     parts = [mean(result)]
     if 0 < result.unscored < len(result.scores):
       parts.append(f"{result.unscored} of {len(result.scores)} not scored")
@@ -91,5 +101,7 @@ def lines(history: results.History) -> list[str]:
       size, interval, _, called = change(start[name], result)
       if size:
         parts.append(f"{size} {interval} since the start: {called}")
+    if shown := found(start.get(name, result), result):
+      parts.append(shown)
     texts.append(f"{when(iteration)}: {name:{width}}  {', '.join(parts)}")
   return texts

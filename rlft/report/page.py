@@ -82,6 +82,7 @@ def write_report(
     command=command,
     columns=[*ends, "change"][: 3 if len(ends) > 1 else 1],
     evaluations=_evaluations(history),
+    found=any(not np.isnan(one.found) for _, found in history for one in found.values()),
     level=f"{statistics.LEVEL:.0%}",
     effect=f"{statistics.EFFECT:.0%}",
     held_out=_history_charts(history),
@@ -160,6 +161,8 @@ def _evaluations(history: results.History) -> list[_Evaluation]:
     unscored = sum(result.unscored for result in (old, new) if result)
     if unscored:
       counts += f", {unscored} unscored"
+    if shown := summary.found(old, new or old):
+      counts += f", {shown}"
     cells, kind = [_mean(summary.when(start), old)], ""
     if new:
       cells.append(_mean(summary.when(end), new))

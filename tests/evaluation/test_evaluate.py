@@ -27,7 +27,7 @@ class Model:
 def painted(metrics, batches, prompts, images_per_prompt):
   values = np.concatenate(list(batches))[:, 0, 0, 0] * 255
   sums = values.reshape(-1, images_per_prompt).sum(axis=1)
-  return [sums if metric.is_set else values for metric in metrics]
+  return [evaluate.Measured(sums if metric.is_set else values) for metric in metrics]
 
 
 class Keeper:
@@ -89,11 +89,12 @@ def test_images_are_sampled_once_for_evaluations_that_share_them():
 
 def test_unscored_images_are_left_out_and_counted():
   def score(metrics, batches, prompts, images_per_prompt):
-    return [np.array([1.0, np.nan, 3.0, np.nan])]
+    scores = np.array([1.0, np.nan, 3.0, np.nan])
+    return [evaluate.Measured(scores, found=np.array([1.0, 0.0, 1.0, 1.0]))]
 
   spec = evaluate.EvalSpec("a", metric(), THREE, 4)
   got = evaluate.evaluate([spec], sample=Model(), score=score, seed=0)["a"]
-  assert (got.mean, got.unscored) == (2.0, 2)
+  assert (got.mean, got.unscored, got.found) == (2.0, 2, 0.75)
 
 
 def test_direction():
@@ -124,6 +125,9 @@ def test_bad_evaluations_are_refused_before_sampling(specs, message):
 
 @pytest.mark.parametrize("is_set", [False, True])
 def test_scores_of_the_wrong_shape(is_set):
+  def score(*_):
+    return [evaluate.Measured(np.zeros(3))]
+
   spec = evaluate.EvalSpec("a", metric("mine", is_set=is_set), THREE, 4, 2)
   with pytest.raises(UserError, match=r"metric mine returned scores of shape \[3\]: expected \["):
-    evaluate.evaluate([spec], sample=Model(), score=lambda *_: [np.zeros(3)], seed=0)
+    evaluate.evaluate([spec], sample=Model(), score=score, seed=0)

@@ -8,14 +8,19 @@ from rlft.config.settings import ScoringSettings
 from rlft.evaluation import metric
 from rlft.evaluation.metric import MetricScorer
 from rlft.parallel import sharding
-from rlft.types import JaxReward, Prompt
+from rlft.types import JaxReward, Prompt, Scores
 
 
 def brightness(_, images, features):
   return images.mean(tuple(range(1, images.ndim)))
 
 
-EACH, SETS = JaxReward("each", brightness), JaxReward("sets", brightness, is_set=True)
+def of_sets(_, images, features):
+  """The brightness of sets, and which images are not black."""
+  return Scores(brightness(_, images, features), found=images.max((2, 3, 4)) > 0)
+
+
+EACH, SETS = JaxReward("each", brightness), JaxReward("sets", of_sets, is_set=True)
 
 
 def pictures(count):
@@ -39,8 +44,10 @@ def test_scores_of_any_number_of_images(monkeypatch, count, drawn):
   batches = (images[start : start + drawn] for start in range(0, count, drawn))
   with scorer() as score:
     each, sets = score([EACH, SETS], batches, [Prompt("")] * count, 3)
-  np.testing.assert_allclose(each, values, rtol=1e-6)
-  np.testing.assert_allclose(sets, values.reshape(-1, 3).mean(axis=1), rtol=1e-6)
+  np.testing.assert_allclose(each.scores, values, rtol=1e-6)
+  np.testing.assert_allclose(sets.scores, values.reshape(-1, 3).mean(axis=1), rtol=1e-6)
+  assert each.found is None
+  np.testing.assert_array_equal(sets.found, values > 0)
 
 
 def test_images_are_forgotten_once_scored(monkeypatch):
@@ -86,7 +93,7 @@ def test_a_metric_is_compiled_once_and_leaves_the_devices():
   images = np.full((8, 2, 2, 3), 0.25, np.float32)
   with scorer() as score:
     for light in (1.0, 2.0):
-      (scores,) = score([reward], [light * images], [Prompt("")] * 8, 1)
-      np.testing.assert_allclose(scores, np.full(8, 0.5 * light), rtol=1e-6)
+      (measured,) = score([reward], [light * images], [Prompt("")] * 8, 1)
+      np.testing.assert_allclose(measured.scores, np.full(8, 0.5 * light), rtol=1e-6)
       assert not on_devices()
   assert traces == [images.shape]

@@ -75,7 +75,10 @@ def test_paired_difference_refuses_another_measurement():
 def test_history_gives_back_every_score(tmp_path):
   assert results.read_history(tmp_path) == []
   scores = np.append(np.random.default_rng(0).normal(size=20).astype(np.float32), np.nan)
-  first = {"a": result(scores, lower=True, trained_on=True), "b": result([NAN], name="b")}
+  first = {
+    "a": result(scores, lower=True, trained_on=True, found=0.75),
+    "b": result([NAN], name="b"),
+  }
   results.append_history(tmp_path, 0, first)
   results.append_history(tmp_path, 10, {"a": result(scores)})
   (zero, back), (ten, _) = results.read_history(tmp_path)

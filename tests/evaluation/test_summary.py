@@ -52,3 +52,14 @@ def test_lines():
     "after 10 iterations: bb   2.5000 ±1.5000, +1.0000 [+0.0000, +2.0000] since the start: unclear",
     "after 10 iterations: new  7.0000",
   ]
+
+
+def test_fewer_images_that_show_what_is_measured():
+  before, after = (
+    result([1, 2, 3], lower=True, found=0.96),
+    result([1, 1, 1], lower=True, found=0.5),
+  )
+  shown = "found in 50.0%, before in 96.0%"
+  assert f"32 (16 prompts, {shown})" in summary.table({"a": before}, {"a": after})
+  assert summary.table({"a": before}).endswith("32 (16 prompts, found in 96.0%)")
+  assert summary.lines([(0, {"a": before}), (5, {"a": after})])[0].endswith(shown)

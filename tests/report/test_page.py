@@ -23,7 +23,7 @@ def result(name, scores, **rest):
 def evaluation(shift):
   return {
     "up": result("up", np.arange(20) + shift, trained_on=True),
-    "down": result("down", np.arange(20) + shift, lower_is_better=True),
+    "down": result("down", np.arange(20) + shift, lower_is_better=True, found=1 - shift / 8),
     "same <b>": result("same <b>", np.arange(20)),
   }
 
@@ -108,6 +108,7 @@ def test_table_shows_direction_and_significance(workdir):
   assert rows == [("better", "up"), ("worse", "down"), ("no-effect", "same &lt;b&gt;")]
   assert "+4.0000<small>[+4.0000, +4.0000]</small><b>+42.1%, ▲ better</b>" in page  # 4 / 9.5
   assert page.count("<em>trained on</em><br>") == 1
+  assert "20 images, 20 prompts, found in 50.0%, before in 100.0%</small>" in page
   assert "<th>at the start</th><th>after 4 iterations</th><th>change</th>" in page
 
 
