@@ -64,7 +64,7 @@ def of_task(
 
 
 def _statistics(prefix: str, scores: np.ndarray) -> dict[str, float]:
-  """Of `[B]` scores; NaN is counted and left out."""
+  """Mean, spread and ends of `[B]` scores; NaN is counted and left out."""
   valid = scores[np.isfinite(scores)]
   statistics = {key: float("nan") for key in ("mean", "std", "min", "max")}
   if len(valid):

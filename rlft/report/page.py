@@ -71,7 +71,7 @@ def write_report(
   rows = [row for row in files.read_jsonl(workdir / metrics.METRICS_FILE) if "iteration" in row]
   history = results.read_history(workdir)
   tasks = [_TASK | task for task in config.get("task", ()) if isinstance(task, dict)]
-  ends = [summary.when(iteration) for iteration, _ in history[:1] + history[1:][-1:]]
+  ends = [summary.when(iteration) for iteration, _ in [*history[:1], *history[1:][-1:]]]
   training, more = _training_charts(rows, tasks, lower_is_better)
   page = render(
     "page.html",
@@ -80,7 +80,7 @@ def write_report(
     base=config.get("pretrained"),
     tasks=tasks,
     command=command,
-    columns=[*ends, "change"][: 3 if len(ends) > 1 else 1],
+    columns=[*ends, "change"] if len(ends) > 1 else ends,
     evaluations=_evaluations(history),
     found=any(not np.isnan(one.found) for _, found in history for one in found.values()),
     level=f"{statistics.LEVEL:.0%}",
@@ -177,6 +177,7 @@ def _evaluations(history: results.History) -> list[_Evaluation]:
 
 
 def _mean(label: str, result: results.EvalResult) -> _Cell:
+  """The mean of an evaluation with its interval."""
   if np.isnan(result.mean):
     return _Cell(label, "not scored", "")
   low, high = (f"{bound:.{result.digits}f}" for bound in (result.low, result.high))
