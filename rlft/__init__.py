@@ -1,0 +1,3 @@
+"""Reinforcement learning for text-to-image diffusion models."""
+
+__version__ = "0.1.0"

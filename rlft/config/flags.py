@@ -9,7 +9,10 @@ A launch script defines its flags, then hands `main` one function without argume
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from importlib import metadata
+import logging
 import os
+import platform
 import re
 import sys
 import types
@@ -18,6 +21,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
+import rlft
 from rlft.config import fields, tasks
 from rlft.config.settings import EMOJI, EMOJI_SD, EvalConfig, TaskConfig
 from rlft.types import UserError
@@ -143,9 +147,15 @@ def _help(field: dataclasses.Field) -> str:
 def main(run: Callable[[], None]) -> None:
   """Parses the flags and calls `run`; a user's mistake ends the program with one line and status 2.
 
+  Defines `--version`, too.
+
   Args:
     run: does the work; what it raises as UserError is printed to stderr as 'error: ...'.
   """
+  if "version" not in flags.FLAGS:
+    flags.DEFINE_boolean("version", False, "print the versions of rlft, JAX and Python, and end")
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["version"])
+  logging.getLogger("jax._src.xla_bridge").addFilter(_tells_something)
 
   def guarded(_: Sequence[str]) -> None:
     try:
@@ -158,6 +168,10 @@ def main(run: Callable[[], None]) -> None:
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
   """absl's parser with its errors in one line; nothing on the command line is ignored."""
+  if "--version" in argv:  # Before flags that must be given are asked for.
+    python = platform.python_version()
+    print(f"rlft {rlft.__version__}, jax {metadata.version('jax')}, Python {python}")
+    sys.exit()
   try:
     rest = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -176,6 +190,14 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
   if len(rest) > 1:
     _fail(f"unexpected argument '{rest[1]}': write options as --flag=value")
   return rest
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+  """Whether this is not what JAX says on every machine that has no TPU, nor is meant to."""
+  return not re.match(
+    r"Unable to initialize backend '(tpu': .*libtpu\.so: cannot open|proxy': .* requires)",
+    record.getMessage(),
+  )
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import logging
+import pathlib
 import subprocess
 import sys
 
 from absl import flags
+import jax
 import pytest
 
+import rlft
 from rlft.config import fields, tasks
 from rlft.config import flags as cli
 from rlft.config.fields import option
@@ -141,6 +145,30 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     assert shown.startswith(f"error: {message}")
     assert code == "2"
   assert not done.stdout
+
+
+def test_versions_are_printed_also_where_a_flag_is_missing():
+  script = pathlib.Path(__file__).parents[2] / "launch" / "sample.py"
+  done = subprocess.run(
+    [sys.executable, script, "--version"], capture_output=True, text=True, timeout=60
+  )
+  found = f"rlft {rlft.__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}\n"
+  assert (done.returncode, done.stdout) == (0, found), done.stderr
+
+
+@pytest.mark.parametrize(
+  ("message", "shown"),
+  [
+    ("'tpu': INTERNAL: Failed to open libtpu.so: libtpu.so: cannot open shared object file", False),
+    ("'proxy': The 'proxy' backend requires the address of an IFRT Proxy server", False),
+    ("'tpu': UNKNOWN: TPU initialization failed: the device is in use", True),
+    ("'cuda': no driver", True),
+  ],
+)
+def test_jax_says_nothing_of_a_tpu_that_nobody_has(message, shown):
+  text = f"Unable to initialize backend {message}"
+  record = logging.LogRecord("jax", logging.INFO, "", 0, text, None, None)
+  assert cli._tells_something(record) is shown
 
 
 @dataclasses.dataclass(frozen=True)
