@@ -31,9 +31,10 @@ from rlft.config import flags as cli
 from rlft.config import tasks
 from rlft.config.settings import ScoringSettings
 from rlft.diffusion import ddim, rollout, sampler
+from rlft.diffusion.policy import Policy
 from rlft.evaluation import evaluate, results
 from rlft.evaluation.metric import MetricScorer
-from rlft.models import stable_diffusion, text
+from rlft.models import lora, stable_diffusion, text
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
 from rlft.report import charts
@@ -228,27 +229,21 @@ class Pen:
     self._step = jax.jit(self._one_step, static_argnames="guidance_scale")
 
   def _one_step(self, params, step, latents, guidance, keys, *, guidance_scale):
-    path = rollout.sample(
-      lambda *args: self.model.unet.apply({"params": params}, *args),
-      step,
-      latents,
-      guidance,
-      keys,
-      guidance_scale=guidance_scale,
-    )
+    policy = Policy(self.model.unet, step, guidance_scale)
+    path = rollout.sample(policy, lora.Weights(params), latents, guidance, keys)
     return path.latents[-1]
 
   def __call__(
     self, texts: Sequence[str], *, seed: int, first: int, steps: int, guidance_scale: float
   ) -> tuple[np.ndarray, np.ndarray]:
     """Latents `[N, h, w, C]` and images `[N, H, W, 3]` of numbers `first`, ... of a seed."""
-    schedule = ddim.make_schedule(self.model.scheduler, steps)
+    process = ddim.make(self.model.scheduler, steps)
     keys = sampler.image_keys(jax.random.key(seed), first, len(texts))
     prompt = self._encode(self.model.tokenize(list(texts))[0])
     guidance = Guidance(prompt, self._encode(self.model.tokenize([""] * len(texts))[0]))
     latents = rollout.normal(keys, steps, stable_diffusion.latent_shape(self.model))
     for i in range(steps):
-      row = jax.tree.map(lambda x, i=i: x[i : i + 1], schedule)
+      row = jax.tree.map(lambda x, i=i: x[i : i + 1], process)
       noise = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
       latents = self._step(
         self.model.params["unet"], row, latents, guidance, noise, guidance_scale=guidance_scale

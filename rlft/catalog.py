@@ -9,9 +9,12 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 from typing import Any
 
-from rlft.config.settings import EMOJI, EvalConfig, TaskConfig
+from rlft.algorithms.base import Algorithm
+from rlft.config.fields import suggestion
+from rlft.config.settings import EMOJI, AlgorithmSettings, EvalConfig, TaskConfig
 from rlft.data import pairs as pairs_lib
 from rlft.data import prompts as prompts_lib
 from rlft.evaluation.evaluate import EvalSpec
@@ -37,6 +40,11 @@ REWARDS: Mapping[str, str] = {
   "pickscore": "rlft.rewards.clip:pickscore",
   "skin-tone-parity": "rlft.rewards.skin_tone:skin_tone_parity",
   "yolov3-tiny": "rlft.rewards.yolo:yolov3_tiny_reward",
+}
+
+ALGORITHMS: Mapping[str, str] = {
+  "policy-gradient": "rlft.algorithms.policy_gradient:PolicyGradient",
+  "reward-weighted": "rlft.algorithms.weighted_denoising:RewardWeighted",
 }
 
 # Ground truth of the emoji world: metrics that nothing should be trained on.
@@ -102,6 +110,39 @@ def _factory(name: str, spec: str) -> Callable[..., Reward]:
     " factory as factory:file.py:function?key=value, or a server as"
     " http://host:port/v2/models/NAME"
   )
+
+
+# ---------------------------------------------------------------------------- algorithms
+
+
+def make_algorithm(settings: AlgorithmSettings) -> Algorithm:
+  """Makes the algorithm that `settings.algorithm` names.
+
+  Its fields that are settings, too, have their values; the others are options behind its name.
+
+  Raises:
+    UserError: an unknown name or option, a setting that the algorithm has no use for, or one that
+      is given as an option.
+  """
+  spec = settings.algorithm
+  name, given = grammar.split(spec, "algorithm")
+  if name not in ALGORITHMS:
+    raise UserError(f"--algorithm={name} is not known: {suggestion(name, ALGORITHMS)}")
+  factory = _function(ALGORITHMS[name])
+  names = inspect.signature(factory).parameters
+  shared = {}
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if field.name in names:
+      shared[field.name] = value
+    elif field.name != "algorithm" and value != field.default:
+      raise UserError(f"--{field.name}={value} has no effect with --algorithm={name}: leave it out")
+    if field.name in given:
+      raise UserError(
+        f"--algorithm={spec}: {field.name} is a flag of its own: give"
+        f" --{field.name}={given[field.name]}"
+      )
+  return grammar.call(functools.partial(factory, **shared), spec, given, kind="algorithm")
 
 
 # ---------------------------------------------------------------------------- data

@@ -10,7 +10,7 @@ Dimension letters used throughout the library:
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -78,6 +78,93 @@ class Trajectory:
 
   latents: jax.Array
   log_probs: jax.Array
+
+
+class Process(Protocol):
+  """T reverse steps of a diffusion, each a Gaussian N(mean, std^2 I), and its forward process.
+
+  Attributes:
+    timesteps: `[T]`, the network's time input, in the order of the steps.
+    std: `[T]` float32; 0 where a step is deterministic.
+    train_timesteps: N, the timesteps that the network was trained on.
+  """
+
+  timesteps: jax.Array
+  std: jax.Array
+  train_timesteps: int
+
+  def mean(self, index: jax.Array, sample: jax.Array, output: jax.Array) -> jax.Array:
+    """Mean of step `index` (scalar or `[B]`) from x_t `[B, H, W, C]` and the network's output."""
+
+  def clean(self, index: jax.Array, sample: jax.Array, output: jax.Array) -> jax.Array:
+    """Prediction of x_0 `[B, H, W, C]`; arguments as of `mean`."""
+
+  def corrupt(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    """The forward process: x_t from x_0 `[B, H, W, C]` at `[B]` timesteps in [0, N)."""
+
+  def target(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    """What the network should put out at that x_t."""
+
+
+# What is kept of the way to an image: the whole way, or its end alone.
+Collect = Literal["trajectory", "latents"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Images that a policy drew, with what an algorithm asked to be collected; sharded over B.
+
+  Attributes:
+    images: `[B, H, W, 3]` float32 in [0, 1].
+    text: what the policy was conditioned on.
+    collected: the `Trajectory`, or the final latents `[B, H, W, C]` alone.
+  """
+
+  images: jax.Array
+  text: Guidance
+  collected: Trajectory | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What an update changes, sharded over 'fsdp'.
+
+  Attributes:
+    params: the trained tree: the UNet's parameters, or the LoRA adapter.
+    opt: state of the optimizer.
+    ema: averaged `params`, or None.
+  """
+
+  params: Any
+  opt: Any
+  ema: Any
+
+  @property
+  def averaged(self) -> Any:
+    """The parameters to evaluate: averaged where they are."""
+    return self.params if self.ema is None else self.ema
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """A task's turn in an iteration. All that is random in it is a pure function of these numbers.
+
+  Attributes:
+    seed: of the run.
+    iteration: from 0.
+    task: its place in the run; the number of tasks stands for the pretraining step.
+  """
+
+  seed: int
+  iteration: int
+  task: int
+
+  def key(self) -> jax.Array:
+    """A random key of its own."""
+    key = jax.random.fold_in(jax.random.key(self.seed), self.iteration)
+    return jax.random.fold_in(key, self.task)
 
 
 @jax.tree_util.register_dataclass

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import models_cases
 import numpy as np
 
-from rlft.diffusion import ddim, rollout
-from rlft.models import stable_diffusion, text
+from rlft.diffusion import rollout
+from rlft.diffusion.policy import make_policy
+from rlft.models import lora, stable_diffusion, text
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Guidance
 
@@ -32,7 +33,9 @@ def flax_outputs(kind: str) -> dict[str, np.ndarray]:
 
 def flax_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
   """As `flax_outputs`, of any model with 8x8x4 latents."""
-  schedule = ddim.make_schedule(model.scheduler, models_cases.STEPS, eta=0.0)
+  policy = make_policy(
+    model, sampling_steps=models_cases.STEPS, guidance_scale=models_cases.GUIDANCE, eta=0.0
+  )
   ids, empty_ids = (model.tokenize(texts)[0] for texts in (models_cases.PROMPTS, [""]))
 
   @functools.partial(jax.jit, compiler_options=models_cases.FAST_COMPILER)
@@ -40,20 +43,9 @@ def flax_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
     size = stable_diffusion.image_size(model)
     prompt = text.encode(model, params, ids, size)
     empty = text.empty(model, params, empty_ids, size)
-    prepared, empty_prepared = (
-      model.unet.apply({"params": params["unet"]}, x, method="prepare") for x in (prompt, empty)
-    )
-    both = Guidance(
-      prepared, jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), empty_prepared, prepared)
-    )
-    path = rollout.sample(
-      lambda *args: model.unet.apply({"params": params["unet"]}, *args),
-      schedule,
-      noise,
-      both,
-      jax.random.split(jax.random.key(0), len(noise)),
-      guidance_scale=models_cases.GUIDANCE,
-    )
+    both = Guidance(prompt, jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), empty, prompt))
+    keys = jax.random.split(jax.random.key(0), len(noise))
+    path = rollout.sample(policy, lora.Weights(params["unet"]), noise, both, keys)
     latents = path.latents[-1]
     return prompt, empty, latents, stable_diffusion.decode(model, params["vae"], latents)
 
@@ -61,7 +53,7 @@ def flax_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
   outputs = {"text": prompt.text, "empty_text": empty.text, "latents": latents, "images": images}
   if prompt.pooled is not None:
     outputs |= {"pooled": prompt.pooled, "empty_pooled": empty.pooled}
-  outputs |= {"ids": ids, "empty_ids": empty_ids, "timesteps": schedule.timesteps}
+  outputs |= {"ids": ids, "empty_ids": empty_ids, "timesteps": policy.process.timesteps}
   return jax.tree.map(np.asarray, outputs)
 
 

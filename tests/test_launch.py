@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from rlft.diffusion.policy import make_policy
 from rlft.diffusion.sampler import Sampler
 from rlft.models import lora
 from rlft.models.files import pretrained
@@ -110,13 +111,9 @@ def test_export_is_the_run_and_diffusers_draws_the_same(folder):
   assert done.stdout == "wrote exported\nwrote lora.safetensors\n"
 
   prompts = list(models_cases.PROMPTS)
-  sampler = Sampler(
-    pretrained.load(folder / "exported"),
-    batch_size=8,
-    sampling_steps=STEPS,
-    guidance_scale=GUIDANCE,
-    eta=0.0,
-  )
+  exported = pretrained.load(folder / "exported")
+  policy = make_policy(exported, sampling_steps=STEPS, guidance_scale=GUIDANCE, eta=0.0)
+  sampler = Sampler(exported, policy, batch_size=8)
   ours, noise = sampler(prompts, 3), sampler.initial_noise(len(prompts), 3)
   base = pretrained.load(folder / "base")
   plain = sampler(prompts, 3, weights=lora.Weights(base.params["unet"]))

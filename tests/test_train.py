@@ -10,8 +10,9 @@ import pytest
 import train_cases as cases
 
 from rlft.config.settings import EvalConfig
-from rlft.diffusion import ddim, rollout
+from rlft.diffusion.policy import make_policy
 from rlft.inference import load as finetuned
+from rlft.models import lora
 from rlft.models.files import pretrained
 
 
@@ -271,18 +272,11 @@ def test_accumulated_timesteps_make_one_update(folder, tmp_path, one_device, rec
   (call,) = run.calls("update")
   _, path, text, advantages, _, indices = jax.tree.map(np.asarray, call.args)
   model = pretrained.load(folder / "model")
-  schedule = ddim.make_schedule(model.scheduler, 3)
+  policy = make_policy(model, sampling_steps=3, guidance_scale=2.0)
 
   def loss(params, index):
-    log_probs, _ = rollout.policy_log_prob(
-      lambda *inputs: model.unet.apply({"params": params}, *inputs),
-      schedule,
-      index,
-      path.latents[index],
-      path.latents[index + 1],
-      text,
-      guidance_scale=2.0,
-    )
+    steps = path.latents[index], path.latents[index + 1]
+    log_probs, _ = policy.log_prob(lora.Weights(params), index, *steps, text)
     return -jnp.mean(advantages * log_probs)
 
   assert indices.shape == (2,)

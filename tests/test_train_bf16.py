@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import train_cases
 
-from rlft.diffusion import ddim, rollout, sampler
+from rlft.diffusion import rollout, sampler
+from rlft.diffusion.policy import make_policy
+from rlft.models import lora
 
 TOLERANCE = 1e-5  # of the ratio before the first update
 STEPS = 3
@@ -77,13 +79,9 @@ def test_samples_hardly_change_and_stay_float32(first_updates):
 
   model = train_cases.tiny_model()
   keys = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
-  exact = jax.jit(
-    lambda *args: rollout.sample(
-      lambda *inputs: model.unet.apply({"params": model.params["unet"]}, *inputs),
-      ddim.make_schedule(model.scheduler, STEPS),
-      *args,
-      guidance_scale=GUIDANCE,
-    )
-  )(path.latents[0], text, sampler.image_keys(keys, 0, train_cases.BATCH))
+  policy = make_policy(model, sampling_steps=STEPS, guidance_scale=GUIDANCE)
+  weights = lora.Weights(model.params["unet"])
+  draw = jax.jit(lambda *args: rollout.sample(policy, weights, *args))
+  exact = draw(path.latents[0], text, sampler.image_keys(keys, 0, train_cases.BATCH))
   difference = np.abs(path.latents[-1] - exact.latents[-1])
   assert 0 < difference.mean() < 0.02 * np.abs(exact.latents[-1]).mean()

@@ -154,13 +154,13 @@ def test_a_signal_in_an_evaluation(folder, tmp_path, monkeypatch, capfd):
   config = cases.config(
     folder, tmp_path / "run", eval=evals, eval_every=1, iterations=2, pretrain_weight=0.0
   )
-  measure, before = train.measure, []
+  measure, before = train.evaluate_run, []
 
   def watched(run, weights, iteration, stop):
     before.append((iteration, newest(tmp_path / "run")))
     measure(run, weights, iteration, stop)
 
-  monkeypatch.setattr(train, "measure", watched)
+  monkeypatch.setattr(train, "evaluate_run", watched)
   cases.run(fields.replace(config, workdir=str(tmp_path / "whole")))
   monkeypatch.setenv("BROKEN", "stops@5")  # In the evaluation between the two iterations.
   cases.run(config)

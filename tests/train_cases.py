@@ -6,6 +6,7 @@ them, XLA optimises little, and most runs use one of the eight devices.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -30,6 +31,7 @@ from rlft.models import clip, unet, vae
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
+from rlft.run import open as open_lib
 from rlft.storage.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -248,7 +250,7 @@ def fast_compilation(cache: pathlib.Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-_load, _open_run, _make_programs = pretrained.load, train.open_run, train.make_programs
+_load, _make_programs = pretrained.load, open_lib.make_programs
 _shared: dict[Any, Any] = {}
 # Settings that no program depends on.
 _ELSEWHERE = ("workdir", "task", "eval", "iterations", "seed", "advantage")
@@ -259,9 +261,8 @@ _ELSEWHERE += ("checkpoint_every", "keep_checkpoints", "eval_every", "reward_tim
 def _share(what: str, config: Config, make: Callable[[], Any], *key: Any) -> Any:
   """What `make` made for the first run with settings that give the same programs."""
   neutral = {name: fields.flat(Config())[name] for name in _ELSEWHERE}
-  if (
-    not config.pretraining.pretrain_weight
-  ):  # Then nothing calls the one program that depends on it.
+  # Without pretraining nothing calls the one program that depends on its weight.
+  if not config.pretraining.pretrain_weight:
     neutral["pretrain_weight"] = PRETRAIN_WEIGHT
   key = what, fields.replace(config, **neutral), *key
   if key not in _shared:
@@ -319,22 +320,19 @@ def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) ->
     placed = {name: sharding.put(leaf, place(name, leaf.shape)) for name, leaf in leaves.items()}
     return dataclasses.replace(model, params=traverse_util.unflatten_dict(placed))
 
-  def open_run(config):
-    run = _open_run(config)
-    sampler = _share("sampler", config, lambda: run.sampler, devices)
-    return dataclasses.replace(run, sampler=sampler)
-
-  def make_programs(config, *args):
-    programs = _share("programs", config, lambda: _make_programs(config, *args), devices)
-    names = ("update", "pretrain", "average")
-    changes = {name: recorded(name, getattr(programs, name)) for name in names}
-    return dataclasses.replace(programs, **changes)
+  def make_programs(config, algorithm, *args):
+    programs = _share("programs", config, lambda: _make_programs(config, algorithm, *args), devices)
+    # A copy of what is shared, with this run's own settings, which are in no program.
+    learning = copy.copy(programs.learning)
+    learning._settings = algorithm
+    learning.update = recorded("update", learning.update)
+    changes = {name: recorded(name, getattr(programs, name)) for name in ("pretrain", "average")}
+    return dataclasses.replace(programs, algorithm=algorithm, learning=learning, **changes)
 
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setattr(sharding, "make_mesh", make_mesh)
     monkeypatch.setattr(pretrained, "load", load)
-    monkeypatch.setattr(train, "open_run", open_run)
-    monkeypatch.setattr(train, "make_programs", make_programs)
+    monkeypatch.setattr(open_lib, "make_programs", make_programs)
     train.train(config)
 
 

@@ -4,13 +4,13 @@ What is minimised is their `weighted_sum` over the batch of all devices; every p
 then be computed by itself.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from rlft.diffusion import ddim
-from rlft.diffusion.rollout import Denoiser
-from rlft.types import Conditioning
+from rlft.types import Conditioning, Denoiser, Process
 
 
 def mean_weights(mask: jax.Array) -> jax.Array:
@@ -23,6 +23,18 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
   chex.assert_rank([values, weights], 1)
   chex.assert_equal_shape([values, weights])
   return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
+
+
+def zero_where_not(mask: jax.Array, rows: Any) -> Any:
+  """A tree of `[K, B, ...]` with zeros for the images where `[B]` mask is False.
+
+  A loss that gives an image no weight still multiplies by 0 what its gradient is made of.
+  """
+
+  def keep(x):
+    return jnp.where(mask.reshape(1, -1, *(1,) * (x.ndim - 2)), x, 0)
+
+  return jax.tree.map(keep, rows)
 
 
 def clipped_surrogate(
@@ -45,23 +57,27 @@ def clipped_surrogate(
 
 
 def ratio_metrics(
-  log_ratio: jax.Array, weights: jax.Array, *, clip_range: float
+  log_ratio: jax.Array, advantages: jax.Array, weights: jax.Array, *, clip_range: float
 ) -> dict[str, jax.Array]:
   """What became of the ratio w = exp(log_ratio).
 
   Args:
     log_ratio: `[B]`.
+    advantages: `[B]`.
     weights: `[B]`, see `mean_weights`; images of weight 0 are left out.
     clip_range: e.
 
   Returns:
-    The ratio's largest deviation from 1, the share of images outside of the clip range, and an
-    estimate of KL(old || new) per latent dimension (mean of w - 1 - log w).
+    The ratio's largest deviation from 1, the share of images that the clipping leaves without a
+    gradient (w > 1 + e with A > 0, or w < 1 - e with A < 0), and an estimate of KL(old || new) per
+    latent dimension (mean of w - 1 - log w).
   """
-  deviation = jnp.abs(jnp.exp(log_ratio) - 1.0)
+  ratio = jnp.exp(log_ratio)
+  clipped = jnp.where(advantages > 0, ratio > 1.0 + clip_range, ratio < 1.0 - clip_range)
+  clipped &= advantages != 0
   return {
-    "ratio/max_abs_deviation": jnp.where(weights > 0, deviation, 0.0).max(),
-    "clip_fraction": weighted_sum((deviation > clip_range).astype(jnp.float32), weights),
+    "ratio/max_abs_deviation": jnp.where(weights > 0, jnp.abs(ratio - 1.0), 0.0).max(),
+    "clip_fraction": weighted_sum(clipped.astype(jnp.float32), weights),
     # expm1 keeps the digits that ratio - 1 - log_ratio would cancel.
     "approx_kl": weighted_sum(jnp.expm1(log_ratio) - log_ratio, weights),
   }
@@ -84,7 +100,7 @@ def denoising_noise(
   Args:
     key: consumed.
     shape: `[B, H, W, C]` of the latents.
-    steps: of the noise schedule.
+    steps: timesteps that the network was trained on.
   """
   time_key, noise_key = jax.random.split(key)
   timesteps = jax.random.randint(time_key, shape[:1], 0, steps)
@@ -93,8 +109,7 @@ def denoising_noise(
 
 def denoising_error(
   denoise: Denoiser,
-  alphas_cumprod: jax.Array,
-  prediction_type: str,
+  process: Process,
   latents: jax.Array,
   text: Conditioning,
   timesteps: jax.Array,
@@ -103,14 +118,12 @@ def denoising_error(
   """The ordinary pretraining loss: `[B]` mean squared errors of the prediction.
 
   Args:
-    denoise: the network with its parameters bound.
-    alphas_cumprod: `[num_train_timesteps]` float32.
-    prediction_type: 'epsilon' or 'v_prediction'.
+    denoise: the network with its weights bound.
+    process: says what x_t is, and what should be predicted.
     latents: `[B, H, W, C]` float32, scaled.
     text: of the captions.
     timesteps, noise: see `denoising_noise`.
   """
-  alpha = alphas_cumprod[timesteps]
-  output = denoise(ddim.add_noise(alpha, latents, noise), timesteps, text)
-  target = ddim.denoising_target(prediction_type, alpha, latents, noise)
+  output = denoise(process.corrupt(latents, noise, timesteps), timesteps, text)
+  target = process.target(latents, noise, timesteps)
   return jnp.square(output - target).mean((1, 2, 3))

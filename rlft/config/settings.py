@@ -125,7 +125,11 @@ class AlgorithmSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingSettings:
-  """The loss that keeps the pictures good, after the tasks of every iteration."""
+  """The loss that keeps the pictures good, in a step of its own after the tasks of an iteration.
+
+  The authors' code sums the policy's loss over the 16 images of a device where ours is a mean. With
+  the same weight, their policy gradient is 16 times as large beside the pretraining loss.
+  """
 
   pretrain_weight: float = option("weight of the pretraining loss; 0 is off", 1.0, least=0)
   pretrain_data: str = option(

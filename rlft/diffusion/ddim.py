@@ -1,9 +1,7 @@
-"""DDIM as a Gaussian policy: noise schedule, one reverse step, its log-probability (float32 only).
+"""DDIM: the noise schedule, and the reverse step as a Gaussian N(mean, std^2 I); float32 only.
 
 Song et al., "Denoising Diffusion Implicit Models" (arXiv 2010.02502), equations 12 and 16. With
-eta = 1 each reverse step is a Gaussian N(mean, std^2 I): the policy that reinforcement learning
-improves. Latents and log-probabilities are never rounded below float32: a bfloat16 copy of the last
-step's latent shifts its log-probability by dozens of clip ranges.
+eta = 1 the steps are random: the policy that reinforcement learning improves.
 """
 
 from collections.abc import Mapping
@@ -21,14 +19,15 @@ from rlft.types import UserError
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-  """Constants of T reverse steps, in the order in which they are taken; all `[T]`.
+class DDIM:
+  """T reverse steps, in the order in which they are taken; a `rlft.types.Process`.
 
   Attributes:
-    timesteps: int32, the network's time input.
-    alpha: cumulative product alpha_bar at `timesteps`, the signal's share of the variance.
-    alpha_prev: the same one step later, in (0, 1].
-    std: standard deviation of the step; 0 where it is deterministic (never train on those).
+    timesteps: `[T]` int32, the network's time input.
+    alpha: `[T]` cumulative product alpha_bar at `timesteps`, the signal's share of the variance.
+    alpha_prev: `[T]` the same one step later, in (0, 1].
+    std: `[T]` standard deviation of the step; 0 where it is deterministic (never train on those).
+    alpha_bar: `[N]` alpha_bar at each of the N timesteps that the network was trained on.
     prediction_type: 'epsilon' or 'v_prediction': what the network predicts.
   """
 
@@ -36,12 +35,55 @@ class Schedule:
   alpha: jax.Array
   alpha_prev: jax.Array
   std: jax.Array
+  alpha_bar: jax.Array
   prediction_type: str = dataclasses.field(metadata={"static": True})
 
   @property
-  def trainable(self) -> np.ndarray:
-    """`[n]` int: the steps with a log-probability, those with std > 0."""
-    return np.flatnonzero(np.asarray(self.std) > 0)
+  def train_timesteps(self) -> int:
+    """N, the timesteps that the network was trained on."""
+    return len(self.alpha_bar)
+
+  def mean(self, index: jax.Array, sample: jax.Array, output: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` mean of p(x_{t-1} | x_t): DDIM's equation 12 without its noise term.
+
+    Args:
+      index: scalar or `[B]` int, position of the step in `timesteps` (not the timestep).
+      sample: `[B, H, W, C]` float32, x_t.
+      output: `[B, H, W, C]` float32, the guided network output.
+    """
+    clean, epsilon = self._parts(index, sample, output)
+    alpha_prev, std = at_step(self.alpha_prev, index), at_step(self.std, index)
+    # alpha_prev + std^2 <= 1; the maximum removes the rounding error of the last step.
+    direction = jnp.sqrt(jnp.maximum(1 - alpha_prev - std**2, 0.0))
+    return jnp.sqrt(alpha_prev) * clean + direction * epsilon
+
+  def clean(self, index: jax.Array, sample: jax.Array, output: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` prediction of the clean latent x_0; arguments as of `mean`."""
+    return self._parts(index, sample, output)[0]
+
+  def _parts(
+    self, index: jax.Array, sample: jax.Array, output: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """What x_t is made of, as the network sees it: the clean latent and the noise."""
+    chex.assert_type([sample, output], jnp.float32)
+    chex.assert_equal_shape([sample, output])
+    alpha = at_step(self.alpha, index)
+    signal, noise = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+    if self.prediction_type == "epsilon":
+      return (sample - noise * output) / signal, output
+    return signal * sample - noise * output, signal * output + noise * sample
+
+  def corrupt(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` x_t of the forward process from x_0, at `[B]` int timesteps in [0, N)."""
+    alpha_bar = jnp.asarray(self.alpha_bar)[timesteps][:, None, None, None]
+    return jnp.sqrt(alpha_bar) * clean + jnp.sqrt(1 - alpha_bar) * noise
+
+  def target(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` right output at `corrupt`'s x_t: noise, or v (Salimans & Ho, 2202.00512)."""
+    if self.prediction_type == "epsilon":
+      return noise
+    alpha_bar = jnp.asarray(self.alpha_bar)[timesteps][:, None, None, None]
+    return jnp.sqrt(alpha_bar) * noise - jnp.sqrt(1 - alpha_bar) * clean
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
@@ -70,7 +112,7 @@ def _alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
   return alpha_bar
 
 
-def make_schedule(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) -> Schedule:
+def make(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) -> DDIM:
   """The reverse steps that diffusers' `DDIMScheduler` takes.
 
   A step leads `num_train_timesteps // steps` timesteps on, whatever the spacing; with 'linspace'
@@ -104,11 +146,12 @@ def make_schedule(config: Mapping[str, Any], steps: int, *, eta: float = 1.0) ->
   def f32(x):
     return np.asarray(x, np.float32)
 
-  return Schedule(
+  return DDIM(
     timesteps=np.asarray(timesteps, np.int32),
     alpha=f32(alpha),
     alpha_prev=f32(alpha_prev),
     std=f32(eta * np.sqrt(np.maximum(variance, 0.0))),
+    alpha_bar=f32(alpha_bar),
     prediction_type=parsed.prediction_type,
   )
 
@@ -127,58 +170,3 @@ def at_step(constants: jax.Array, index: jax.Array) -> jax.Array:
   """What `[T]` constants are at `index`: a scalar, or `[B, 1, 1, 1]` at `[B]` indices."""
   values = jnp.asarray(constants)[index]
   return values[:, None, None, None] if values.ndim else values
-
-
-def step_mean(schedule: Schedule, index: jax.Array, sample: jax.Array, output: jax.Array):
-  """Mean of p(x_{t-1} | x_t): DDIM's equation 12 without its noise term.
-
-  Args:
-    schedule: T steps.
-    index: scalar or `[B]` int, position of the step in the schedule (not the timestep).
-    sample: `[B, H, W, C]` float32, x_t.
-    output: `[B, H, W, C]` float32, the guided network output.
-  """
-  chex.assert_type([sample, output], jnp.float32)
-  chex.assert_equal_shape([sample, output])
-  alpha, alpha_prev, std = (
-    at_step(x, index) for x in (schedule.alpha, schedule.alpha_prev, schedule.std)
-  )
-  signal, noise = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
-  if schedule.prediction_type == "epsilon":
-    epsilon = output
-    clean = (sample - noise * epsilon) / signal
-  else:
-    clean = signal * sample - noise * output
-    epsilon = signal * output + noise * sample
-  # alpha_prev + std^2 <= 1; the maximum removes the rounding error of the last step.
-  direction = jnp.sqrt(jnp.maximum(1 - alpha_prev - std**2, 0.0))
-  return jnp.sqrt(alpha_prev) * clean + direction * epsilon
-
-
-def log_prob(value: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-  """`[B]` log N(value; mean, std^2), *averaged* over the latent dimensions H, W, C.
-
-  `std` is a scalar or `[B, 1, 1, 1]`.
-
-  The mean (not the sum) is what makes a clip range of 1e-4 meaningful (the paper, section 3).
-  """
-  chex.assert_equal_shape([value, mean])
-  z = (value - mean) / std
-  elementwise = -0.5 * z**2 - jnp.log(std) - 0.5 * np.log(2 * np.pi)
-  return elementwise.mean(axis=tuple(range(1, value.ndim)))
-
-
-def add_noise(alpha_bar: jax.Array, clean: jax.Array, noise: jax.Array) -> jax.Array:
-  """x_t of the forward process; `alpha_bar` is `[B]`, the others `[B, H, W, C]`."""
-  alpha_bar = alpha_bar[:, None, None, None]
-  return jnp.sqrt(alpha_bar) * clean + jnp.sqrt(1 - alpha_bar) * noise
-
-
-def denoising_target(
-  prediction_type: str, alpha_bar: jax.Array, clean: jax.Array, noise: jax.Array
-) -> jax.Array:
-  """What the network should predict at x_t: the noise, or v (Salimans & Ho, 2202.00512)."""
-  if prediction_type == "epsilon":
-    return noise
-  alpha_bar = alpha_bar[:, None, None, None]
-  return jnp.sqrt(alpha_bar) * noise - jnp.sqrt(1 - alpha_bar) * clean

@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from rlft.diffusion import ddim, rollout
+from rlft.diffusion import rollout
+from rlft.diffusion.policy import Policy
 from rlft.models import lora, stable_diffusion
 from rlft.models import text as text_lib
 from rlft.models.precision import cast
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import microbatch as microbatch_lib
 from rlft.parallel import sharding
-from rlft.types import Guidance, Trajectory, UserError
+from rlft.types import Collect, Drawn, Guidance, Trajectory, UserError
 
 
 def condition(
@@ -62,55 +63,48 @@ def condition(
 
 def generate(
   model: StableDiffusion,
-  schedule: ddim.Schedule,
+  policy: Policy,
   weights: lora.Weights,
   vae_params: Any,
   text: Guidance,
   keys: jax.Array,
   *,
-  guidance_scale: float,
-  lora_scale: float = 0.0,
+  collect: Collect = "trajectory",
   microbatch: int = 0,
   decode_chunk: int = 0,
-) -> tuple[Trajectory, jax.Array]:
+) -> tuple[Trajectory | jax.Array, jax.Array]:
   """Samples images; pure, to be jitted.
 
   Args:
     model: the modules.
-    schedule: T reverse steps.
+    policy: what draws.
     weights: of the UNet, whole.
     vae_params: whole.
     text: `[B, ...]`, see `condition`.
     keys: `[B]`, consumed; each image depends on its own key alone.
-    guidance_scale: as for `condition`.
-    lora_scale: alpha / rank, if `weights` have an adapter.
+    collect: what to keep of the way to the images.
     microbatch: images at once in the UNet; 0 for all.
     decode_chunk: images at once in the VAE; 0 for all.
 
   Returns:
-    The trajectory, and images `[B, H, W, 3]` in [0, 1].
+    What was to be collected, see `Drawn`, and images `[B, H, W, 3]` in [0, 1].
   """
-  network = (model.unet, weights, lora_scale)
+  steps, shape = len(policy.process.timesteps), stable_diffusion.latent_shape(model)
 
   def walk(rows):
     text, keys = rows
-    noise = rollout.normal(keys, len(schedule.timesteps), stable_diffusion.latent_shape(model))
-    path = rollout.sample(
-      lora.denoiser(*network),
-      schedule,
-      noise,
-      text,
-      keys,
-      guidance_scale=guidance_scale,
-      prepare=functools.partial(lora.prepare, *network),
-    )
-    return _swap(path)
+    path = rollout.sample(policy, weights, rollout.normal(keys, steps, shape), text, keys)
+    return _swap(path) if collect == "trajectory" else path.latents[-1]
 
-  path = _swap(microbatch_lib.mapped(walk, (text, keys), microbatch))
+  found = microbatch_lib.mapped(walk, (text, keys), microbatch)
+  if collect == "trajectory":
+    found = _swap(found)
   images = microbatch_lib.mapped(
-    functools.partial(stable_diffusion.decode, model, vae_params), path.latents[-1], decode_chunk
+    functools.partial(stable_diffusion.decode, model, vae_params),
+    found.latents[-1] if collect == "trajectory" else found,
+    decode_chunk,
   )
-  return path, images
+  return found, images
 
 
 def _swap(path: Trajectory) -> Trajectory:
@@ -153,22 +147,22 @@ def make_encode(
 
 def make_sample(
   model: StableDiffusion,
-  schedule: ddim.Schedule,
+  policy: Policy,
   mesh: Mesh,
   *,
+  collect: Collect = "trajectory",
   microbatch: int = 0,
-  **settings: Any,
-) -> Callable[..., tuple[Trajectory, jax.Array]]:
+  decode_chunk: int = 0,
+) -> Callable[..., tuple[Trajectory | jax.Array, jax.Array]]:
   """`generate` for the images of all devices, each of which draws its own.
 
   Args:
-    model, schedule: as in `generate`.
+    model, policy, collect, decode_chunk: as in `generate`.
     mesh: all devices; weights and frozen parameters are laid out as `sharding.parameters` says.
     microbatch: images at once on a device, see `microbatch.size`.
-    **settings: as in `generate`.
 
   Returns:
-    `(weights, vae_params, text, keys) -> (trajectory, images)`, to be jitted; `text` and `keys`
+    `(weights, vae_params, text, keys) -> (collected, images)`, to be jitted; `text` and `keys`
     are spread over the devices, and so is all that is returned.
   """
 
@@ -179,36 +173,57 @@ def make_sample(
       weights = dataclasses.replace(weights, unet=cast(weights.unet, model.unet.dtype))
       whole = sharding.gather((weights, vae_params), where)
       size = microbatch_lib.size(microbatch, len(keys), mesh, model.unet.dtype)
-      return generate(model, schedule, *whole, text, keys, microbatch=size, **settings)
+      return generate(
+        model,
+        policy,
+        *whole,
+        text,
+        keys,
+        collect=collect,
+        microbatch=size,
+        decode_chunk=decode_chunk,
+      )
 
+    collected = sharding.COLUMNS if collect == "trajectory" else sharding.ROWS
     return sharding.on_each(
       mesh,
       local,
       in_specs=(*where, sharding.ROWS, sharding.ROWS),
-      out_specs=(sharding.COLUMNS, sharding.ROWS),
+      out_specs=(collected, sharding.ROWS),
     )(weights, vae_params, text, keys)
 
   return sample
 
 
 class Sampler:
-  """Draws images in batches of one size; compiled once."""
+  """Draws images in batches of one size; compiled once.
+
+  Attributes:
+    policy: what draws.
+    encode, sample: its two programs, jitted; see `make_encode` and `make_sample`.
+  """
 
   def __init__(
     self,
     model: StableDiffusion,
+    policy: Policy,
     *,
     batch_size: int,
-    sampling_steps: int,
-    guidance_scale: float,
-    eta: float = 1.0,
     mesh: Mesh | None = None,
     frozen: Any = None,
-    **settings: Any,
+    collect: Collect = "trajectory",
+    microbatch: int = 0,
+    decode_chunk: int = 0,
   ):
     """Places the frozen weights on the mesh (all devices if None), unless they are given.
 
-    `settings` are those of `generate`.
+    Args:
+      model: the modules.
+      policy: what draws.
+      batch_size: images at once, over all devices.
+      mesh: the devices.
+      frozen: parameters of the VAE and the text encoders, placed; the model's own if None.
+      collect, microbatch, decode_chunk: as in `make_sample`.
 
     Raises:
       UserError: the batch cannot be spread over the devices.
@@ -221,44 +236,50 @@ class Sampler:
       )
     self._model = model
     self._batch_size = batch_size
-    self._schedule = ddim.make_schedule(model.scheduler, sampling_steps, eta=eta)
     self._frozen = frozen or sharding.place(
       self._mesh, {name: tree for name, tree in model.params.items() if name != "unet"}
     )
     self._weights = None
-    self._empty = model.tokenize([""])[0][0]
-    self._encode = sharding.jit(
-      make_encode(model, self._mesh, guidance_scale=guidance_scale), static_argnums=3
+    self.policy = policy
+    self.encode = sharding.jit(
+      make_encode(model, self._mesh, guidance_scale=policy.guidance_scale), static_argnums=3
     )
-    self._sample = sharding.jit(
-      make_sample(model, self._schedule, self._mesh, guidance_scale=guidance_scale, **settings)
+    self.sample = sharding.jit(
+      make_sample(
+        model,
+        policy,
+        self._mesh,
+        collect=collect,
+        microbatch=microbatch,
+        decode_chunk=decode_chunk,
+      )
     )
 
-  def rollout(
-    self, weights: lora.Weights, ids: np.ndarray, keys: jax.Array
-  ) -> tuple[Trajectory, jax.Array, Guidance]:
-    """Samples a batch with all that training needs; except on CPUs, returns before it is computed.
+  @functools.cached_property
+  def _empty(self) -> np.ndarray:
+    """`[E, L]` int32 tokens of the empty prompt."""
+    return self._model.tokenize([""])[0][0]
+
+  def draw(self, weights: lora.Weights, ids: np.ndarray, keys: jax.Array) -> Drawn:
+    """Draws a batch with all that training needs; except on CPUs, returns before it is computed.
 
     Args:
       weights: of the UNet, placed on the mesh.
       ids: `[P, E, L]` int32 tokens, each for as many neighbouring images.
       keys: `[B]`, consumed; each image depends on its own key alone. B may differ from the batch
         size, for another compilation.
-
-    Returns:
-      The trajectory, images `[B, H, W, 3]` in [0, 1], what the policy was conditioned on.
     """
     if len(ids) % self._mesh.size:  # The images of a prompt are on several devices.
       ids = np.repeat(ids, len(keys) // len(ids), axis=0)
     ids = sharding.put(ids, sharding.batch(self._mesh))
     encoders = {name: tree for name, tree in self._frozen.items() if name != "vae"}
-    text = self._encode(encoders, ids, self._empty, len(keys))
-    path, images = self._sample(weights, self._frozen["vae"], text, keys)
-    return path, images, text
+    text = self.encode(encoders, ids, self._empty, len(keys))
+    collected, images = self.sample(weights, self._frozen["vae"], text, keys)
+    return Drawn(images, text, collected)
 
   def initial_noise(self, count: int, seed: int) -> np.ndarray:
     """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""
-    steps, shape = len(self._schedule.timesteps), stable_diffusion.latent_shape(self._model)
+    steps, shape = len(self.policy.process.timesteps), stable_diffusion.latent_shape(self._model)
     return np.asarray(rollout.normal(_keys(seed, 0, count), steps, shape))
 
   def __call__(self, prompts: Sequence[str], seed: int, **settings: Any) -> np.ndarray:
@@ -298,8 +319,8 @@ class Sampler:
     starts = range(0, count, size)
     hidden = None if progress else True  # None: where it is no terminal, as in a log file.
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=hidden, leave=False):
-      batch = self.rollout(weights, ids[start : start + size], _keys(seed, start, size))[1]
-      yield sharding.fetch(batch)[: count - start]
+      drawn = self.draw(weights, ids[start : start + size], _keys(seed, start, size))
+      yield sharding.fetch(drawn.images)[: count - start]
 
 
 def _keys(seed: int, start: int, count: int) -> jax.Array:

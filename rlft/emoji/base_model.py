@@ -28,7 +28,8 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from rlft.algorithms import losses
 from rlft.config.fields import option
-from rlft.diffusion import ddim, sampler
+from rlft.diffusion import sampler
+from rlft.diffusion.policy import make_policy
 from rlft.emoji import world
 from rlft.models import lora, stable_diffusion
 from rlft.models import text as text_lib
@@ -304,17 +305,16 @@ def run(config: PretrainConfig) -> StableDiffusion:
     dropped = rng.random(len(rows)) < config.caption_dropout
     return latents[rows], np.where(dropped[:, None, None], empty, ids[rows])
 
-  alphas = jnp.asarray(ddim.alphas_cumprod(SCHEDULER), jnp.float32)
+  policy = make_policy(model, sampling_steps=20, guidance_scale=2.0)
 
   def denoising_loss(params, batch, key):
     latents, ids = batch
     errors = losses.denoising_error(
-      lambda *args: model.unet.apply({"params": params["unet"]}, *args),
-      alphas,
-      SCHEDULER["prediction_type"],
+      policy.denoiser(lora.Weights(params["unet"])),
+      policy.process,
       latents,
       text_lib.encode(model, params, ids, stable_diffusion.image_size(model)),
-      *losses.denoising_noise(key, latents.shape, len(alphas)),
+      *losses.denoising_noise(key, latents.shape, policy.process.train_timesteps),
     )
     return errors.mean()
 
@@ -322,14 +322,13 @@ def run(config: PretrainConfig) -> StableDiffusion:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), module.example_inputs())
 
   rows = [captions.index(c) for c in list(dict.fromkeys(captions))[:64]]
-  schedule = ddim.make_schedule(SCHEDULER, 20)
 
   @sharding.jit
   def preview_sample(params):
-    scale, keys = 2.0, sampler.image_keys(jax.random.key(1), 0, len(rows))
+    keys, scale = sampler.image_keys(jax.random.key(1), 0, len(rows)), policy.guidance_scale
     text = sampler.condition(model, params, ids[rows], empty, len(rows), guidance_scale=scale)
-    network = (model, schedule, lora.Weights(params["unet"]), vae_params)
-    return sampler.generate(*network, text, keys, guidance_scale=scale)[1]
+    weights = lora.Weights(params["unet"])
+    return sampler.generate(model, policy, weights, vae_params, text, keys)[1]
 
   def preview_unet(params, step):
     drawn = np.asarray(preview_sample(params))

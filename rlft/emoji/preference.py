@@ -175,7 +175,8 @@ def _some_prompts(rng: np.random.Generator, n: int) -> list[Prompt]:
 
 def _generated(path: Path, texts: Sequence[str], seed: int) -> np.ndarray:
   """`[N, 2, 32, 32, 3]` uint8: two pictures of each prompt by emoji-sd; kept in `path`."""
-  from rlft.diffusion import sampler
+  from rlft.diffusion.policy import make_policy
+  from rlft.diffusion.sampler import Sampler
   from rlft.models.files import pretrained
 
   if path.exists():
@@ -184,7 +185,8 @@ def _generated(path: Path, texts: Sequence[str], seed: int) -> np.ndarray:
         return file["images"]
   model, images = pretrained.load(pretrained.EMOJI_SD), []
   for guidance in _GUIDANCE:
-    draw = sampler.Sampler(model, batch_size=64, sampling_steps=10, guidance_scale=guidance)
+    policy = make_policy(model, sampling_steps=10, guidance_scale=guidance)
+    draw = Sampler(model, policy, batch_size=64)
     found = draw(texts, seed, progress=f"drawing with guidance {guidance:g}")
     images.append((found * 255 + 0.5).astype(np.uint8))
   images = np.stack(images, axis=1)

@@ -204,12 +204,12 @@ def measure(params: Params, seed: int, n: int) -> reward_training.Figures:
 
 def generated_portraits(seed: int, n: int) -> np.ndarray:
   """`[n, 32, 32, 3]` in [0, 1]: portraits that emoji-sd draws for the training prompts."""
-  from rlft.diffusion import sampler
+  from rlft.diffusion.policy import make_policy
+  from rlft.diffusion.sampler import Sampler
   from rlft.models.files import pretrained
 
   portraits = prompts.prompts("portrait", "train")
-  draw = sampler.Sampler(
-    pretrained.load(pretrained.EMOJI_SD), batch_size=64, sampling_steps=10, guidance_scale=1.0
-  )
+  model = pretrained.load(pretrained.EMOJI_SD)
+  draw = Sampler(model, make_policy(model, sampling_steps=10, guidance_scale=1.0), batch_size=64)
   texts = [portraits[i % len(portraits)].text for i in range(n)]
   return draw(texts, seed, progress="drawing portraits")

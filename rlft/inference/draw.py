@@ -12,7 +12,8 @@ import numpy as np
 from rlft.config import fields
 from rlft.config.fields import option
 from rlft.config.settings import Config
-from rlft.diffusion import sampler
+from rlft.diffusion.policy import make_policy
+from rlft.diffusion.sampler import Sampler
 from rlft.inference import load as finetuned
 from rlft.storage import files
 from rlft.storage import images as images_lib
@@ -102,7 +103,8 @@ class Drawer:
     self.settings = {"seed": setting("seed", "eval_seed"), **policy}
     devices = jax.device_count()
     size = math.ceil(drawing.batch_size / devices) * devices
-    self._sampler = sampler.Sampler(self.found.model, batch_size=size, **policy)
+    model = self.found.model
+    self._sampler = Sampler(model, make_policy(model, **policy), batch_size=size)
 
   def __call__(self, texts: Sequence[str], *, progress: str) -> np.ndarray:
     """`[N, H, W, 3]` float32 in [0, 1]; image i depends on (seed, i, its prompt) alone."""

@@ -1,7 +1,6 @@
 """The numbers of an iteration: names and means, from what its parts returned."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ _OF_TASKS = {
   "clip_fraction": np.mean,
   "approx_kl": np.mean,
   "kl_to_base": np.mean,
+  "loss/denoising": np.mean,
   "grad_norm": np.mean,
 }
 
@@ -71,15 +71,6 @@ def _statistics(prefix: str, scores: np.ndarray) -> dict[str, float]:
     statistics = {key: float(getattr(valid, key)()) for key in statistics}
   metrics = {f"{prefix}/{key}": value for key, value in statistics.items()}
   return metrics | {f"{prefix}/unscored": 1.0 - len(valid) / len(scores)}
-
-
-def of_updates(name: str, updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The ratio before the first update; of everything else the mean over the updates."""
-  metrics = {}
-  for key in updates[0]:
-    values = [float(update[key]) for update in updates]
-    metrics[f"{key}/{name}"] = values[0] if key.startswith("ratio/") else float(np.mean(values))
-  return metrics
 
 
 def summarise(metrics: Mapping[str, float], images: int) -> dict[str, float]:

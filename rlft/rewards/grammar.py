@@ -26,11 +26,12 @@ _WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
 _VETO = re.compile(r"(.+?)\s*(>=|<=)\s*(\S+)")
 
 
-def split(spec: str) -> tuple[str, dict[str, str]]:
+def split(spec: str, kind: str = "reward") -> tuple[str, dict[str, str]]:
   """Takes 'name?key=value&...' apart.
 
   Args:
     spec: what the user wrote.
+    kind: what it names, for messages.
 
   Returns:
     The name, and the options as text, decoded, in the order given.
@@ -43,17 +44,21 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
   for item in query.split("&") if query else ():
     key, equals, value = item.partition("=")
     if not equals or not key:
-      raise UserError(f"reward {spec!r}: '{item}' is not key=value (write & in a value as %26)")
+      raise UserError(f"{kind} {spec!r}: '{item}' is not key=value (write & in a value as %26)")
     if key in options:
-      raise UserError(f"reward {spec!r}: {key} is given twice, remove one")
+      raise UserError(f"{kind} {spec!r}: {key} is given twice, remove one")
     if re.search("%(?![0-9A-Fa-f]{2})", value):
-      raise UserError(f"reward {spec!r}: write % as %25 in {key}={value}")
+      raise UserError(f"{kind} {spec!r}: write % as %25 in {key}={value}")
     options[key] = urllib.parse.unquote(value)
   return name, options
 
 
 def call(
-  factory: Callable[..., Any], spec: str, options: Mapping[str, str], *positional: Any
+  factory: Callable[..., Any],
+  spec: str,
+  options: Mapping[str, str],
+  *positional: Any,
+  kind: str = "reward",
 ) -> Any:
   """Calls a factory with a user's options.
 
@@ -62,6 +67,7 @@ def call(
     spec: what the user wrote, for messages.
     options: from `split`.
     *positional: arguments that are no options.
+    kind: what the factory makes, for messages.
 
   Returns:
     What the factory returns.
@@ -69,23 +75,23 @@ def call(
   Raises:
     UserError: an unknown option, one that is missing, or a value of the wrong type.
   """
-  return factory(*positional, **_convert(factory, spec, options, len(positional)))
+  return factory(*positional, **_convert(factory, spec, options, len(positional), kind))
 
 
 def _convert(
-  factory: Callable, spec: str, options: Mapping[str, str], positional: int
+  factory: Callable, spec: str, options: Mapping[str, str], positional: int, kind: str
 ) -> dict[str, Any]:
   """The options as keyword arguments of the factory."""
   parameters, others = _parameters(factory, positional)
   values = {}
   for key, text in options.items():
     if key in parameters:
-      values[key] = _read(spec, key, text, parameters[key].annotation)
+      values[key] = _read(spec, key, text, parameters[key].annotation, kind)
     elif others:
       values[key] = text
     else:
       remedy = fields.suggestion(key, parameters) if parameters else "it takes none"
-      raise UserError(f"reward {spec!r}: unknown option '{key}', {remedy}")
+      raise UserError(f"{kind} {spec!r}: unknown option '{key}', {remedy}")
   missing = [
     name
     for name, parameter in parameters.items()
@@ -93,7 +99,7 @@ def _convert(
   ]
   if missing:
     join = "&" if options else "?"
-    raise UserError(f"reward {spec!r}: add {join}{'&'.join(f'{name}=...' for name in missing)}")
+    raise UserError(f"{kind} {spec!r}: add {join}{'&'.join(f'{name}=...' for name in missing)}")
   return values
 
 
@@ -112,19 +118,19 @@ def _parameters(factory: Callable, positional: int) -> tuple[dict[str, inspect.P
   return {parameter.name: parameter for parameter in parameters if parameter.kind in named}, others
 
 
-def _read(spec: str, key: str, text: str, annotation: Any) -> Any:
+def _read(spec: str, key: str, text: str, annotation: Any, kind: str) -> Any:
   """Reads one value as its annotation says."""
   try:
     value = fields.convert(text, annotation)
   except ValueError as error:
-    raise UserError(f"reward {spec!r}: {key}={text} {error}") from None
+    raise UserError(f"{kind} {spec!r}: {key}={text} {error}") from None
   except TypeError:
     raise UserError(
-      f"reward {spec!r}: {key} cannot be given as text, as its factory takes {annotation}: annotate"
+      f"{kind} {spec!r}: {key} cannot be given as text, as its factory takes {annotation}: annotate"
       " it with str, int, float or bool there"
     ) from None
   if not text and isinstance(value, str | pathlib.Path):
-    raise UserError(f"reward {spec!r}: {key}={text} has no value, write {key}=...")
+    raise UserError(f"{kind} {spec!r}: {key}={text} has no value, write {key}=...")
   return value
 
 

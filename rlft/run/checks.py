@@ -55,6 +55,7 @@ def validate_settings(config: Config) -> None:
   stable_diffusion.parse_size(config.policy.image_size)
   for message in _contradictions(config):
     raise UserError(message)
+  catalog.make_algorithm(config.algorithm).check(config.policy, config.task)
 
 
 def with_rank(config: Config) -> Config:
@@ -76,7 +77,7 @@ def with_rank(config: Config) -> Config:
 
 def _contradictions(config: Config) -> Iterator[str]:
   """One line for every pair of settings that cannot both be meant."""
-  policy, algorithm, pretraining = config.policy, config.algorithm, config.pretraining
+  policy, pretraining = config.policy, config.pretraining
   for flag, entries in (("task", config.task), ("eval", config.eval)):
     names = [entry.name for entry in entries]
     for name in names:
@@ -91,11 +92,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         f"{where}: batch_size={size} is not a multiple of images_per_prompt={per_prompt}: "
         f"{_nearest_multiples('batch_size', size, per_prompt)}"
       )
-    if algorithm.advantage == "group" and per_prompt == 1:
-      yield (
-        f"{where}: with --advantage=group and images_per_prompt=1 every advantage is 0: "
-        "give images_per_prompt of 2 or more, or --advantage=batch"
-      )
   for entry in config.eval:
     if entry.images % entry.images_per_prompt:
       yield (
@@ -103,17 +99,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         f"images_per_prompt={entry.images_per_prompt}: "
         f"{_nearest_multiples('images', entry.images, entry.images_per_prompt)}"
       )
-  if algorithm.train_timesteps > policy.sampling_steps:
-    yield (
-      f"--train_timesteps={algorithm.train_timesteps} is more than "
-      f"--sampling_steps={policy.sampling_steps}: train at most as many as are sampled"
-    )
-  if algorithm.prompt_history_min > algorithm.prompt_history:
-    yield (
-      f"--prompt_history_min={algorithm.prompt_history_min} is more than "
-      f"--prompt_history={algorithm.prompt_history}: the history would never be full enough, lower"
-      " it"
-    )
   if pretraining.pretrain_weight and not pretraining.pretrain_data:
     yield (
       f"--pretrain_weight={pretraining.pretrain_weight} needs data: give --pretrain_data=emoji or a"
@@ -200,38 +185,15 @@ def _check_parts(config: Config, where: str, images: int) -> None:
       )
 
 
-def validate_set_reward(
-  config: Config, task: TaskConfig, *, on_sets: Sequence[str], same_in_set: bool
-) -> None:
-  """Checks that there are sets for the rewards on sets, and that advantages can differ from 0.
+def validate_sets(task: TaskConfig, on_sets: Sequence[str]) -> None:
+  """Checks that there are sets of images for the rewards of a task that score sets.
 
   Args:
-    config: the run.
-    task: one of its tasks.
-    on_sets: the rewards of the task that score sets.
-    same_in_set: whether all images of a set have the same score.
+    task: its settings.
+    on_sets: the names of these rewards.
   """
-  where = f"--task=name={task.name}: {', '.join(on_sets)} scores the images of a prompt as a set"
   if on_sets and task.images_per_prompt == 1:
-    raise UserError(f"{where}: give images_per_prompt, e.g. 16")
-  if not same_in_set:
-    return
-  if config.algorithm.advantage == "group":
     raise UserError(
-      f"{where}, so with --advantage=group every advantage is 0: use --advantage=batch"
-    )
-  if config.algorithm.advantage == "batch" and task.batch_size == task.images_per_prompt:
-    raise UserError(
-      f"{where}, and a batch of a single set has advantages of 0: "
-      f"use batch_size={2 * task.images_per_prompt} or more"
-    )
-
-
-def validate_prompt_count(config: Config, task: TaskConfig, count: int) -> None:
-  """Checks that a task with `count` prompts can fill its per-prompt histories."""
-  seen = config.iterations * task.batch_size / count
-  if config.algorithm.advantage == "prompt" and seen < config.algorithm.prompt_history_min:
-    raise UserError(
-      f"--task=name={task.name}: {count} prompts are seen {seen:.2g} times each, fewer than "
-      f"--prompt_history_min={config.algorithm.prompt_history_min}: use --advantage=batch"
+      f"--task=name={task.name}: {', '.join(on_sets)} scores the images of a prompt as a set: give"
+      " images_per_prompt, e.g. 16"
     )

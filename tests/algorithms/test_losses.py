@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlft.algorithms import losses
+from rlft.diffusion import ddim
 
 # Ratios 1.2, 0.9, 1.05, 0.5 with advantages 1, -2, 3, 1 and a clip range of 0.1:
 #   min(1.2 * 1, 1.1 * 1)       =  1.1    clipped: no gradient
@@ -22,7 +23,7 @@ def surrogate(log_probs, mask=ALL, clip_range=0.1):
   """The loss of the batch, and its metrics."""
   log_ratio, weights = log_probs - OLD, losses.mean_weights(jnp.asarray(mask))
   values = losses.clipped_surrogate(log_ratio, jnp.asarray(ADVANTAGES), clip_range=clip_range)
-  metrics = losses.ratio_metrics(log_ratio, weights, clip_range=clip_range)
+  metrics = losses.ratio_metrics(log_ratio, jnp.asarray(ADVANTAGES), weights, clip_range=clip_range)
   return losses.weighted_sum(values, weights), metrics
 
 
@@ -30,7 +31,7 @@ def test_clipped_loss():
   loss, metrics = surrogate(jnp.asarray(OLD + LOG_RATIOS), clip_range=0.1001)
   np.testing.assert_allclose(loss, -(1.1001 - 1.8 + 3.15 + 0.5) / 4, rtol=1e-5)
   np.testing.assert_allclose(metrics["ratio/max_abs_deviation"], 0.5, rtol=1e-5)
-  assert metrics["clip_fraction"] == 0.5  # 1.2 and 0.5
+  assert metrics["clip_fraction"] == 0.25  # 1.2; 0.5 is outside, but not clipped
   # w - 1 - ln w: 0.0176784, 0.0053605, 0.0012098, 0.1931472; their mean is 0.0543490.
   np.testing.assert_allclose(metrics["approx_kl"], 0.0543490, rtol=1e-4)
 
@@ -71,6 +72,8 @@ def test_gaussian_kl():
 def test_denoising_loss_of_a_perfect_network_is_zero(prediction_type):
   clean = 0.7
   alphas = jnp.linspace(0.9, 0.1, 10)
+  steps = np.zeros(1, np.float32)
+  process = ddim.DDIM(steps, steps, steps, steps, alphas, prediction_type)
 
   def perfect(x, timesteps, text):
     alpha = alphas[timesteps][:, None, None, None]
@@ -80,8 +83,8 @@ def test_denoising_loss_of_a_perfect_network_is_zero(prediction_type):
     return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * clean
 
   latents = jnp.full((8, 2, 2, 1), clean)
-  timesteps, noise = losses.denoising_noise(jax.random.key(0), latents.shape, len(alphas))
-  args = (alphas, prediction_type, latents, jnp.zeros((8, 1, 1)), timesteps, noise)
+  timesteps, noise = losses.denoising_noise(jax.random.key(0), latents.shape, 10)
+  args = (process, latents, jnp.zeros((8, 1, 1)), timesteps, noise)
   assert losses.denoising_error(perfect, *args).max() < 1e-10
   # A network that always says 0 misses by the target's mean square, which is of order one.
   assert losses.denoising_error(lambda x, *_: jnp.zeros_like(x), *args).mean() > 0.1

@@ -126,29 +126,11 @@ def test_sizes_must_divide_among_devices(run):
   assert "use batch_size=64" in refusal(check, sets, device_count=8, process_count=4)
 
 
-def test_set_rewards_need_sets(run):
-  check = checks.validate_set_reward
-  sets = fields.replace(TASK, images_per_prompt=16)
-  score, credit = ({"on_sets": ["r"], "same_in_set": same} for same in (True, False))
-  check(run, TASK, on_sets=[], same_in_set=False)
-  check(run, sets, **score)
-  for kind in (score, credit):
-    message = "r scores the images of a prompt as a set: give images_per_prompt, e.g. 16"
-    assert message in refusal(check, run, TASK, **kind)
-  grouped = fields.replace(run, advantage="group")
-  assert "every advantage is 0" in refusal(check, grouped, sets, **score)
-  check(grouped, sets, **credit)
-  single = fields.replace(sets, batch_size=16)
-  assert "use batch_size=32 or more" in refusal(check, run, single, **score)
-  check(run, single, **credit)
-
-
-def test_prompt_histories_must_fill(run):
-  per_prompt = fields.replace(run, advantage="prompt", iterations=100)
-  checks.validate_prompt_count(run, TASK, 1_000_000)
-  checks.validate_prompt_count(per_prompt, TASK, 200)  # 100 * 32 / 200 = 16 each
-  message = refusal(checks.validate_prompt_count, per_prompt, TASK, 1_000_000)
-  assert "1000000 prompts are seen 0.0032 times each, fewer than --prompt_history_min=16" in message
+def test_set_rewards_need_sets():
+  checks.validate_sets(TASK, [])
+  checks.validate_sets(fields.replace(TASK, images_per_prompt=16), ["r"])
+  message = "r scores the images of a prompt as a set: give images_per_prompt, e.g. 16"
+  assert message in refusal(checks.validate_sets, TASK, ["r"])
 
 
 @pytest.mark.parametrize("preset", tasks.TASK_PRESETS)

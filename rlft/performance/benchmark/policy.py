@@ -14,7 +14,7 @@ import numpy as np
 from rlft import train
 from rlft.config import fields as fields_lib
 from rlft.config.settings import Config, TaskConfig
-from rlft.diffusion import sampler as sampler_lib
+from rlft.diffusion.sampler import image_keys
 from rlft.models import stable_diffusion
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.performance.benchmark import torch_policy, trl
@@ -28,10 +28,9 @@ from rlft.performance.benchmark.contest import (
   Unavailable,
 )
 from rlft.performance.benchmark.work import SIZES, Work
-from rlft.run import open as run_lib
 from rlft.run import preemption
-from rlft.run import state as state_lib
-from rlft.types import UserError
+from rlft.run.open import Run, open_run
+from rlft.types import Drawn, TrainState, UserError
 
 # Of a side: parameters, gradients and Adam's moments in float32, and as much for what is computed.
 _BYTES_PER_PARAMETER = 2 * 4 * 4
@@ -160,57 +159,47 @@ def training(what: str, work: Work, settings: Mapping[str, Any]) -> Config:
 
 
 def ours(what: str, work: Work, settings: Mapping[str, Any]) -> Side:
-  """Our side runs what `launch/train.py` does; for an iteration its whole `run_task`."""
-  config = training(what, work, settings)
-  run = run_lib.open_run(config, work.devices)
-  optimizer = state_lib.optimizer_of(config)
-  programs = train.make_programs(config, run.model, run.schedule, optimizer, run.mesh)
-  state = state_lib.initial_state(run, optimizer)
+  """What `launch/train.py` runs: its programs, and for an iteration its whole `run_task`."""
+  run = open_run(training(what, work, settings), work.devices)
+  state = run.initial_state()
   makers = {"sampling": sampling, "update": update, "iteration": iteration}
-  return Side(makers[what](run, programs, state, work), close=run.close)
+  return Side(makers[what](run, state, work), close=run.close)
 
 
-def rollout(run: run_lib.Run, state: state_lib.TrainState, work: Work, seed: int) -> Any:
-  """Samples for the work's prompts; returns what `Sampler.rollout` does."""
-  weights = state_lib.sampling_weights(run.config, state.params, run.frozen)
-  keys = sampler_lib.image_keys(jax.random.key(seed), 0, work.batch_size)
-  return run.sampler.rollout(weights, work.ids, keys)
+def draw(run: Run, state: TrainState, work: Work, seed: int) -> Drawn:
+  """What a run draws for the work's prompts."""
+  weights = run.programs.drawing_weights(state, run.frozen)
+  keys = image_keys(jax.random.key(seed), 0, work.batch_size)
+  return run.programs.sampler.draw(weights, work.ids, keys)
 
 
-def sampling(
-  run: run_lib.Run, programs: train.Programs, state: state_lib.TrainState, work: Work
-) -> Callable[[], Any]:
-  del programs
-  return lambda: jax.block_until_ready(rollout(run, state, work, 0))
+def sampling(run: Run, state: TrainState, work: Work) -> Callable[[], Any]:
+  return lambda: jax.block_until_ready(draw(run, state, work, 0))
 
 
-def update(
-  run: run_lib.Run, programs: train.Programs, state: state_lib.TrainState, work: Work
-) -> Callable[[], Any]:
-  path, images, text = rollout(run, state, work, 0)
-  advantages = programs.advantages(brightness(images), None)
-  mask = jnp.isfinite(advantages)
+def update(run: Run, state: TrainState, work: Work) -> Callable[[], Any]:
+  drawn, learning = draw(run, state, work, 0), run.programs.learning
+  advantages = learning.normalise(brightness(drawn.images), None)
+  batch = (drawn.collected, drawn.text, advantages, jnp.isfinite(advantages))
   calls = 0
 
   def update() -> None:
     nonlocal state, calls
     index = np.array(work.timesteps, np.int32)[calls % len(work.timesteps)][None]
-    state, _ = programs.update(state, run.frozen, path, text, advantages, mask, index)
+    state, _ = learning.update(state, run.frozen, *batch, index)
     jax.block_until_ready(state)
     calls += 1
 
   return update
 
 
-def iteration(
-  run: run_lib.Run, programs: train.Programs, state: state_lib.TrainState, work: Work
-) -> Callable[[], Any]:
+def iteration(run: Run, state: TrainState, work: Work) -> Callable[[], Any]:
   del work
   stop, iteration = preemption.Stop(), 0
 
   def iterate() -> None:
     nonlocal state, iteration
-    state, _ = train.run_task(run, programs, state, 0, iteration, stop)
+    state, _ = train.run_task(run, state, 0, iteration, stop)
     jax.block_until_ready(state)
     iteration += 1
 

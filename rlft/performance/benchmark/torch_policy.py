@@ -92,7 +92,7 @@ class Policy:
       network.requires_grad_(False)
     self.forward: Callable[..., Any] = self.unet
     scheduler = json.loads((work.model / "scheduler" / "scheduler_config.json").read_text())
-    self._schedule = ddim.make_schedule(scheduler, work.sampling_steps)
+    self._schedule = ddim.make(scheduler, work.sampling_steps)
     self._ids = torch.from_numpy(np.asarray(work.ids, np.int64)).to(place)
     self._empty = torch.from_numpy(np.asarray(work.empty, np.int64)).to(place)
     self._optimizer = torch.optim.AdamW(

@@ -3,6 +3,7 @@
 No weights are read and nothing is computed: arrays are `jax.ShapeDtypeStruct`s with shardings.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import math
 from typing import Any
@@ -11,17 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from rlft import train
+from rlft import catalog
 from rlft.config.settings import Config
-from rlft.diffusion import ddim
-from rlft.diffusion import sampler as sampler_lib
-from rlft.models import architectures, lora, scheduler_config, stable_diffusion
+from rlft.models import architectures, scheduler_config, stable_diffusion
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
 from rlft.performance.compile import communication
-from rlft.run import open as run_lib
 from rlft.run import state as state_lib
+from rlft.run.programs import Programs, kept_parameters, make_programs
+from rlft.types import Drawn, TrainState
 
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -56,14 +56,16 @@ class AbstractRun:
     config: the settings.
     mesh: all devices.
     model: modules, with shapes in the place of parameters.
-    state: see `state.TrainState`.
-    frozen: see `run.Run`.
+    programs: those of a run (`run.programs`).
+    state: see `TrainState`.
+    frozen: see `programs.kept_parameters`.
   """
 
   config: Config
   mesh: Mesh
   model: StableDiffusion
-  state: state_lib.TrainState
+  programs: Programs
+  state: TrainState
   frozen: dict[str, Any]
 
   @classmethod
@@ -71,51 +73,41 @@ class AbstractRun:
     """The run that `config` describes, of the parameters only shapes."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
     model = dataclasses.replace(model, params=shapes)
-    params = shapes["unet"]
-    if config.policy.lora_rank:
-      params = jax.eval_shape(
-        lambda key, x: lora.init(key, x, config.policy.lora_rank), _KEY, params
-      )
-    optimizer = state_lib.optimizer_of(config)
-    state = jax.eval_shape(lambda x: state_lib.make_state(config, optimizer, x), params)
-    has_base = config.policy.lora_rank or config.algorithm.kl_weight
-    frozen = {name: tree for name, tree in shapes.items() if name != "unet" or has_base}
-    state, frozen = (_placed(tree, sharding.parameters(mesh, tree)) for tree in (state, frozen))
-    return cls(config, mesh, model, state, frozen)
+    algorithm = catalog.make_algorithm(config.algorithm)
+    frozen = kept_parameters(config, algorithm, shapes)
+    frozen = _placed(frozen, sharding.parameters(mesh, frozen))
+    programs = make_programs(config, algorithm, model, mesh, frozen)
+
+    def begin(unet):
+      trained = state_lib.make_trained(config, unet)
+      return state_lib.make_state(config.optimizer, programs.learner.optimizer, trained)
+
+    state = jax.eval_shape(begin, shapes["unet"])
+    state = _placed(state, sharding.parameters(mesh, state))
+    return cls(config, mesh, model, programs, state, frozen)
 
   def calls(self) -> list[Call]:
     """The programs of an iteration, in its order; one for each size of batch."""
-    config, model, mesh = self.config, self.model, self.mesh
-    schedule = ddim.make_schedule(
-      model.scheduler, config.policy.sampling_steps, eta=config.policy.eta
-    )
-    programs = train.make_programs(config, model, schedule, state_lib.optimizer_of(config), mesh)
-    scale = {"guidance_scale": config.policy.guidance_scale}
-    encode = jax.jit(sampler_lib.make_encode(model, mesh, **scale), static_argnums=3)
-    sample = jax.jit(
-      sampler_lib.make_sample(model, schedule, mesh, **scale, **run_lib.sampling_settings(config))
-    )
-    calls = []
+    config, calls = self.config, []
     sizes = sorted({task.batch_size for task in config.task}, reverse=True)
     for size in sizes:
-      encoded = self._encode(encode, size)
-      drawn = self._sample(sample, encoded, size)
+      encoded = self._encode(size)
+      sampled, drawn = self._sample(encoded, size)
       count = sum(task.batch_size == size for task in config.task)
-      update = self._update(programs, drawn, size)
-      for call in (encoded, drawn, update):
+      for call in (encoded, sampled, *self._learning(drawn, size)):
         name = f"{call.name} {size}" if len(sizes) > 1 else call.name
         calls.append(dataclasses.replace(call, name=name, times=count * call.times))
     if config.pretraining.pretrain_weight:
-      calls.append(self._pretrain(programs))
+      calls.append(self._pretrain())
     if config.optimizer.ema_decay:
-      calls.append(Call("average", programs.average, (self.state,), 1, 0, {}))
+      calls.append(Call("average", self.programs.average, (self.state,), 1, 0, {}))
     return calls
 
   def resident(self) -> int:
     """Bytes on a device of what is kept from one program to the next."""
     return device_bytes((self.state, self.frozen))
 
-  def _encode(self, program: Any, size: int) -> Call:
+  def _encode(self, size: int) -> Call:
     tasks = [task for task in self.config.task if task.batch_size == size]
     # Of all tasks of this size, the one that encodes the most texts.
     texts = max(size // task.images_per_prompt for task in tasks)
@@ -124,38 +116,30 @@ class AbstractRun:
     ids = self._rows((texts, *self._tokens), jnp.int32)
     args = (encoders, ids, self._everywhere(self._tokens, jnp.int32), size)
     theory, sparable = self._theory(encoders, ()), communication.sparable(self.mesh, encoders)
-    return Call("encode", program, args, 1, size, theory, sparable)
+    return Call("encode", self.programs.sampler.encode, args, 1, size, theory, sparable)
 
-  def _sample(self, program: Any, encoded: Call, size: int) -> Call:
-    weights = state_lib.sampling_weights(self.config, self.state.params, self.frozen)
-    text = jax.eval_shape(encoded.program, *encoded.args)
+  def _sample(self, encoded: Call, size: int) -> tuple[Call, Drawn]:
+    weights = self.programs.drawing_weights(self.state, self.frozen)
+    text = encoded.program.eval_shape(*encoded.args)
     text = _placed(text, sharding.batch(self.mesh))
     args = (weights, self.frozen["vae"], text, self._rows((size,), _KEY.dtype))
+    program = self.programs.sampler.sample
+    collected, images = program.eval_shape(*args)
+    columns = self.programs.algorithm.collects == "trajectory"
+    where = NamedSharding(self.mesh, sharding.COLUMNS if columns else sharding.ROWS)
+    drawn = Drawn(_placed(images, sharding.batch(self.mesh)), text, _placed(collected, where))
     decoder = _without(self.frozen["vae"], "encoder")
     gathered = (self._computed(weights.unet), weights.adapter, decoder)
     theory, sparable = self._theory(gathered, ()), communication.sparable(self.mesh, gathered)
-    return Call("sample", program, args, 1, size, theory, sparable)
+    return Call("sample", program, args, 1, size, theory, sparable), drawn
 
-  def _update(self, programs: train.Programs, sample: Call, size: int) -> Call:
-    config, state, mesh = self.config, self.state, self.mesh
-    steps, times = config.algorithm.train_timesteps, 1
-    if not config.algorithm.accumulate_timesteps:
-      steps, times = times, steps
-    path, _ = jax.eval_shape(sample.program, *sample.args)
-    text = sample.args[2]
-    batch = (
-      self.frozen,
-      _placed(path, NamedSharding(mesh, sharding.COLUMNS)),
-      text,
-      self._rows((size,), jnp.float32),
-      self._rows((size,), jnp.bool_),
-      self._everywhere((steps,), jnp.int32),
-    )
-    gathered = self._computed((state.params, self.frozen.get("unet", {})))
-    theory = self._theory(gathered, state.params)
-    return Call("update", programs.update, (state, *batch), times, size, theory)
+  def _learning(self, drawn: Drawn, size: int) -> Iterator[Call]:
+    gathered = self._computed((self.state.params, self.frozen.get("unet", {})))
+    theory = self._theory(gathered, self.state.params)
+    for call in self.programs.learning.calls(self.state, self.frozen, drawn):
+      yield Call("update", call.program, call.args, call.times, size, theory)
 
-  def _pretrain(self, programs: train.Programs) -> Call:
+  def _pretrain(self) -> Call:
     count, state = self.config.pretraining.pretrain_batch_size, self.state
     images = self._rows((count, *stable_diffusion.image_size(self.model), 3), jnp.uint8)
     sources = self._rows((count, 4), jnp.int32)
@@ -166,7 +150,7 @@ class AbstractRun:
     args = (state, self.frozen, images, sources, ids, _KEY)
     theory = self._theory(gathered, state.params)
     sparable = communication.sparable(self.mesh, gathered)
-    return Call("pretrain", programs.pretrain, args, 1, count, theory, sparable)
+    return Call("pretrain", self.programs.pretrain, args, 1, count, theory, sparable)
 
   @property
   def _tokens(self) -> tuple[int, int]:

@@ -113,6 +113,6 @@ def test_what_is_written_again_draws_with_the_same_noise(tmp_path, family):
     assert name not in again.scheduler
   jax.tree.map(
     np.testing.assert_array_equal,
-    ddim.make_schedule(again.scheduler, 10),
-    ddim.make_schedule(model.scheduler, 10),
+    ddim.make(again.scheduler, 10),
+    ddim.make(model.scheduler, 10),
   )

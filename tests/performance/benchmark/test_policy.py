@@ -1,5 +1,6 @@
 """Sampling, update and iteration at a tiny size: the sides do the same work, and report it."""
 
+import copy
 import dataclasses
 import sys
 import types
@@ -61,23 +62,23 @@ def iterated(tmp_path_factory):
   worker = tmp_path_factory.mktemp("trl") / "worker.py"
   worker.write_text(WORKER)
   seen = types.SimpleNamespace()
-  run_task, rollout = train.run_task, sampler.Sampler.rollout
+  run_task, draw = train.run_task, sampler.Sampler.draw
 
   def task(*args):
     seen.state, metrics = run_task(*args)
-    seen.run, seen.programs = args[:2]
+    seen.run = args[0]
     return seen.state, metrics
 
   def drawn(*args):
-    result = rollout(*args)
+    result = draw(*args)
     if not hasattr(seen, "path"):  # Before the first update: from the weights on disk.
-      seen.path, seen.images, seen.text = result
+      seen.path, seen.images, seen.text = result.collected, result.images, result.text
     return result
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trl, "_WORKER", worker)
     patch.setattr(train, "run_task", task)
-    patch.setattr(sampler.Sampler, "rollout", drawn)
+    patch.setattr(sampler.Sampler, "draw", drawn)
     patch.setattr(jax, "clear_caches", lambda: None)
 
     class Kept(torch_policy.Policy):
@@ -121,20 +122,21 @@ def test_sampling_and_update_run_our_programs(iterated):
     prompts=(),
     **numbers,
   )
-  _, images, _ = policy.sampling(run, iterated.programs, iterated.state, work)()
+  images = policy.sampling(run, iterated.state, work)().images
   assert images.shape == (8, 4, 4, 3) and len(np.unique(np.asarray(images).mean((1, 2, 3)))) == 8
-  indices = []
+  indices, learning = [], run.programs.learning
 
   def update(state, *batch):
     # Traced, not compiled: that takes most of a minute.
-    after, metrics = jax.eval_shape(iterated.programs.update, state, *batch)
+    after, metrics = jax.eval_shape(learning.update, state, *batch)
     assert jax.tree.structure(after) == jax.tree.structure(state) and "grad_norm" in metrics
     indices.extend(batch[-1].tolist())
     return state, None
 
-  programs = dataclasses.replace(iterated.programs, update=update)
-  call = policy.update(run, programs, iterated.state, work)
-  call()
+  watched = copy.copy(learning)
+  watched.update = update
+  programs = dataclasses.replace(run.programs, learning=watched)
+  policy.update(dataclasses.replace(run, programs=programs), iterated.state, work)()
   assert indices == [1]
 
 

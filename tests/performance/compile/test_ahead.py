@@ -1,6 +1,5 @@
 """Ahead-of-time compilation: what programs cost, what devices tell each other, and its command."""
 
-import dataclasses
 import json
 
 import jax
@@ -130,7 +129,7 @@ def test_an_update_gathers_parameters_and_scatters_gradients_and_nothing_else(
 @pytest.mark.parametrize("name", ["sample", "pretrain"])
 def test_other_programs_gather_what_they_use(run, target, little_optimisation, name):
   config = fields.replace(CONFIG, pretrain_weight=0.1, pretrain_batch_size=8)
-  run = dataclasses.replace(run, config=config)
+  run = AbstractRun.of(config, target.mesh, run.model)
   call = next(call for call in run.calls() if call.name == name)
   found = compile_lib.compile_program(call, target).collectives
   assert found["all-gather"][1] == pytest.approx(call.theory["all-gather"], rel=0.01)

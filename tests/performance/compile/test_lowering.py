@@ -40,6 +40,7 @@ VARIANTS = {
     "remat": False,
   }
   | _RL_ONLY,
+  "reward-weighted": {"algorithm": "reward-weighted", "train_timesteps": 5} | _RL_ONLY,
 }
 
 
