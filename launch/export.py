@@ -3,18 +3,18 @@
 python launch/export.py --workdir=runs/emoji_joint --output=exported
 """
 
-import os
-
 from absl import flags
 import numpy as np
 
 from rlft.config import flags as cli
 from rlft.config.settings import OutputSettings
+from rlft.inference.draw import Drawing
 from rlft.inference.export import export
 from rlft.models.files import lora_files
 from rlft.types import UserError
 
 cli.define(OutputSettings, "workdir")
+cli.define(Drawing, "pretrained", "ema")
 _OUTPUT = flags.DEFINE_string("output", None, "directory for the model, a LoRA merged into it")
 _LORA_OUTPUT = flags.DEFINE_string(
   "lora_output", None, "safetensors file for the LoRA alone, to be used with the base model"
@@ -26,10 +26,6 @@ _LORA_FORMAT = flags.DEFINE_enum(
   "of --lora_output: peft for diffusers; kohya for Kohya's scripts and other interfaces",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "of the stored weights")
-_PRETRAINED = flags.DEFINE_string(
-  "pretrained", "", "where the base model of the run is now, if it has moved"
-)
-_EMA = flags.DEFINE_boolean("ema", True, "the averaged weights, where the run has them")
 
 
 def main() -> None:
@@ -45,8 +41,8 @@ def main() -> None:
     lora_output=lora_output,
     lora_format=_LORA_FORMAT.value,
     dtype=dtype,
-    ema=_EMA.value,
-    base=os.path.expanduser(_PRETRAINED.value),
+    ema=flags.FLAGS.ema,
+    base=flags.FLAGS.pretrained,
   )
   print("\n".join(said))
 

@@ -68,4 +68,6 @@ def _changes(found: finetuned.Finetuned) -> list[str]:
   if policy and policy.image_size:
     height, width = stable_diffusion.image_size(found.model)
     said.append(f"  images of {height}x{width} pixels, as the run was told")
+    if height != width and len(found.model.text_encoders) > 1:
+      said.append(f"  diffusers' pipeline of XL has to be given {height=} and {width=}")
   return said

@@ -90,7 +90,7 @@ def _load_base(
     pretrained.find(base)
   except UserError as error:
     raise UserError(
-      f"the run in {path} needs its base model, and {error}; if it has moved, say where to with"
+      f"the base model of the run in {path}: {error}; if it has moved, give its place with"
       " --pretrained"
     ) from error
   model = pretrained.load(

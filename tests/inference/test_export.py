@@ -4,6 +4,7 @@ import dataclasses
 
 import models_cases
 import pytest
+import repository_cases
 
 from rlft.config import fields
 from rlft.config.settings import Config
@@ -34,6 +35,18 @@ def test_what_is_not_as_in_the_base_model_is_said(found, tmp_path):
   ]
   written = pretrained.load(output)
   assert written.scheduler["timestep_spacing"] == "trailing"
+
+
+def test_a_size_that_the_pipeline_of_xl_does_not_find_is_said(found, monkeypatch, tmp_path):
+  config = fields.make(Config, image_size="8x16")
+  model = dataclasses.replace(repository_cases.tiny("sdxl"), scheduler={})
+  unet = dataclasses.replace(model.unet.config, sample_size=(4, 8))
+  model = dataclasses.replace(model, unet=model.unet.clone(config=unet))
+  monkeypatch.setattr(finetuned, "load", lambda path, ema, base: finetuned.Finetuned(model, config))
+  assert export_lib.export("run", output=tmp_path / "model")[1:] == [
+    "  images of 8x16 pixels, as the run was told",
+    "  diffusers' pipeline of XL has to be given height=8 and width=16",
+  ]
 
 
 def test_a_model_without_lora_has_none_to_write(found, tmp_path):

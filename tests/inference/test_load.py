@@ -123,7 +123,7 @@ def test_a_base_model_that_has_moved_or_changed(lora_run, base, folder, tmp_path
     with pytest.raises(UserError, match="--pretrained") as error:
       finetuned.load(str(lora_run))
     assert str(error.value).startswith(
-      f"the run in {lora_run} needs its base model, and {folder / 'model'} is not a directory"
+      f"the base model of the run in {lora_run}: {folder / 'model'} is not a directory"
     )
     assert "\n" not in str(error.value)
     assert_equal(finetuned.load(str(lora_run), base=str(kept)).model.params["vae"], base["vae"])
