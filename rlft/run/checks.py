@@ -67,7 +67,10 @@ def with_rank(config: Config) -> Config:
   path, said = config.policy.init_lora, config.policy.lora_rank
   if not path:
     return config
-  rank = lora_files.rank(path)
+  try:
+    rank = lora_files.rank(path)
+  except UserError as error:
+    raise UserError(f"--init_lora={error}") from error
   if said not in (0, rank):
     raise UserError(
       f"--lora_rank={said} is not the rank of --init_lora={path}, which is {rank}: leave it out"

@@ -76,3 +76,5 @@ def test_a_rank_that_is_not_the_files(adapter, tmp_path):
     checks.with_rank(config)
   assert checks.with_rank(fields.replace(config, lora_rank=2)).policy.lora_rank == 2
   assert checks.with_rank(Config()) == Config()
+  with pytest.raises(UserError, match="--init_lora=none does not exist: give a safetensors file"):
+    checks.with_rank(fields.make(Config, init_lora="none"))

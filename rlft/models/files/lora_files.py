@@ -156,9 +156,9 @@ def load(
   if strange:
     more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
     raise UserError(
-      f"{path}: {strange[0]}{more}: nothing but the attention projections of the UNet (to_q, to_k,"
-      " to_v, to_out.0) can be adapted here: give an adapter of these alone, or merge this one into"
-      " the model and start from that"
+      f"{path}: {strange[0]}{more}: nothing but the attention projections of the UNet can be"
+      " adapted (to_q, to_k, to_v and to_out.0, under diffusers' names): give an adapter of these"
+      " alone, or merge this one into the model and start from that"
     )
   stored = _scale(path)
   adapter = {}
