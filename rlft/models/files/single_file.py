@@ -44,7 +44,7 @@ _SD2, _SD2_V = "sd2-base", "sd2.1"
 
 # What a file is if one of its names is like this.
 _OTHERS = (
-  (r"^lora_|\.(lora_(up|down|A|B)|hada_w\d_\w|lokr_w\d)\b", "a LoRA, not the model it is for"),
+  (r"^lora_|\.(lora_(up|down|A|B)|hada_w\d_\w|lokr_w\d)\b", "a LoRA: give the model it is for"),
   (r"^control_model\.", "a ControlNet, which is told a picture"),
   (r"^(string_to_param|emb_params|clip_[lg])$", "an embedding of textual inversion"),
   (r"(^|\.)joint_blocks\.", "Stable Diffusion 3"),

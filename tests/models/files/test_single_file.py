@@ -1,5 +1,6 @@
 """Stable Diffusion in one file: the same model as in diffusers' directory, and nothing but it."""
 
+import huggingface_hub
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -7,6 +8,7 @@ import models_cases
 import numpy as np
 import pipeline_cases
 import pytest
+import repository_cases
 import single_file_cases as cases
 import torch_files
 
@@ -248,8 +250,8 @@ def channels(count):
 @pytest.mark.parametrize(
   ("state", "message"),
   [
-    (zeros("lora_unet_down_blocks_0.lora_up.weight"), "is a LoRA, not the model it is for"),
-    (zeros("unet.down_blocks.0.attn.to_q.lora_A.weight"), "is a LoRA, not the model it is for"),
+    (zeros("lora_unet_down_blocks_0.lora_up.weight"), "is a LoRA: give the model it is for"),
+    (zeros("unet.down_blocks.0.attn.to_q.lora_A.weight"), "is a LoRA: give the model it is for"),
     (zeros(f"{UNET}out.2.bias", "control_model.x"), "is a ControlNet"),
     (zeros("emb_params"), "is an embedding of textual inversion"),
     (zeros(f"{UNET}joint_blocks.0.x"), "is Stable Diffusion 3"),
@@ -320,7 +322,16 @@ def test_what_a_user_has_to_add(folder):
     pretrained.load(f"{file}?tokenizer={folder}", scheduler=cases.SCHEDULERS["sd2.1"])
 
 
-def test_a_file_of_a_hub():
-  file = "org/name@main/v1/model.safetensors"
-  assert single_file.parse(f"{file}?tokenizer=a/b@c") == single_file.Source(file, "a/b@c")
-  assert single_file.parse("org/name@main") is None
+def test_a_file_of_a_hub(tmp_path, monkeypatch):
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  commit = repository_cases.COMMIT
+  models, clip = (tmp_path / f"models--org--{name}/snapshots/{commit}" for name in ("sd", "clip"))
+  (models / "v1").mkdir(parents=True)
+  cases.save(models / "v1" / "model.safetensors", cases.original("sd1.5"))
+  models_cases.tokenizer().save_pretrained(clip)
+  file = f"org/sd@{commit}/v1/model.safetensors"
+  found = pretrained.load(f"{file}?tokenizer=org/clip@{commit}")
+  assert_same_params(found, cases.tiny("sd1.5"))
+  refused(f"org/sd@{commit}/v2.safetensors", "v2.safetensors is not in the cache, and the hub can")
+  refused("org/sd/v1/model.safetensors", "does not exist: give a file, or a hub's org/name@rev")
