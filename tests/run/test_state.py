@@ -1,7 +1,5 @@
 """How a run begins: the adapter of a LoRA run."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -39,13 +37,8 @@ def adapter(unet):
 
 def begin(unet, **settings):
   config = checks.with_rank(fields.make(Config, ema_decay=0.5, **settings))
-  run = types.SimpleNamespace(
-    config=config,
-    model=types.SimpleNamespace(params={"unet": unet}),
-    mesh=sharding.make_mesh(2),
-    frozen={"unet": unet},
-  )
-  return state.initial_state(run, state.optimizer_of(config))
+  optimizer = state.optimizer_of(config.optimizer)
+  return state.initial_state(config, optimizer, sharding.make_mesh(2), unet, is_kept=True)
 
 
 def test_an_adapter_begins_as_the_file_says(unet, adapter, tmp_path):
