@@ -260,3 +260,17 @@ def test_ci_runs_the_readme_command():
   )
   (block,) = [block for block in _readme_blocks() if "pytest" in block]
   assert found.stdout == block
+
+
+def test_the_map_is_the_tree():
+  """The README's map has every room and no other, and the files that it names are there."""
+  layout = README.read_text().partition("## Layout")[2].split("```")[1]
+  rooms = re.findall(r"^  (\w+(?:/|\.py)) ", layout, flags=re.MULTILINE)
+  found = [path for path in (ROOT / "rlft").iterdir() if not path.name.startswith("__")]
+  assert sorted(rooms) == sorted(f"{path.name}{'/' if path.is_dir() else ''}" for path in found)
+  assert len(list(found)) + 1 <= 18
+  room = ""
+  for line in layout.splitlines():
+    room = match[1] if (match := re.match(r"  (\w+/)", line)) else room
+    for name in re.findall(r"\b(\w+\.py|\w+/) \(", line) + re.findall(r"\b\w+\.py\b", line):
+      assert (ROOT / "rlft" / room / name).exists() or (ROOT / "rlft" / name).exists(), name
