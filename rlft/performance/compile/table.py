@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 
+from rlft.config import fields
 from rlft.config.settings import Config
 from rlft.performance.compile import communication
 from rlft.performance.compile.abstract_run import AbstractRun, Call, device_bytes
@@ -110,9 +111,10 @@ def _levers(config: Config, mesh: jax.sharding.Mesh) -> str:
   ]
   parts += [f"LoRA {config.policy.lora_rank}"] if config.policy.lora_rank else []
   parts += ["remat" if config.devices.remat else "no remat"]
+  settings = fields.flat(config)
   for name in ("microbatch", "decode_chunk", "param_dtype", "moments_dtype"):
-    if getattr(config, name) not in (0, "float32"):
-      parts.append(f"{name} {getattr(config, name)}")
+    if settings[name] not in (0, "float32"):
+      parts.append(f"{name} {settings[name]}")
   return ", ".join(parts)
 
 
