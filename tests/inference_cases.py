@@ -11,12 +11,12 @@ SETTINGS = {"seed": 5, "sampling_steps": STEPS, "guidance_scale": GUIDANCE, "eta
 
 
 def replace_sampler(monkeypatch):
-  """Replaces the sampler of `draw`; returns the arguments of those that are made."""
+  """Replaces the sampler of `draw`; returns (policy, batch size) of those that are made."""
   made = []
 
   class Sampler:
-    def __init__(self, model, **settings):
-      made.append(settings)
+    def __init__(self, model, policy, *, batch_size):
+      made.append((policy, batch_size))
 
     def __call__(self, prompts, seed, *, progress):
       return drawn(prompts, seed)
@@ -24,7 +24,7 @@ def replace_sampler(monkeypatch):
     def batches(self, prompts, seed, *, progress):
       return [drawn(prompts, seed)]
 
-  monkeypatch.setattr(draw.sampler, "Sampler", Sampler)
+  monkeypatch.setattr(draw, "Sampler", Sampler)
   return made
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 
 from inference_cases import GUIDANCE, PROMPTS, STEPS, drawing, drawn, replace_sampler
+import jax
 import models_cases
 import numpy as np
 import PIL.Image
@@ -11,6 +12,7 @@ import pytest
 
 from rlft.config import fields
 from rlft.config.settings import Config
+from rlft.diffusion import ddim
 from rlft.inference import draw as inference
 from rlft.inference import load as finetuned
 from rlft.models.files import pretrained
@@ -34,10 +36,11 @@ def made(monkeypatch):
 def test_grid_has_a_row_for_each_prompt(model, made, tmp_path):
   output = tmp_path / "new" / "grid.png"
   said = inference.save_grid(drawing(model), PROMPTS, output, images_per_prompt=3)
-  # 16 images at once is a multiple of the 8 devices.
-  assert made == [
-    {"batch_size": 16, "sampling_steps": STEPS, "guidance_scale": GUIDANCE, "eta": 0.5}
-  ]
+  ((policy, batch_size),) = made
+  assert batch_size == 16  # A multiple of the 8 devices.
+  assert policy.guidance_scale == GUIDANCE
+  expected = ddim.make(pretrained.load(model).scheduler, STEPS, eta=0.5)
+  jax.tree.map(np.testing.assert_array_equal, policy.process, expected)
   expected = drawn([prompt for prompt in PROMPTS for _ in range(3)], 5)
   with PIL.Image.open(output) as picture:
     found = np.asarray(picture)
@@ -57,7 +60,7 @@ def test_grid_of_single_images_is_square(model, tmp_path):
 def test_batches_are_a_multiple_of_the_devices(model, made):
   for size in (1, 8, 9):
     inference.Drawer(drawing(model, batch_size=size))
-  assert [settings["batch_size"] for settings in made] == [8, 8, 16]
+  assert [batch_size for _, batch_size in made] == [8, 8, 16]
 
 
 def test_settings_that_are_not_given_are_the_runs_own(model, monkeypatch):
