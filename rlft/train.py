@@ -113,6 +113,8 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
         if config.optimizer.ema_decay:
           state = programs.average(state)
         metrics = iteration_metrics.summarise(cursor.metrics, images)
+        if iteration == 0:
+          _warn_if_bounded(config, metrics["grad_norm"])
         cursor = Cursor(iteration + 1)
         if run.writes:
           writer.write(iteration, metrics)
@@ -228,20 +230,17 @@ def run_pretrain(
   state, metrics = run.programs.pretrain(state, run.frozen, *batch, moment.key())
   metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
   _check_finite(f"pretraining step, iteration {iteration}", metrics["loss/pretrain"])
-  if iteration == 0:
-    _warn_if_bounded(run.config, metrics["pretrain/grad_norm"])
   return state, metrics | {"time/update_s/pretrain": time.perf_counter() - start}
 
 
 def _warn_if_bounded(config: Config, norm: float) -> None:
-  """Says so if the bound on gradients leaves the weight of the pretraining loss without effect."""
-  weight, bound = config.pretraining.pretrain_weight, config.optimizer.max_grad_norm
+  """Says so if the bound on gradients leaves the weights of losses without effect."""
+  bound = config.optimizer.max_grad_norm
   if bound and norm > bound:
     _log.warning(
-      "--pretrain_weight=%g makes no longer a step than %.2g would: the gradient's norm of %.2g is"
-      " cut to --max_grad_norm=%g",
-      weight,
-      weight * bound / norm,
+      "gradients are cut from %.2g, their mean norm, to --max_grad_norm=%g: a weight of a loss"
+      " (--pretrain_weight, --kl_weight) does not change how long a step is, unless it makes the"
+      " gradient shorter than that",
       norm,
       bound,
     )
