@@ -261,13 +261,12 @@ class Learning:
       change, metrics = gradient(state, *batch)
       return learner.step(state, change), metrics
 
+    def normalise(rewards, group):
+      return statistics.normalise(rewards, clip=settings.advantage_clip, group_size=group)
+
     self.update = sharding.jit(update, donate_argnums=0)
     self.normalise = sharding.jit(
-      lambda rewards, group: statistics.normalise(
-        rewards, clip=settings.advantage_clip, group_size=group
-      ),
-      static_argnums=1,
-      out_shardings=sharding.batch(learner.mesh),
+      normalise, static_argnums=1, out_shardings=sharding.batch(learner.mesh)
     )
 
   def learn(
