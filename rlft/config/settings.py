@@ -239,7 +239,9 @@ class EvaluationSettings:
 class OutputSettings:
   """Where and when the state is saved."""
 
-  workdir: str = option("directory for checkpoints, metrics and the report", "", path=True)
+  workdir: str = option(
+    "directory, or gs://BUCKET/..., for checkpoints, metrics and the report", "", path=True
+  )
   checkpoint_every: int = option(
     "iterations between checkpoints; 0: only at the end and on SIGTERM", 10, least=0
   )

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from rlft.data import prompts
 from rlft.data import shuffle as order
+from rlft.storage import files
 from rlft.types import UserError
 
 _METADATA = "metadata.jsonl"
@@ -81,6 +82,7 @@ def check_folder(folder: str) -> None:
   Raises:
     UserError: as `load_folder`.
   """
+  files.check_local(folder)
   if not os.path.isfile(os.path.join(os.path.expanduser(folder), _METADATA)):
     raise UserError(
       f"--pretrain_data={folder} has no {_METADATA}: give emoji, or a folder with images and a "

@@ -9,6 +9,7 @@ import os
 from typing import Any, overload
 
 from rlft.data import tables
+from rlft.storage import files
 from rlft.types import Prompt, UserError
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def check_file(path: str) -> None:
   Raises:
     UserError: as `load_file`.
   """
+  files.check_local(path)
   path = os.path.expanduser(path)
   if not os.path.exists(path):
     raise UserError(

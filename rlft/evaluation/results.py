@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -150,7 +149,7 @@ def append_history(
   Raises:
     UserError: the file is damaged or cannot be written.
   """
-  path = pathlib.Path(workdir) / HISTORY_FILE
+  path = files.path_of(workdir) / HISTORY_FILE
   kept = files.keep_before(path, iteration)
   entry = {
     "iteration": iteration,
@@ -172,7 +171,7 @@ def resume_history(workdir: str | os.PathLike[str], iteration: int) -> bool:
   Raises:
     UserError: the file is damaged or cannot be written.
   """
-  kept = files.keep_before(pathlib.Path(workdir) / HISTORY_FILE, iteration + 1)
+  kept = files.keep_before(files.path_of(workdir) / HISTORY_FILE, iteration + 1)
   return any(entry["iteration"] == iteration for entry in kept)
 
 
@@ -182,7 +181,7 @@ def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, E
   Raises:
     UserError: the file is damaged.
   """
-  path = pathlib.Path(workdir) / HISTORY_FILE
+  path = files.path_of(workdir) / HISTORY_FILE
   history = []
   for entry in files.read_jsonl(path):
     try:
@@ -252,5 +251,5 @@ def write_eval_json(
     ],
     "config": dict(config or {}),
   }
-  path = pathlib.Path(workdir) / EVAL_FILE
+  path = files.path_of(workdir) / EVAL_FILE
   files.write_atomic(path, json.dumps(content, indent=2) + "\n")

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -158,7 +157,10 @@ def check_output(path: str | os.PathLike[str]) -> None:
   Raises:
     UserError: no file of that name can be written.
   """
-  path = pathlib.Path(path)
+  path = files.path_of(path)
+  if files.is_bucket(path):
+    files.check_writable(str(path.parent))
+    return
   if path.is_dir():
     raise UserError(f"{path} is a directory: give the name of a file")
   with files.writing(path):

@@ -8,6 +8,7 @@ import numpy as np
 from rlft.inference import load as finetuned
 from rlft.models import stable_diffusion
 from rlft.models.files import lora_files, pretrained
+from rlft.storage import files
 from rlft.types import UserError
 
 
@@ -38,6 +39,8 @@ def export(
   Raises:
     UserError: the run cannot be read, has no LoRA, or nothing can be written there.
   """
+  for path in filter(None, (output, lora_output)):
+    files.check_local(path)
   found = finetuned.load(os.fspath(workdir), ema=ema, base=base)
   if lora_output and found.lora is None:
     raise UserError(

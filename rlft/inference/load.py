@@ -1,7 +1,6 @@
 """Reads a model for sampling, evaluation or export: a run's newest checkpoint, or a directory."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from rlft.config import stored
@@ -10,6 +9,7 @@ from rlft.models import lora as lora_lib
 from rlft.models import scheduler_config
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
+from rlft.storage import files
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
 
@@ -52,8 +52,10 @@ def load(
   Raises:
     UserError: no model there, or the run's base model has moved or changed.
   """
-  workdir = Path(path)
-  if not (workdir / "checkpoints").is_dir():
+  workdir = files.path_of(path)
+  with files.reading(path):
+    is_run = (workdir / "checkpoints").is_dir()
+  if not is_run:
     if base:
       raise UserError(f"--pretrained={base} has no effect: {path} is no run, leave it out")
     return Finetuned(pretrained.load(path, scheduler=scheduler, image_size=image_size))

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 import contextlib
 import json
+import logging
 import math
 import operator
 import os
-import pathlib
 import re
 import sys
 import time
@@ -18,6 +18,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 import tqdm
 
 from rlft.storage import files
+
+_log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -40,14 +42,17 @@ class MetricsWriter:
     Raises:
       UserError: an unreadable old file, or a directory that cannot be written.
     """
-    self._path = pathlib.Path(workdir) / METRICS_FILE
-    self._events_directory = pathlib.Path(workdir) / "tensorboard"
-    files.keep_before(self._path, first_iteration)
-    with files.writing(self._path):
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      # Unbuffered: a line is with the operating system when `write` returns, so that a killed
-      # process loses none.
-      self._file = open(self._path, "ab", buffering=0)
+    files.keep_before(files.path_of(workdir) / METRICS_FILE, first_iteration)
+    self._lines = files.Lines(files.path_of(workdir) / METRICS_FILE)
+    self._events_directory = files.path_of(workdir) / "tensorboard"
+    self._events = None
+    if files.is_bucket(workdir):
+      _log.warning(
+        "no TensorBoard files are written to the bucket of %s: %s has the same numbers",
+        workdir,
+        METRICS_FILE,
+      )
+      return
     with files.writing(self._events_directory):
       self._events_directory.mkdir(exist_ok=True)
       # Not tensorboardX's SummaryWriter: it writes in a thread, which dies silently when the disk
@@ -74,20 +79,13 @@ class MetricsWriter:
     """
     numbers = {name: _number(value) for name, value in values.items()}
     shown = {name: files.finite(v) if isinstance(v, float) else v for name, v in numbers.items()}
-    line = (json.dumps({"iteration": iteration} | shown) + "\n").encode()
-    with files.writing(self._path):
-      size = os.fstat(self._file.fileno()).st_size
-      try:
-        if self._file.write(line) != len(line):
-          raise OSError("no space left on the device")
-      except OSError:
-        with contextlib.suppress(OSError):
-          os.ftruncate(self._file.fileno(), size)
-        raise
+    self._lines.add(json.dumps({"iteration": iteration} | shown))
     self.write_tensorboard(iteration, numbers)
 
   def write_tensorboard(self, iteration: int, values: Mapping[str, Any]) -> None:
     """Writes numbers to TensorBoard only, such as those of an evaluation; see `write`."""
+    if self._events is None:
+      return
     numbers = {name: _number(value) for name, value in values.items()}
     summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
     with files.writing(self._events_directory):
@@ -96,10 +94,11 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Closes the files; everything was flushed before."""
-    self._file.close()
-    # After a write that failed, closing tries it again.
-    with contextlib.suppress(OSError):
-      self._events.close()
+    self._lines.close()
+    if self._events is not None:
+      # After a write that failed, closing tries it again.
+      with contextlib.suppress(OSError):
+        self._events.close()
 
   def __enter__(self) -> "MetricsWriter":
     return self

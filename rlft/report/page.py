@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import json
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -52,7 +51,7 @@ def write_report(
   *,
   command: str | None = None,
   lower_is_better: Collection[str] = (),
-) -> pathlib.Path:
+) -> files.Path:
   """Writes `report.html`, whole or not at all.
 
   Args:
@@ -66,7 +65,7 @@ def write_report(
   Raises:
     UserError: a damaged file in the run's directory, or the report cannot be written.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.path_of(workdir)
   config = _read_config(workdir / CONFIG_FILE)
   rows = [row for row in files.read_jsonl(workdir / metrics.METRICS_FILE) if "iteration" in row]
   history = results.read_history(workdir)
@@ -75,7 +74,7 @@ def write_report(
   training, more = _training_charts(rows, tasks, lower_is_better)
   page = render(
     "page.html",
-    title=f"rlft: {workdir.resolve().name}",
+    title=f"rlft: {os.path.basename(os.path.abspath(workdir))}",
     summary=_summary(config, tasks, rows, history),
     base=config.get("pretrained"),
     tasks=tasks,
@@ -97,7 +96,7 @@ def write_report(
   return path
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def _read_config(path: files.Path) -> dict[str, Any]:
   """The run's settings; empty if they are not there or not readable, which the page survives."""
   try:
     config = json.loads(path.read_text())

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import pathlib
 
 import numpy as np
 import PIL.Image
@@ -85,7 +84,7 @@ class Keeper:
     rows = np.reshape(images, (len(cells), -1, *images[0].shape))
     across = min(rows.shape[1], _ACROSS)
     sheet = np.concatenate([images_lib.grid(row, across, pad=_PAD) for row in rows])
-    path = _directory(self.workdir) / name / f"{self.iteration:06d}.png"
+    path = files.path_of(self.workdir) / GRIDS_DIRECTORY / name / f"{self.iteration:06d}.png"
     about = {"prompts": [text for text, _ in cells], "image_size": rows.shape[2], "across": across}
     # The picture comes last: where it is, its text is too.
     files.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")
@@ -109,21 +108,20 @@ def read_samples(workdir: str | os.PathLike[str]) -> dict[str, list[Sheet]]:
   left out: a report without a picture is better than none.
   """
   found = {}
-  for directory in sorted(path for path in _directory(workdir).glob("*") if path.is_dir()):
-    sheets = [sheet for path in sorted(directory.glob("*.png")) if (sheet := _read(path))]
+  grids = files.path_of(workdir) / GRIDS_DIRECTORY
+  directories = sorted(path for path in grids.iterdir() if path.is_dir()) if grids.is_dir() else ()
+  for directory in directories:
+    pictures = sorted(path for path in directory.iterdir() if path.suffix == ".png")
+    sheets = [sheet for path in pictures if (sheet := _read(path))]
     if sheets:
       found[directory.name] = [s for s in sheets if s.prompts == sheets[-1].prompts]
   return found
 
 
-def _directory(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  return pathlib.Path(workdir) / GRIDS_DIRECTORY
-
-
-def _read(path: pathlib.Path) -> Sheet | None:
+def _read(path: files.Path) -> Sheet | None:
   try:
     about = json.loads(path.with_suffix(".json").read_text())
-    with PIL.Image.open(path) as picture:
+    with PIL.Image.open(io.BytesIO(path.read_bytes())) as picture:
       pixels = np.asarray(picture.convert("RGB"))
     prompts = tuple(about["prompts"])
     cells = tuple(np.split(pixels, len(prompts)))

@@ -6,15 +6,14 @@ accelerator, so that a mistake is reported before anything is compiled.
 
 from collections.abc import Iterator, Sequence
 import math
-import os
 import re
-import tempfile
 
 from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import EMOJI_SD, Config, TaskConfig
 from rlft.models import scheduler_config, stable_diffusion
 from rlft.models.files import lora_files, pretrained
+from rlft.storage import files
 from rlft.types import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
@@ -41,7 +40,10 @@ def validate(config: Config) -> None:
     catalog.check_prompts(entry.prompts)
   if config.pretraining.pretrain_weight:
     catalog.check_pairs(config.pretraining.pretrain_data)
-  _make_workdir(config.output.workdir)
+  try:
+    files.check_writable(config.output.workdir)
+  except UserError as error:
+    raise UserError(f"--workdir={error}") from error
 
 
 def validate_settings(config: Config) -> None:
@@ -129,19 +131,6 @@ def validate_pretrained(path: str) -> None:
     pretrained.find(path)
   except UserError as error:
     raise UserError(f"--pretrained={error}") from error
-
-
-def _make_workdir(path: str) -> None:
-  if "://" in path:
-    raise UserError(f"--workdir={path} is not a local path: mount the bucket and give its path")
-  try:
-    os.makedirs(path, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path) as probe:
-      probe.write(b"rlft")
-  except OSError as error:
-    raise UserError(
-      f"cannot write in --workdir={path} ({error.strerror}): give a directory that you can write to"
-    ) from error
 
 
 def validate_devices(config: Config, *, device_count: int, process_count: int) -> None:

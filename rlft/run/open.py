@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from rlft.rewards.scoring.task import TaskScorer, task_reward, uses
 from rlft.run import checks
 from rlft.run.programs import Programs, kept_parameters, make_programs
 from rlft.run.state import initial_state
+from rlft.storage import files
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import Prompt, TrainState
 
@@ -66,7 +66,7 @@ class Run:
   """
 
   config: Config
-  workdir: Path
+  workdir: files.Path
   mesh: Mesh
   rows: NamedSharding
   model: StableDiffusion
@@ -162,7 +162,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
   rows = sharding.batch(mesh)
   return Run(
     config=config,
-    workdir=Path(config.output.workdir),
+    workdir=files.path_of(config.output.workdir),
     mesh=mesh,
     rows=rows,
     model=model,
@@ -188,6 +188,6 @@ def open_run(config: Config, devices: int = 0) -> Run:
     pairs=pairs,
     frozen=frozen,
     checkpointer=Checkpointer(
-      Path(config.output.workdir, "checkpoints"), keep=config.output.keep_checkpoints
+      files.path_of(config.output.workdir) / "checkpoints", keep=config.output.keep_checkpoints
     ),
   )

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlft.storage import files
 from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class Checkpointer:
         continue
       return _iteration(step), restored["state"], meta["meta"]
     # Also those of an earlier attempt: a run must not start afresh because it was tried twice.
-    names = (path.name for path in self._directory.iterdir())
+    names = (path.name for path in _entries(self._directory))
     failures += sorted(name for name in names if name.endswith(_UNREADABLE))
     if failures:
       raise UserError(
@@ -284,7 +285,7 @@ class _Names(ocp.path.step.NameFormat):
     return _name(step)
 
   def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
-    for path in epath.Path(base_path).iterdir():
+    for path in _entries(epath.Path(base_path)):
       step = _step(path.name)
       if step is not None and ocp.path.step.is_path_finalized(path):
         yield ocp.path.step.Metadata(step=step, path=path)
@@ -294,6 +295,14 @@ class _Names(ocp.path.step.NameFormat):
     if not path.exists():
       raise ValueError(f"there is no {path}")
     return ocp.path.step.Metadata(step=step, path=path)
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+  """What is in the directory; a bucket has none before something is in it."""
+  try:
+    return list(directory.iterdir())
+  except FileNotFoundError:
+    return []
 
 
 def _name(step: int) -> str:
@@ -335,9 +344,9 @@ def _opened(directory: str, *, make: bool) -> tuple[epath.Path, tempfile.Tempora
   Raises:
     OSError: it cannot be made.
   """
-  path = os.path.abspath(directory)
-  if "://" in directory:
+  if files.is_bucket(directory):
     return epath.Path(directory), None
+  path = os.path.abspath(directory)
   if re.fullmatch(r"(?!/(gs|s3|az|hf)/)[\w/. -]*", path):
     return epath.Path(path), None
   if make:

@@ -1,4 +1,7 @@
-"""Files that a crash or a full disk leaves whole: atomic replacement, and JSON lines."""
+"""Files that a crash or a full disk leaves whole: atomic replacement, and JSON lines.
+
+Also in buckets, whose objects are replaced as a whole by their nature and cannot be appended to.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,19 +11,92 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from rlft.types import UserError
+
+Path = pathlib.Path | epath.Path
+
+_BUCKET = "gs://"
+
+
+def path_of(name: str | os.PathLike[str]) -> Path:
+  """A path of this machine, or the address of an object in a bucket, with the same methods."""
+  # Not epath for both: it takes `/gs/...` for a bucket.
+  return epath.Path(name) if is_bucket(name) else pathlib.Path(name)
+
+
+def is_bucket(name: str | os.PathLike[str]) -> bool:
+  """Whether this is an address in a bucket."""
+  return os.fspath(name).startswith(_BUCKET)
+
+
+def check_writable(directory: str) -> None:
+  """Makes a directory where it is missing, and checks that files can be written there.
+
+  Raises:
+    UserError: they cannot; the message begins with `directory`.
+  """
+  path = path_of(directory)
+  probe = path / f".rlft-{os.getpid()}"
+  if "://" in directory and not is_bucket(directory):
+    raise UserError(f"{directory} is no directory, nor in a bucket as {_BUCKET}...: give one")
+  try:
+    if not is_bucket(path):
+      path.mkdir(parents=True, exist_ok=True)
+    probe.write_bytes(b"rlft")
+    probe.unlink()
+  except _errors(path) as error:
+    raise UserError(
+      f"{directory} cannot be written to ({_reason(error)}): give a directory that you can write to"
+    ) from error
+
+
+def check_local(name: str | os.PathLike[str]) -> None:
+  """Refuses what is not on this machine.
+
+  Raises:
+    UserError: the message begins with `name`.
+  """
+  if "://" in os.fspath(name):
+    raise UserError(
+      f"{os.fspath(name)} is not on this machine: give a path that is, and copy, for example with"
+      " gcloud storage cp"
+    )
+
+
+def _errors(name: str | os.PathLike[str]) -> type[Exception]:
+  """What may be raised in reading and writing; libraries of buckets have no common base class."""
+  return Exception if is_bucket(name) else OSError
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, ImportError):
+    return "buckets need gcsfs: pip install gcsfs"
+  return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Turns the OSError of what is done to `path` inside the block into a UserError of one line."""
+  """Turns what goes wrong in writing to `path` inside the block into a UserError of one line."""
   try:
     yield
-  except OSError as error:
+  except UserError:
+    raise
+  except _errors(path) as error:
     raise UserError(
-      f"cannot write {path}: {error.strerror or error}; free some space or fix the directory, then"
-      " run the same command again (what was written before is intact)"
+      f"cannot write {os.fspath(path)}: {_reason(error)}; free some space or fix the directory,"
+      " then run the same command again (what was written before is intact)"
     ) from error
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns what goes wrong in reading `path` inside the block into a UserError of one line."""
+  try:
+    yield
+  except _errors(path) as error:
+    raise UserError(f"cannot read {os.fspath(path)}: {_reason(error)}; make it readable") from error
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -33,10 +109,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
   Raises:
     UserError: the disk is full or the directory cannot be written; the old file is untouched.
   """
-  path = pathlib.Path(path)
+  path = path_of(path)
   data = data.encode() if isinstance(data, str) else data
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   with writing(path):
+    if is_bucket(path):
+      path.write_bytes(data)
+      return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(temporary, "wb") as file:
@@ -48,6 +127,53 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
       with contextlib.suppress(OSError):
         temporary.unlink()
       raise
+
+
+class Lines:
+  """A file to which lines are added, each as a whole or not at all."""
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Opens the file and makes it, and its directory, where they are missing.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    self._path = path_of(path)
+    self._file, self._content = None, b""
+    with writing(path):
+      if is_bucket(path):
+        self._content = self._path.read_bytes() if self._path.exists() else b""
+      else:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a line is with the operating system when `add` returns, so that a killed
+        # process loses none.
+        self._file = open(self._path, "ab", buffering=0)
+
+  def add(self, line: str) -> None:
+    """Adds a line; in a bucket, all lines are written anew.
+
+    Raises:
+      UserError: the disk is full, for example.
+    """
+    data = f"{line}\n".encode()
+    with writing(self._path):
+      if self._file is None:
+        self._path.write_bytes(self._content + data)
+        self._content += data
+        return
+      size = os.fstat(self._file.fileno()).st_size
+      try:
+        if self._file.write(data) != len(data):
+          raise OSError("no space left on the device")
+      except OSError:
+        with contextlib.suppress(OSError):
+          os.ftruncate(self._file.fileno(), size)
+        raise
+
+  def close(self) -> None:
+    """Closes the file; all lines are in it."""
+    if self._file is not None:
+      self._file.close()
 
 
 def finite(value: Any) -> float | None:
@@ -65,12 +191,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   Raises:
     UserError: a line that is not the last is no JSON object, or the file cannot be read.
   """
-  try:
-    lines = pathlib.Path(path).read_bytes().splitlines()
-  except (FileNotFoundError, NotADirectoryError):
-    return []
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
+  with reading(path):
+    try:
+      lines = path_of(path).read_bytes().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+      return []
   entries = []
   for number, line in enumerate(lines, start=1):
     try:
@@ -109,7 +234,7 @@ def keep_before(path: str | os.PathLike[str], iteration: int) -> list[dict[str, 
       raise UserError(f"line {number} of {path} has no 'iteration': move the file away")
   kept = [entry for entry in entries if entry["iteration"] < iteration]
   content = "".join(json.dumps(entry) + "\n" for entry in kept).encode()
-  path = pathlib.Path(path)
+  path = path_of(path)
   if path.exists() and path.read_bytes() != content:
     write_atomic(path, content)
   return kept

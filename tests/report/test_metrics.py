@@ -106,7 +106,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_full_disk_is_one_line_with_the_remedy(tmp_path):
   writer = metrics.MetricsWriter(tmp_path, first_iteration=0)
   with open("/dev/full", "wb") as full:
-    os.dup2(full.fileno(), writer._file.fileno())
+    os.dup2(full.fileno(), writer._lines._file.fileno())
   with pytest.raises(UserError, match="No space left on device; free some space") as caught:
     writer.write(0, {"a": 1.0})
   assert "\n" not in str(caught.value)

@@ -64,9 +64,9 @@ def refusal(check, *args, **kwargs) -> str:
     ({"pretrained": "org/name@a/unet"}, "--pretrained=org/name@a/unet is not a directory: give"),
     ({"pretrained": os.path.dirname(__file__)}, "has no model_index.json"),
     ({"pretrain_data": "/no/such/folder"}, "--pretrain_data=/no/such/folder has no metadata.jsonl"),
-    ({"workdir": "gs://bucket/run"}, "--workdir=gs://bucket/run is not a local path"),
-    ({"workdir": __file__}, "cannot write in --workdir="),
-    ({"workdir": f"{__file__}/run"}, "cannot write in --workdir="),
+    ({"workdir": "s3://bucket/run"}, "--workdir=s3://bucket/run is no directory, nor in a bucket"),
+    ({"workdir": __file__}, "cannot be written to ("),
+    ({"workdir": f"{__file__}/run"}, "cannot be written to ("),
   ],
 )
 def test_a_wrong_setting_is_refused(run, change, message):

@@ -1,0 +1,97 @@
+"""What a run writes may lie in a bucket; here it is one in memory, in the place of gcsfs."""
+
+from etils import epath
+from etils.epath import backend
+import fsspec
+import numpy as np
+import pytest
+
+from rlft.data import pairs, prompts
+from rlft.evaluation import results
+from rlft.inference.draw import check_output
+from rlft.models.files import pretrained
+from rlft.report import page, samples
+from rlft.report.metrics import MetricsWriter
+from rlft.storage import files
+from rlft.types import Prompt, UserError
+
+RUN = "gs://bucket/run"
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """The addresses of what is in the bucket, and its contents."""
+  system = fsspec.filesystem("memory")
+  system.store.clear()
+  monkeypatch.setenv("EPATH_USE_TF", "false")
+  monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: system)
+  yield system.store
+  system.store.clear()
+
+
+def test_files(bucket):
+  assert isinstance(files.path_of(RUN), epath.Path)
+  path = files.path_of(RUN) / "a.jsonl"
+  assert files.read_jsonl(path) == []
+  files.write_atomic(path, '{"iteration": 0}\n{"iteration": 1}\n{"iter')
+  assert files.read_jsonl(path) == [{"iteration": 0}, {"iteration": 1}]
+  assert files.keep_before(path, 1) == [{"iteration": 0}]
+  lines = files.Lines(path)
+  lines.add('{"iteration": 1}')
+  lines.add('{"iteration": 2}')
+  lines.close()
+  assert [line["iteration"] for line in files.read_jsonl(path)] == [0, 1, 2]
+  files.check_writable(RUN)
+  check_output(f"{RUN}/eval.json")
+  assert list(bucket) == [f"{RUN}/a.jsonl"]  # Nothing beside it.
+
+
+def test_a_run(bucket, caplog):
+  for first in (0, 1):
+    with MetricsWriter(RUN, first_iteration=first) as writer:
+      for iteration in range(first, first + 2):
+        writer.write(iteration, {"loss": 0.5})
+  assert "no TensorBoard files are written to the bucket" in caplog.text
+  assert "metrics.jsonl has the same numbers" in caplog.text
+  keeper = samples.Keeper(RUN, 0)
+  image = np.zeros((8, 8, 3), np.uint8)
+  keeper.save("held-out", [image], [Prompt("a dog")])
+  assert [sheet.prompts for sheet in samples.read_samples(RUN)["held-out"]] == [("a dog",)]
+  results.append_history(RUN, 0, {})
+  assert results.read_history(RUN) == [(0, {})]
+  assert str(page.write_report(RUN)) == f"{RUN}/report.html"
+  assert [line["iteration"] for line in files.read_jsonl(f"{RUN}/metrics.jsonl")] == [0, 1, 2]
+  names = ("eval_history.jsonl", "grids/held-out/000000.json", "grids/held-out/000000.png")
+  names += ("metrics.jsonl", "report.html")
+  assert sorted(bucket) == [f"{RUN}/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (ImportError("no module"), "buckets need gcsfs: pip install gcsfs"),
+    (RuntimeError("denied\nby 3 rules"), "denied by 3 rules"),
+  ],
+)
+def test_a_bucket_that_cannot_be_used(monkeypatch, error, message):
+  def fail(path):
+    raise error
+
+  monkeypatch.setattr(backend.fsspec_backend, "fs", fail)
+  monkeypatch.setenv("EPATH_USE_TF", "false")
+  for use in (files.check_writable, files.read_jsonl, lambda path: files.write_atomic(path, "x")):
+    with pytest.raises(UserError, match=message) as caught:
+      use(f"{RUN}/a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/x", "https://example.org/x"])
+@pytest.mark.parametrize("use", [prompts.load_file, pairs.check_folder, pretrained.find])
+def test_what_is_mapped_into_memory_or_read_in_parts_must_be_here(use, address):
+  with pytest.raises(UserError, match="is not on this machine: give a path that is"):
+    use(address)
+
+
+def test_other_buckets_are_refused():
+  with pytest.raises(UserError, match="s3://bucket/run is no directory, nor in a bucket as gs://"):
+    files.check_writable("s3://bucket/run")
