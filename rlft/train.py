@@ -24,7 +24,7 @@ from rlft.algorithms.base import Batch
 from rlft.config import stored
 from rlft.config.settings import Config
 from rlft.data import shuffle
-from rlft.data.pairs import pair_indices
+from rlft.data.pairs import ImageError, pair_indices
 from rlft.diffusion.sampler import image_keys
 from rlft.evaluation import results, summary
 from rlft.parallel import cpu, sharding
@@ -71,8 +71,8 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
   """Iterations, checkpoints and evaluations, until the end or until told to stop.
 
   What keeps every end of the process harmless:
-    - `state` and `cursor` belong together whenever RewardError or Stopped may be raised: neither
-      changes before the result of a unit of work (a task, the pretraining step) is there.
+    - `state` and `cursor` belong together where Stopped, RewardError or ImageError may be raised:
+      neither changes before the result of a unit of work (a task, the pretraining step) is there.
     - Order between two iterations: metrics, checkpoint, evaluation. What a crash loses is done
       again, and what was written twice is dropped when the run resumes.
     - An evaluation, which takes long and calls what users wrote, begins when the state that it
@@ -119,7 +119,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
         if run.writes:
           writer.write(iteration, metrics)
           progress.update(metrics)
-    except (RewardError, Stopped) as reason:
+    except (RewardError, ImageError, Stopped) as reason:
       save(run, state, cursor)
       run.checkpointer.wait()
       if not isinstance(reason, Stopped):
@@ -165,7 +165,7 @@ def run_task(
     state: donated once learning begins.
     number: the task's place in `run.tasks`.
     iteration: from 0.
-    stop: asked before scoring, while a reward is waited for, and after it.
+    stop: asked while images and rewards are waited for, and after each of both.
 
   Returns:
     The new state and the task's metrics.
@@ -178,7 +178,7 @@ def run_task(
   name, where = task.config.name, f"task {task.config.name}, iteration {iteration}"
   start = time.perf_counter()
   prompts, drawn = draw(run, state, task, moment)
-  jax.block_until_ready(drawn.images)
+  stop.wait_for(drawn.images)
   seen = time.perf_counter()
   stop.check()
   with stop.at_once():
@@ -221,7 +221,11 @@ def draw(run: Run, state: TrainState, task: Task, moment: Moment) -> tuple[list[
 def run_pretrain(
   run: Run, state: TrainState, iteration: int
 ) -> tuple[TrainState, dict[str, float]]:
-  """One step on the pretraining loss; `state` is donated."""
+  """One step on the pretraining loss; `state` is donated once the images are read.
+
+  Raises:
+    ImageError: one cannot be read; nothing has changed.
+  """
   start, moment = time.perf_counter(), Moment(run.config.seed, iteration, len(run.tasks))
   count = run.config.pretraining.pretrain_batch_size
   rows = pair_indices(moment.seed, iteration, count=count, size=len(run.pairs))

@@ -60,6 +60,23 @@ def test_a_reward_fails_in_the_middle(folder, tmp_path, monkeypatch, how, messag
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
 
 
+def test_an_image_cannot_be_read_in_the_middle(folder, tmp_path):
+  pairs = shutil.copytree(folder / "pairs", tmp_path / "pairs")
+  settings = config(folder, tmp_path, pretrain_data=str(pairs))
+  cases.run(fields.replace(settings, iterations=1))
+  for path in pairs.glob("*.png"):
+    path.rename(path.with_suffix(".away"))
+    path.write_bytes(b"damaged")
+  with one_line(r"image .*\.png cannot be decoded .*: replace it or remove its line"):
+    cases.run(settings)
+  # Both tasks of the second iteration are done.
+  assert (tmp_path / "run" / "checkpoints" / "iteration_1_task_2").is_dir()
+  for path in pairs.glob("*.away"):
+    path.rename(path.with_suffix(".png"))
+  cases.run(settings)
+  cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
 def test_an_evaluation_fails_after_the_last_iteration(folder, tmp_path, monkeypatch):
   settings = config(folder, tmp_path, task=(cases.task(folder),), pretrain_weight=0.0)
   metric = f"host:{tmp_path / 'rewards.py'}:green"

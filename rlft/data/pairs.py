@@ -18,6 +18,10 @@ _STREAM = 2**31  # of the order; tasks have 0, 1, ...
 _DECODERS = 8  # threads; PIL decodes without holding the interpreter's lock
 
 
+class ImageError(UserError):
+  """An image of the list cannot be read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
   """N images with captions.
@@ -101,7 +105,7 @@ def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, in
     with Image.open(path) as file:
       image = ImageOps.exif_transpose(file).convert("RGBA")
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise UserError(
+    raise ImageError(
       f"image {path} cannot be decoded ({error}): replace it or remove its line from {_METADATA}"
     ) from error
   white = Image.new("RGBA", image.size, "white")

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import contextlib
 import signal
 import threading
+import time
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,8 +15,11 @@ import numpy as np
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Stopped(Exception):
-  """The run was told to stop; what was being done is given up."""
+class Stopped(BaseException):
+  """The run was told to stop; what was being done is given up.
+
+  No Exception, or what a reward raises would be taken to be this.
+  """
 
 
 class Stop:
@@ -71,6 +76,17 @@ class Stop:
       yield
     finally:
       self._at_once = False
+
+  def wait_for(self, arrays: Any) -> None:
+    """Returns when the arrays of a tree are computed.
+
+    Raises:
+      Stopped: as by `at_once`; JAX's own waiting lets no handler of a signal run.
+    """
+    with self.at_once():
+      while not all(array.is_ready() for array in jax.tree.leaves(arrays)):
+        time.sleep(0.005)
+    jax.block_until_ready(arrays)
 
   def __exit__(self, *_) -> None:
     for number, handler in self._previous.items():

@@ -1,9 +1,12 @@
 """Signals are noted, and end a block where that is allowed."""
 
+import contextlib
 import os
 import signal
+import threading
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from rlft.run.preemption import Stop, Stopped
@@ -26,11 +29,23 @@ def test_a_signal_is_noted(name):
 def test_a_signal_ends_what_waits():
   with Stop() as stop:
     start = time.monotonic()
-    with pytest.raises(Stopped), stop.at_once():
+    with pytest.raises(Stopped), stop.at_once(), contextlib.suppress(Exception):
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(60)
     assert time.monotonic() - start < 30
     os.kill(os.getpid(), signal.SIGTERM)  # Outside of the block it is noted again.
+
+
+def test_a_signal_ends_the_wait_for_images():
+  class Never:
+    def is_ready(self):
+      return False
+
+  with Stop() as stop:
+    stop.wait_for({"images": jnp.ones(3)})
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    with pytest.raises(Stopped):
+      stop.wait_for({"images": Never()})
 
 
 def test_a_second_interrupt_is_not_waited_for():
