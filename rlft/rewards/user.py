@@ -26,10 +26,11 @@ import difflib
 import functools
 import hashlib
 import importlib
-import importlib.util
 import inspect
+import os
 import pathlib
 import sys
+import tempfile
 import types
 
 from rlft.rewards import grammar
@@ -37,6 +38,11 @@ from rlft.rewards.scoring import errors
 from rlft.types import HostReward, JaxReward, Reward, UserError
 
 KINDS = ("host", "jax", "factory")
+_MODULE = """\
+__file__ = {path!r}
+with open(__file__, "rb") as file:
+  exec(compile(file.read(), __file__, "exec"))
+"""
 _DECLARED = ("is_set", "is_measure", "lower_is_better", "needs")  # by attributes of a function
 
 
@@ -139,18 +145,27 @@ def _import(spec: str, target: str) -> types.ModuleType:
 
 @functools.cache
 def _load_file(path: pathlib.Path) -> types.ModuleType:
-  # Cached: a reward may load a large model, and training and evaluation may both name it. The name
-  # must be in sys.modules for dataclasses and pickle, and must not hide another module.
+  # Cached: a reward may load a large model, and training and evaluation may both name it. The
+  # module's own name does not hide another one.
   name = f"rlft_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-  found = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(found)
-  sys.modules[name] = module
-  try:
-    found.loader.exec_module(module)
-  except BaseException:
-    del sys.modules[name]
-    raise
-  return module
+  folder = pathlib.Path(_modules().name)
+  (folder / f"{name}.py").write_text(_MODULE.format(path=str(path)))
+  importlib.invalidate_caches()
+  return importlib.import_module(name)
+
+
+@functools.cache
+def _modules() -> tempfile.TemporaryDirectory:
+  """A directory of modules that run users' files; it goes when this process ends.
+
+  What a reward pickles for a pool of processes names its module, so that they must find it, too:
+  those of multiprocessing get this process's path, all others its environment.
+  """
+  folder = tempfile.TemporaryDirectory(prefix="rlft_")
+  sys.path.append(folder.name)
+  path = os.environ.get("PYTHONPATH")
+  os.environ["PYTHONPATH"] = f"{path}{os.pathsep}{folder.name}" if path else folder.name
+  return folder
 
 
 def _check_arguments(spec: str, function: Callable, *names: str) -> None:

@@ -111,6 +111,34 @@ def test_a_file_is_run_once(file):
   assert a.score is catalog.make_reward(f"host:{file}:brightness").score
 
 
+POOL = """
+from concurrent import futures
+import multiprocessing
+import subprocess
+import sys
+
+def one(number):
+  return number + 0.5
+
+def pool(images, prompts, metadata):
+  with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as workers:
+    return list(workers.map(one, range(len(images))))
+
+def programs(images, prompts, metadata):
+  code = f"import {__name__} as own; print(own.one(1), own.__file__)"
+  return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+"""
+
+
+def test_other_processes_find_the_functions_of_a_file(tmp_path):
+  path = tmp_path / "json.py"  # This name is taken.
+  path.write_text(POOL)
+  reward = catalog.make_reward(f"host:{path}:pool")
+  assert reward.score(np.zeros((2, 1, 1, 3)), ["", ""], [{}, {}]) == [0.5, 1.5]
+  reward = catalog.make_reward(f"host:{path}:programs")
+  assert reward.score([], [], []) == f"1.5 {path}\n"
+
+
 @pytest.fixture
 def factory(tmp_path):
   path = tmp_path / "my_factories.py"
