@@ -12,6 +12,7 @@ import pytest
 from rlft import train
 from rlft.diffusion import sampler
 from rlft.models import vae
+from rlft.parallel import cpu
 from rlft.performance.benchmark import contest, policy, suites, torch_policy, torch_ports, trl
 from rlft.performance.benchmark import work as work_lib
 from rlft.types import UserError
@@ -36,9 +37,11 @@ def tiny():
     size = work_lib.Size(architecture, jax.device_count(), STEPS, 3.0, 1)
     patch.setattr(policy, "SIZES", {"tiny": size})
     patch.setattr(contest, "_PEAK_SIZES", {"cpu": 16})
+    jax.config.update("jax_disable_most_optimizations", True)  # Most of the time is compilation.
     # Threads of PyTorch that wait for each other on busy cores would take most of the time.
     patch.setattr(torch_ports, "cores", lambda: 1)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def configured(what="iteration", **given):
@@ -91,7 +94,8 @@ def iterated(tmp_path_factory):
         pass
 
     patch.setattr(torch_policy, "Policy", Kept)
-    config = configured(sides="trl,torch,rlft", trl_python=sys.executable)
+    patch.setattr(cpu, "split_host", lambda devices: None)  # For one device less is compiled.
+    config = configured(cpu_devices=1, sides="trl,torch,rlft", trl_python=sys.executable)
     (seen.result,) = suites.run(config)
     yield seen
 
