@@ -21,8 +21,7 @@ from rlft.config import fields
 from rlft.config import flags as cli
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import architectures
-from rlft.performance.compile import ahead as compile_lib
-from rlft.performance.compile import targets
+from rlft.performance.compile import ahead, targets
 from rlft.performance.compile.abstract_run import AbstractRun, device_bytes, open_model
 from rlft.performance.compile.targets import GIB
 
@@ -91,8 +90,8 @@ def main() -> None:
     config = fields.replace(_BASE, **changes)
     run = AbstractRun.of(config, target.mesh, _first_level(config))
     (call,) = (call for call in run.calls() if call.name == "update")
-    with compile_lib.compilation_cache(_CACHE.value) as cache:
-      result = compile_lib.compile_program(call, target, cache)
+    with ahead.compilation_cache(_CACHE.value) as cache:
+      result = ahead.compile_program(call, target, cache)
     found[name] = dataclasses.asdict(result)
     temporary = f"{result.temporary / GIB:.2f}" if result.fits else "-"
     peak = f"{result.peak / GIB:.2f}" + ("" if result.fits else ", does not fit")

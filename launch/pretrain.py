@@ -4,13 +4,13 @@ python launch/pretrain.py --flagfile=experiments/emoji_pretrain.flags
 """
 
 from rlft.config import flags
-from rlft.emoji.base_model import PretrainConfig, run
+from rlft.emoji.base_model import BaseModelConfig, run
 
-flags.define(PretrainConfig)
+flags.define(BaseModelConfig)
 
 
 def main() -> None:
-  run(flags.read(PretrainConfig))
+  run(flags.read(BaseModelConfig))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ SCHEDULER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class BaseModelConfig:
   """What `launch/pretrain.py` takes; each field is a flag of the same name."""
 
   workdir: str = option("directory for checkpoints and the result", path=True)
@@ -172,7 +172,7 @@ def vae_loss(vae: AutoencoderKL, params: Any, images: jax.Array, key: jax.Array)
   return jnp.abs(error).mean() + 4.0 * (error**2).mean() + 0.5 * edges + 1e-4 * kl
 
 
-def _optimizer(config: PretrainConfig, steps: int, rate: float) -> optax.GradientTransformation:
+def _optimizer(config: BaseModelConfig, steps: int, rate: float) -> optax.GradientTransformation:
   decay = max(1, int(steps * config.decay_share))
   schedule = optax.join_schedules(
     [
@@ -189,7 +189,7 @@ def _optimizer(config: PretrainConfig, steps: int, rate: float) -> optax.Gradien
 
 def _fit(
   name: str,
-  config: PretrainConfig,
+  config: BaseModelConfig,
   params: Any,
   loss_fn: Callable[[Any, Any, jax.Array], jax.Array],
   batch_fn: Callable[[np.random.Generator], Any],
@@ -260,7 +260,7 @@ def _to_signed(images: jax.Array) -> jax.Array:
   return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
-def run(config: PretrainConfig) -> StableDiffusion:
+def run(config: BaseModelConfig) -> StableDiffusion:
   """Trains all stages (or what is left of them) and writes `<workdir>/emoji-sd`."""
   cpu.split_host(config.cpu_devices)
   workdir = Path(config.workdir)

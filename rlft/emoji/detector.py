@@ -19,8 +19,7 @@ import safetensors.numpy
 
 from rlft.emoji import art, prompts, reward_training, scenes, world
 from rlft.models import clip, owlvit
-from rlft.models.files import sources as weights
-from rlft.models.files import torch_layout
+from rlft.models.files import sources, torch_layout
 from rlft.models.files.pretrained import EMOJI_SD_PATH
 from rlft.models.shapes import param_shapes
 from rlft.rewards import preprocess
@@ -77,7 +76,7 @@ def load(directory: Path = DIRECTORY) -> Params:
     UserError: the file is missing, damaged, or of another network.
   """
   path = Path(directory) / "model.safetensors"
-  return torch_layout.from_torch(_MODULE, weights.open_weights(path), what=str(path))
+  return torch_layout.from_torch(_MODULE, sources.open_weights(path), what=str(path))
 
 
 def save(directory: Path, params: Params) -> None:

@@ -19,8 +19,7 @@ import safetensors.numpy
 
 from rlft.emoji import art, measures, prompts, reward_training, scenes, world
 from rlft.models import blip, image_reward
-from rlft.models.files import sources as weights
-from rlft.models.files import torch_layout
+from rlft.models.files import sources, torch_layout
 from rlft.models.shapes import param_shapes
 from rlft.rewards import preprocess
 from rlft.storage import files
@@ -109,7 +108,7 @@ def load(directory: Path = DIRECTORY) -> Params:
     UserError: the file is missing, damaged, or of another network.
   """
   path = Path(directory) / "model.safetensors"
-  return torch_layout.from_torch(_MODULE, weights.open_weights(path), what=str(path))
+  return torch_layout.from_torch(_MODULE, sources.open_weights(path), what=str(path))
 
 
 def save(directory: Path, params: Params) -> None:

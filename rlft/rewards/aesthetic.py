@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.models.files import sources as weights_lib
+from rlft.models.files import sources
 from rlft.rewards import clip
 from rlft.types import JaxReward, UserError
 
@@ -71,7 +71,7 @@ def aesthetic_v2(weights: str, head: str, dtype: clip.Dtype = "float32") -> JaxR
 
 
 def _reward(name: Name, weights: str, head: str, dtype: clip.Dtype) -> JaxReward:
-  layers = read_head(name, weights_lib.open_weights(head), what=head)
+  layers = read_head(name, sources.open_weights(head), what=head)
   embed, params = clip.image_embedder(weights, dtype)
   found = params["visual_projection"]["kernel"].shape[-1]
   expected = len(layers[0][0])

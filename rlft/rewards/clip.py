@@ -18,8 +18,7 @@ import numpy as np
 import transformers
 
 from rlft.models import clip
-from rlft.models.files import clip_weights
-from rlft.models.files import sources as weights_lib
+from rlft.models.files import clip_weights, sources
 from rlft.rewards import preprocess
 from rlft.types import JaxReward, UserError
 
@@ -56,7 +55,7 @@ def clip_score(
     UserError: the files are missing, or not those of a CLIP model.
   """
   module, params = clip_weights.load(weights, dtype=jnp.dtype(dtype))
-  words = weights_lib.open_tokenizer(tokenizer or weights)
+  words = sources.open_tokenizer(tokenizer or weights)
   prefix, finish = (HESSEL_PREFIX, hessel) if formula == "hessel" else ("", plain)
   return clip_reward(
     "clip-score",
@@ -87,7 +86,7 @@ def pickscore(
     UserError: as `clip_score`.
   """
   module, params = clip_weights.load(weights, dtype=jnp.dtype(dtype))
-  words = weights_lib.open_tokenizer(tokenizer or weights)
+  words = sources.open_tokenizer(tokenizer or weights)
 
   if divisor == 0:
     raise UserError("pickscore: divisor=0 gives no score: leave it out, or write 26")
@@ -131,7 +130,7 @@ def hpsv2(
     names=(_HPS_FILES[version],),
     default=clip_weights.VIT_H_14,
   )
-  words = weights_lib.open_tokenizer(tokenizer)
+  words = sources.open_tokenizer(tokenizer)
   return clip_reward(
     "hpsv2", module, params, words, fit=preprocess.long_side_pad, finish=plain, pad_token_id=0
   )

@@ -10,13 +10,12 @@ import numpy as np
 import transformers
 
 from rlft.models import image_reward as image_reward_model
-from rlft.models.files import sources as weights_lib
-from rlft.models.files import torch_layout
+from rlft.models.files import sources, torch_layout
 from rlft.rewards import preprocess
 from rlft.types import JaxReward, UserError
 
 # What a directory or a repository may call the weights, best first.
-_NAMES = ("ImageReward.safetensors", "ImageReward.pt", *weights_lib.WEIGHTS)
+_NAMES = ("ImageReward.safetensors", "ImageReward.pt", *sources.WEIGHTS)
 _VOCABULARY = "vocab.txt"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 # [DEC] and [ENC], which BLIP adds to BERT's vocabulary; no vocabulary file has them, no score
@@ -55,7 +54,7 @@ def load(
   config = _config(weights)
   module = image_reward_model.ImageReward(config, jnp.dtype(dtype))
   words = open_vocabulary(tokenizer or weights, vocab_size=config.text.vocab_size)
-  state = weights_lib.open_weights(weights, names=_NAMES)
+  state = sources.open_weights(weights, names=_NAMES)
   params = torch_layout.from_torch(
     module, state, what=str(weights), ignore=image_reward_model.IGNORED
   )
@@ -142,7 +141,7 @@ def open_vocabulary(source: str, *, vocab_size: int) -> transformers.BertTokeniz
     UserError: there is no vocabulary, or it is not the model's.
   """
   name = pathlib.PurePath(source).name
-  path = weights_lib.find_file(source, name if name.endswith(".txt") else _VOCABULARY)
+  path = sources.find_file(source, name if name.endswith(".txt") else _VOCABULARY)
   if path is None:
     raise UserError(
       f"{source}: there is no {_VOCABULARY} in it or beside it; give the one of the model, for "
@@ -164,8 +163,8 @@ def open_vocabulary(source: str, *, vocab_size: int) -> transformers.BertTokeniz
 
 
 def _config(weights: str) -> image_reward_model.ImageRewardConfig:
-  path = weights_lib.find_file(weights, weights_lib.CONFIG)
-  data = weights_lib.read_json(path) if path else {}
+  path = sources.find_file(weights, sources.CONFIG)
+  data = sources.read_json(path) if path else {}
   # Anything else may lie beside the published weights: the config of the BERT of the vocabulary.
   if not {"vision", "text", "head_widths"} & data.keys():
     data = {}

@@ -14,8 +14,7 @@ import numpy as np
 import transformers
 
 from rlft.models import owlvit as owlvit_model
-from rlft.models.files import sources as weights_lib
-from rlft.models.files import torch_layout
+from rlft.models.files import sources, torch_layout
 from rlft.rewards import named, preprocess
 from rlft.types import JaxReward, UserError
 
@@ -62,12 +61,12 @@ def owlv2(
 def _from_files(
   name: str, weights: str, tokenizer: str | None, template: str, max_objects: int, dtype: str
 ) -> JaxReward:
-  config = owlvit_model.OwlViTConfig.from_dict(weights_lib.read_config(weights), what=weights)
+  config = owlvit_model.OwlViTConfig.from_dict(sources.read_config(weights), what=weights)
   if config.model_type != name:
     raise UserError(f"{weights} is of {config.model_type}: use the reward {config.model_type!r}")
   module = owlvit_model.OwlViT(config, jnp.dtype(dtype))
-  params = torch_layout.from_torch(module, weights_lib.open_weights(weights), what=weights)
-  words = weights_lib.open_tokenizer(tokenizer or weights)
+  params = torch_layout.from_torch(module, sources.open_weights(weights), what=weights)
+  words = sources.open_tokenizer(tokenizer or weights)
   return detector_reward(name, module, params, words, template=template, max_objects=max_objects)
 
 

@@ -8,27 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft.emoji import base_model as pretrain
+from rlft.emoji import base_model, world
 from rlft.emoji import prompts as emoji_prompts
-from rlft.emoji import world
 from rlft.models import tokens
 from rlft.models.shapes import param_shapes
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  return pretrain.train_tokenizer(world.training_pairs(0, 2000)[1])
+  return base_model.train_tokenizer(world.training_pairs(0, 2000)[1])
 
 
 def test_tokenizer_is_a_clip_tokenizer(tokenizer):
   ids, truncated = tokens.tokenize(tokenizer, ["a dog next to an owl", ""])
-  assert ids.shape == (2, pretrain.TEXT_LENGTH) and truncated == 0
+  assert ids.shape == (2, base_model.TEXT_LENGTH) and truncated == 0
   begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
   assert tokenizer.convert_ids_to_tokens(ids[0, :8].tolist()) == [
     "<|startoftext|>", "a</w>", "dog</w>", "next</w>", "to</w>", "an</w>", "owl</w>",
     "<|endoftext|>",
   ]  # fmt: skip
-  assert list(ids[1]) == [begin] + [end] * (pretrain.TEXT_LENGTH - 1)
+  assert list(ids[1]) == [begin] + [end] * (base_model.TEXT_LENGTH - 1)
   # A word that no caption has falls apart into bytes, and comes back whole.
   assert tokenizer.decode(tokenizer("zebra é")["input_ids"], skip_special_tokens=True) == "zebra é"
 
@@ -41,7 +40,7 @@ def test_every_prompt_of_the_world_fits(tokenizer):
 
 
 def test_build(tokenizer):
-  model = pretrain.build(tokenizer, scaling_factor=0.5)
+  model = base_model.build(tokenizer, scaling_factor=0.5)
   shapes = param_shapes(model.unet)
   # Half-precision weights of the UNet must leave room for the rest within 12 MB.
   assert sum(x.size for x in jax.tree.leaves(shapes)) * 2 < 10e6
@@ -50,7 +49,7 @@ def test_build(tokenizer):
 
 def quadratic(workdir: Path, steps: int, until: int | None = None):
   """Minimises |p - batch mean|^2; stops after `until` steps if it is given."""
-  config = pretrain.PretrainConfig(
+  config = base_model.BaseModelConfig(
     workdir=str(workdir), checkpoint_every=10, decay_share=0.5, ema_decay=0.9
   )
   seen = []
@@ -64,7 +63,7 @@ def quadratic(workdir: Path, steps: int, until: int | None = None):
   def loss(params, batch, key):
     return jnp.mean((params["p"] - batch) ** 2) + 0.0 * jax.random.uniform(key)
 
-  return pretrain._fit(
+  return base_model._fit(
     "toy",
     config,
     {"p": jnp.zeros(2)},
@@ -102,12 +101,12 @@ def test_vae_loss_punishes_grey():
       return self.picture
 
   image = jnp.zeros((1, 4, 4, 3)).at[..., 0].set(0.3)
-  perfect = pretrain.vae_loss(Fixed(image), {}, image, jax.random.key(0))
+  perfect = base_model.vae_loss(Fixed(image), {}, image, jax.random.key(0))
   assert perfect == 0
   grey = jnp.full_like(image, 0.3 * 0.299)
   lighter = image + 0.3 * 0.5
   loss = {
-    name: pretrain.vae_loss(Fixed(picture), {}, image, jax.random.key(0))
+    name: base_model.vae_loss(Fixed(picture), {}, image, jax.random.key(0))
     for name, picture in {"grey": grey, "lighter": lighter}.items()
   }
   assert loss["grey"] > loss["lighter"] > 0

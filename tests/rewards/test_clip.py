@@ -14,8 +14,7 @@ import torch_files
 
 from rlft.catalog import make_reward
 from rlft.models import clip
-from rlft.models.files import clip_weights, torch_layout
-from rlft.models.files import sources as weights
+from rlft.models.files import clip_weights, sources, torch_layout
 from rlft.rewards import aesthetic
 from rlft.rewards import clip as clip_reward
 from rlft.types import UserError
@@ -277,7 +276,7 @@ def test_heads_that_do_not_fit(files, tmp_path):
 
 
 def _golden(name, head, tower):
-  layers = aesthetic.read_head(name, weights.open_weights(cases.HEADS / head), what=head)
+  layers = aesthetic.read_head(name, sources.open_weights(cases.HEADS / head), what=head)
   files = [cases.HEADS / f"laion_{tower}_rating{i}.npy" for i in range(10)]
   return aesthetic.rate(layers, np.stack([np.load(file).reshape(-1) for file in files])), layers
 

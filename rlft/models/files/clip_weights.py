@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.models import clip
-from rlft.models.files import arrays, torch_layout
-from rlft.models.files import sources as weights
+from rlft.models.files import arrays, sources, torch_layout
 from rlft.models.shapes import Params
 from rlft.types import UserError
 
@@ -175,7 +174,7 @@ def load(
   source: str | os.PathLike[str],
   *,
   dtype: Any = jnp.float32,
-  names: Sequence[str] = weights.WEIGHTS,
+  names: Sequence[str] = sources.WEIGHTS,
   default: clip.CLIPConfig | None = None,
 ) -> tuple[clip.CLIPModel, Params]:
   """Reads a CLIP model with both towers, in either layout.
@@ -194,7 +193,7 @@ def load(
   Raises:
     UserError: something is missing or does not fit.
   """
-  state = weights.open_weights(source, names=names, key="state_dict")
+  state = sources.open_weights(source, names=names, key="state_dict")
   state = arrays.strip_prefix(state, "module.")
   module = clip.CLIPModel(_config(source, is_open_clip(state), default), dtype)
   params = torch_layout.from_torch(module, from_open_clip(state), what=str(source))
@@ -204,13 +203,13 @@ def load(
 def _config(
   source: str | os.PathLike[str], first_open_clip: bool, default: clip.CLIPConfig | None
 ) -> clip.CLIPConfig:
-  readers = [(weights.CONFIG, clip.CLIPConfig.from_dict), (OPEN_CLIP_CONFIG, open_clip_config)]
+  readers = [(sources.CONFIG, clip.CLIPConfig.from_dict), (OPEN_CLIP_CONFIG, open_clip_config)]
   for name, reader in reversed(readers) if first_open_clip else readers:
-    if (path := weights.find_file(source, name)) is not None:
-      return reader(weights.read_json(path), what=str(path))
+    if (path := sources.find_file(source, name)) is not None:
+      return reader(sources.read_json(path), what=str(path))
   if default is None:
     raise UserError(
-      f"{source}: there is no {weights.CONFIG} or {OPEN_CLIP_CONFIG} in it or beside it; put the "
+      f"{source}: there is no {sources.CONFIG} or {OPEN_CLIP_CONFIG} in it or beside it; put the "
       "model's own there"
     )
   return default

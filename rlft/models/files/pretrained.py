@@ -27,8 +27,7 @@ import safetensors.numpy
 
 from rlft.models import clip, diffusers_unet, scheduler_config, stable_diffusion, unet, vae
 from rlft.models import config as config_lib
-from rlft.models.files import arrays, diffusers_layout, hub, single_file, streaming
-from rlft.models.files import sources as weights
+from rlft.models.files import arrays, diffusers_layout, hub, single_file, sources, streaming
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
 from rlft.models.shapes import Params
 from rlft.models.stable_diffusion import StableDiffusion
@@ -53,7 +52,7 @@ _MODULES = {
 
 
 def find(path: str | os.PathLike[str]) -> str | pathlib.Path | single_file.Source:
-  """Where the model is that a user names: a directory, or a hub's repository as `weights` takes it.
+  """Where the model is that a user names: a directory, or a hub's repository as `sources` takes it.
 
   Args:
     path: a directory in the diffusers layout, 'org/name@revision', a single file with its
@@ -81,7 +80,7 @@ def find(path: str | os.PathLike[str]) -> str | pathlib.Path | single_file.Sourc
         f"{path} is not a directory here, and as a hub's repository it needs a revision, since its"
         f" files may change: write {path}@<commit hash>"
       )
-  if weights.find_file(source, INDEX) is None:
+  if sources.find_file(source, INDEX) is None:
     raise UserError(
       f"{path} has no {INDEX}: give the top directory of a model in the diffusers layout, or"
       f" {EMOJI_SD}"
@@ -90,9 +89,9 @@ def find(path: str | os.PathLike[str]) -> str | pathlib.Path | single_file.Sourc
 
 
 def _read_json(source: str | pathlib.Path, name: str) -> dict[str, Any]:
-  if (file := weights.find_file(source, name)) is None:
+  if (file := sources.find_file(source, name)) is None:
     raise UserError(f"{source}/{name} does not exist; get the whole model again")
-  return weights.read_json(file)
+  return sources.read_json(file)
 
 
 def _check_class(where: str, found: str | None, expected: Collection[str]) -> None:
@@ -108,7 +107,7 @@ def _open_weights(source: str | pathlib.Path, name: str) -> tuple[Mapping[str, n
   # Whole, else in shards; full precision, else half.
   stem = f"{name}/{STEMS[name]}"
   names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
-  files = weights.find_files(source, names)
+  files = sources.find_files(source, names)
   if not files:
     raise UserError(
       f"{source}/{names[0]} does not exist; a model with .bin files has to be saved again by "
@@ -197,7 +196,7 @@ def _read_directory(
   if named := index.get("scheduler"):
     scheduler_config.check_class(named[-1], f"{source}/{INDEX}")
   tokenizers = tuple(
-    weights.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
+    sources.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
   )
   opened = {name: _open_weights(source, name) for name in modules}
   return single_file.Contents(

@@ -24,8 +24,7 @@ import transformers
 from rlft.models import architectures, clip, scheduler_config
 from rlft.models import config as config_lib
 from rlft.models import shapes as shapes_lib
-from rlft.models.files import arrays, hub, original_layout, original_shapes, torch_layout
-from rlft.models.files import sources as weights
+from rlft.models.files import arrays, hub, original_layout, original_shapes, sources, torch_layout
 from rlft.models.files.original_layout import UNET, VAE
 from rlft.types import UserError
 
@@ -167,7 +166,7 @@ def _recognise(source: Source) -> tuple[Mapping[str, np.ndarray], tuple[str, ...
     UserError: it is another model, or has no tokenizer.
   """
   file = source.file
-  state = weights.open_weights(file, key="state_dict")
+  state = sources.open_weights(file, key="state_dict")
 
   def has(prefix: str) -> bool:
     return any(name.startswith(prefix) for name in state)
@@ -249,7 +248,7 @@ def _open_tokenizer(
   source: Source, config: clip.CLIPTextConfig, prefix: str
 ) -> transformers.CLIPTokenizer:
   """CLIP's tokenizer, padding as the text encoder of that prefix was trained."""
-  tokenizer = weights.open_tokenizer(source.tokenizer)
+  tokenizer = sources.open_tokenizer(source.tokenizer)
   if len(tokenizer) != config.vocab_size:
     raise UserError(
       f"tokenizer={source.tokenizer} has {len(tokenizer)} tokens, but {source.file} embeds"

@@ -16,8 +16,7 @@ import requests
 import safetensors.numpy
 import torch_files
 
-from rlft.models.files import arrays, torch_layout
-from rlft.models.files import sources as weights
+from rlft.models.files import arrays, sources, torch_layout
 from rlft.types import UserError
 
 ARRAYS = {
@@ -65,34 +64,34 @@ def write_shards(directory, name, index=None):
 def test_one_file(tmp_path, suffix):
   path = tmp_path / f"a{suffix}"
   write(path, ARRAYS)
-  assert_same(weights.open_weights(path))
-  assert_same(weights.open_weights(str(path), key="state_dict"))
+  assert_same(sources.open_weights(path))
+  assert_same(sources.open_weights(str(path), key="state_dict"))
 
 
-@pytest.mark.parametrize("name", weights.WEIGHTS)
+@pytest.mark.parametrize("name", sources.WEIGHTS)
 def test_a_directory(tmp_path, name):
   write(tmp_path / name, ARRAYS)
-  assert_same(weights.open_weights(tmp_path))
+  assert_same(sources.open_weights(tmp_path))
 
 
 def test_safetensors_before_pickles(tmp_path):
   write(tmp_path / "pytorch_model.bin", {"other": np.zeros(1, np.float32)})
   write(tmp_path / "model.safetensors", ARRAYS)
-  assert_same(weights.open_weights(tmp_path))
-  one_line(weights.open_weights, tmp_path, names=("x.pt", "y.pt"), match="none of x.pt, y.pt; name")
+  assert_same(sources.open_weights(tmp_path))
+  one_line(sources.open_weights, tmp_path, names=("x.pt", "y.pt"), match="none of x.pt, y.pt; name")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_shards(tmp_path, name):
   second = write_shards(tmp_path, name)
-  assert_same(weights.open_weights(tmp_path))
+  assert_same(sources.open_weights(tmp_path))
   second.unlink()
-  one_line(weights.open_weights, tmp_path, match=f"{second.name} does not exist, but the index")
+  one_line(sources.open_weights, tmp_path, match=f"{second.name} does not exist, but the index")
 
 
 def test_shards_in_half_precision(tmp_path):
   write_shards(tmp_path, "a.safetensors", "a.safetensors.index.fp16.json")
-  assert_same(weights.open_weights(tmp_path, names=("a.safetensors", "a.fp16.safetensors")))
+  assert_same(sources.open_weights(tmp_path, names=("a.safetensors", "a.fp16.safetensors")))
 
 
 @pytest.mark.parametrize(
@@ -100,26 +99,26 @@ def test_shards_in_half_precision(tmp_path):
 )
 def test_a_wrong_index(tmp_path, index):
   (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-  one_line(weights.open_weights, tmp_path, match="no 'weight_map' of file names")
+  one_line(sources.open_weights, tmp_path, match="no 'weight_map' of file names")
 
 
 def test_bfloat16(tmp_path):
   state = {"a": np.array([1.5, -2.0], ml_dtypes.bfloat16)}
   for name in ("a.safetensors", "a.pt"):
     write(tmp_path / name, state)
-    assert_same(weights.open_weights(tmp_path / name), state)
+    assert_same(sources.open_weights(tmp_path / name), state)
 
 
 def test_a_dict_around_the_arrays(tmp_path):
   path = tmp_path / "a.pt"
   torch_files.save(path, {f"module.{name}": array for name, array in ARRAYS.items()}, "state_dict")
-  state = weights.open_weights(path, key="state_dict")
+  state = sources.open_weights(path, key="state_dict")
   assert_same(arrays.strip_prefix(state, "module."))
   assert arrays.strip_prefix(ARRAYS, "module.") is ARRAYS
-  one_line(weights.open_weights, path, match="'epoch' is int, expected a dict of arrays; save")
-  one_line(weights.open_weights, path, key="model", match="with the entry 'model'; save")
+  one_line(sources.open_weights, path, match="'epoch' is int, expected a dict of arrays; save")
+  one_line(sources.open_weights, path, key="model", match="with the entry 'model'; save")
   torch_files.write_zip(path, torch_files.code([1]))
-  one_line(weights.open_weights, path, match="holds list, expected a dict of arrays")
+  one_line(sources.open_weights, path, match="holds list, expected a dict of arrays")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_a_dict_around_the_arrays(tmp_path):
 )
 def test_files_that_are_not_what_they_say(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
-  one_line(weights.open_weights, tmp_path / name, match=message)
+  one_line(sources.open_weights, tmp_path / name, match=message)
 
 
 def test_truncated_files(tmp_path):
@@ -148,38 +147,38 @@ def test_truncated_files(tmp_path):
     path = tmp_path / name
     write(path, ARRAYS)
     path.write_bytes(path.read_bytes()[:-10])
-    one_line(weights.open_weights, path, match="cannot be read|truncated")
+    one_line(sources.open_weights, path, match="cannot be read|truncated")
 
 
 def test_sources_that_are_nowhere(tmp_path):
   for source in ("weights/a.pt", str(tmp_path / "a"), "a", "", "org/name/more"):
-    one_line(weights.open_weights, source, match="does not exist; give a file, a directory|none of")
-  one_line(weights.open_weights, "org/name", match=r"needs a revision.*org/name@<commit hash>")
-  one_line(weights.read_config, "org/name", match="needs a revision")
+    one_line(sources.open_weights, source, match="does not exist; give a file, a directory|none of")
+  one_line(sources.open_weights, "org/name", match=r"needs a revision.*org/name@<commit hash>")
+  one_line(sources.read_config, "org/name", match="needs a revision")
 
 
 def test_configs_and_other_files(tmp_path):
   write(tmp_path / "a.pt", ARRAYS)
-  one_line(weights.read_config, tmp_path / "a.pt", match="no config.json in it or beside it")
+  one_line(sources.read_config, tmp_path / "a.pt", match="no config.json in it or beside it")
   (tmp_path / "config.json").write_text('{"a": 1}')
-  assert weights.read_config(tmp_path) == weights.read_config(tmp_path / "a.pt") == {"a": 1}
-  assert weights.find_file(tmp_path, "vocab.txt") is None
+  assert sources.read_config(tmp_path) == sources.read_config(tmp_path / "a.pt") == {"a": 1}
+  assert sources.find_file(tmp_path, "vocab.txt") is None
   (tmp_path / "config.json").write_text("{")
-  one_line(weights.read_config, tmp_path, match="cannot be read as JSON")
+  one_line(sources.read_config, tmp_path, match="cannot be read as JSON")
 
 
 def test_tokenizers(tmp_path):
-  one_line(weights.open_tokenizer, tmp_path, match="it needs vocab.json and merges.txt")
-  one_line(weights.open_tokenizer, "org/name", match="org/name: no CLIP tokenizer.*revision")
+  one_line(sources.open_tokenizer, tmp_path, match="it needs vocab.json and merges.txt")
+  one_line(sources.open_tokenizer, "org/name", match="org/name: no CLIP tokenizer.*revision")
   words = models_cases.tokenizer()
   words.save_pretrained(tmp_path)
   write(tmp_path / "a.pt", ARRAYS)
   for source in (tmp_path, tmp_path / "a.pt"):
-    found = weights.open_tokenizer(source)
+    found = sources.open_tokenizer(source)
     assert found("two cats").input_ids == words("two cats").input_ids
     assert found.model_max_length == 16
   (tmp_path / "merges.txt").unlink()
-  one_line(weights.open_tokenizer, tmp_path, match="it needs vocab.json and merges.txt")
+  one_line(sources.open_tokenizer, tmp_path, match="it needs vocab.json and merges.txt")
 
 
 class Hub:
@@ -219,13 +218,13 @@ SOURCE = f"org/name@{COMMIT}"
 
 def test_a_hub(hub, tmp_path):
   write(tmp_path / "pytorch_model.bin", ARRAYS)
-  assert_same(weights.open_weights(SOURCE))
+  assert_same(sources.open_weights(SOURCE))
   (tmp_path / "sub").mkdir()
   write(tmp_path / "sub" / "head.pt", {"a": np.ones(2, np.float32)})
-  assert_same(weights.open_weights(f"{SOURCE}/sub/head.pt"), {"a": np.ones(2, np.float32)})
+  assert_same(sources.open_weights(f"{SOURCE}/sub/head.pt"), {"a": np.ones(2, np.float32)})
   hub.asked.clear()
   write_shards(tmp_path, "model.safetensors")
-  assert_same(weights.open_weights(SOURCE))
+  assert_same(sources.open_weights(SOURCE))
   assert hub.asked == [
     "model.safetensors",
     "model.safetensors.index.json",
@@ -235,13 +234,13 @@ def test_a_hub(hub, tmp_path):
 
 
 def test_other_files_of_a_hub(hub, tmp_path):
-  one_line(weights.read_config, SOURCE, match="no config.json")
+  one_line(sources.read_config, SOURCE, match="no config.json")
   (tmp_path / "sub").mkdir()
   (tmp_path / "sub" / "config.json").write_text('{"a": 1}')
-  assert weights.read_config(f"{SOURCE}/sub/head.pt") == {"a": 1}
-  one_line(weights.open_tokenizer, SOURCE, match="it needs vocab.json and merges.txt")
+  assert sources.read_config(f"{SOURCE}/sub/head.pt") == {"a": 1}
+  one_line(sources.open_tokenizer, SOURCE, match="it needs vocab.json and merges.txt")
   models_cases.tokenizer().save_pretrained(tmp_path)
-  assert weights.open_tokenizer(SOURCE).model_max_length == 16
+  assert sources.open_tokenizer(SOURCE).model_max_length == 16
 
 
 def test_a_file_on_disk_wins(hub, tmp_path, monkeypatch):
@@ -249,7 +248,7 @@ def test_a_file_on_disk_wins(hub, tmp_path, monkeypatch):
   directory = tmp_path / "org" / f"name@{COMMIT}"
   directory.mkdir(parents=True)
   write(directory / "model.safetensors", ARRAYS)
-  assert_same(weights.open_weights(SOURCE))
+  assert_same(sources.open_weights(SOURCE))
   assert hub.asked == []
 
 
@@ -268,21 +267,21 @@ def test_a_file_on_disk_wins(hub, tmp_path, monkeypatch):
 )
 def test_a_hub_that_does_not_answer(hub, error, message):
   hub.error = failure(error)
-  for function in (weights.open_weights, weights.read_config):
+  for function in (sources.open_weights, sources.read_config):
     one_line(function, SOURCE, match=f"org/name@{COMMIT}.*{message}")
 
 
 def test_a_hub_without_what_is_asked_for(hub, tmp_path):
-  one_line(weights.open_weights, SOURCE, match=f"none of model.safetensors.*{COMMIT}/<file>")
-  one_line(weights.open_weights, f"{SOURCE}/a.pt", match="has no file 'a.pt'; correct the name")
+  one_line(sources.open_weights, SOURCE, match=f"none of model.safetensors.*{COMMIT}/<file>")
+  one_line(sources.open_weights, f"{SOURCE}/a.pt", match="has no file 'a.pt'; correct the name")
   write_shards(tmp_path, "model.safetensors").unlink()
-  one_line(weights.open_weights, SOURCE, match="no file 'model-00002-of-00002.safetensors'")
+  one_line(sources.open_weights, SOURCE, match="no file 'model-00002-of-00002.safetensors'")
 
 
 def test_what_the_cache_knows_to_be_missing_is_missing_offline(hub):
   hub.error = failure(errors.LocalEntryNotFoundError)
   hub.cached = huggingface_hub._CACHED_NO_EXIST
-  assert weights.find_file(SOURCE, "tokenizer_config.json") is None
+  assert sources.find_file(SOURCE, "tokenizer_config.json") is None
 
 
 class Linear(nn.Module):
@@ -364,5 +363,5 @@ def test_types_that_numpy_does_not_have(tmp_path):
   header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
   path = pathlib.Path(tmp_path, "a.safetensors")
   path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-  state = weights.open_weights(path)
+  state = sources.open_weights(path)
   one_line(lambda: state["a"], match="a has type F8_E4M3; quantised weights are not supported")

@@ -11,8 +11,7 @@ import train_cases
 from rlft.config import fields
 from rlft.config.settings import Config, TaskConfig
 from rlft.parallel import sharding
-from rlft.performance.compile import ahead as compile_lib
-from rlft.performance.compile import communication, hlo, targets
+from rlft.performance.compile import ahead, communication, hlo, targets
 from rlft.performance.compile.abstract_run import AbstractRun
 from rlft.performance.compile.ahead import CompileConfig
 from rlft.types import UserError
@@ -118,7 +117,7 @@ def test_an_update_gathers_parameters_and_scatters_gradients_and_nothing_else(
   run, target, little_optimisation
 ):
   (call,) = (call for call in run.calls() if call.name == "update")
-  found = compile_lib.compile_program(call, target)
+  found = ahead.compile_program(call, target)
   size = sum(x.size * 4 for x in jax.tree.leaves(run.state.params))
   assert communication.surprises(found.collectives, call.theory, size) == ()
   # Nearly all parameters are spread over four devices: the theory is about something.
@@ -131,7 +130,7 @@ def test_other_programs_gather_what_they_use(run, target, little_optimisation, n
   config = fields.replace(CONFIG, pretrain_weight=0.1, pretrain_batch_size=8)
   run = AbstractRun.of(config, target.mesh, run.model)
   call = next(call for call in run.calls() if call.name == name)
-  found = compile_lib.compile_program(call, target).collectives
+  found = ahead.compile_program(call, target).collectives
   assert found["all-gather"][1] == pytest.approx(call.theory["all-gather"], rel=0.01)
   size = sum(x.size * 4 for x in jax.tree.leaves(run.state.params))
   assert communication.surprises(found, call.theory, size) == ()
@@ -201,14 +200,14 @@ def settings(tmp_path, **changes):
 
 
 def test_a_command_given_again_compiles_nothing(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(compile_lib, "open_model", lambda *_: train_cases.tiny_model(channels=32))
+  monkeypatch.setattr(ahead, "open_model", lambda *_: train_cases.tiny_model(channels=32))
   output = tmp_path / "found.json"
   chosen = settings(tmp_path, programs="average", json=str(output))
   with train_cases.compilations() as names:
-    compile_lib.compile_run(CONFIG, chosen)
+    ahead.compile_run(CONFIG, chosen)
     table = capsys.readouterr().out
     assert names.count("jit(average)") == 1
-    compile_lib.compile_run(CONFIG, chosen)
+    ahead.compile_run(CONFIG, chosen)
     assert names.count("jit(average)") == 1
   assert capsys.readouterr().out == table
   assert "| average | 1 |" in table and "sd2-base on cpu:8: 8 devices, 2 x 4" in table
@@ -223,9 +222,9 @@ def test_what_does_not_fit_is_an_error_after_the_table(tmp_path, monkeypatch, ca
 
   targets_open = targets.open_target
   monkeypatch.setattr(targets, "open_target", small)
-  monkeypatch.setattr(compile_lib, "open_model", lambda *_: train_cases.tiny_model())
+  monkeypatch.setattr(ahead, "open_model", lambda *_: train_cases.tiny_model())
   with pytest.raises(UserError, match="average does not fit cpu:8.*lower --microbatch"):
-    compile_lib.compile_run(CONFIG, settings(tmp_path, programs="average"))
+    ahead.compile_run(CONFIG, settings(tmp_path, programs="average"))
   assert "**does not fit**" in capsys.readouterr().out
 
 
@@ -244,13 +243,13 @@ def test_what_does_not_fit_is_an_error_after_the_table(tmp_path, monkeypatch, ca
 )
 def test_mistakes(tmp_path, changes, config, words):
   with pytest.raises(UserError, match=words):
-    compile_lib.compile_run(fields.replace(CONFIG, **config), settings(tmp_path, **changes))
+    ahead.compile_run(fields.replace(CONFIG, **config), settings(tmp_path, **changes))
 
 
 def test_an_unknown_program_is_named(tmp_path, monkeypatch):
-  monkeypatch.setattr(compile_lib, "open_model", lambda *_: train_cases.tiny_model())
+  monkeypatch.setattr(ahead, "open_model", lambda *_: train_cases.tiny_model())
   with pytest.raises(UserError, match="--programs=updte: this run has none; did you mean update"):
-    compile_lib.compile_run(CONFIG, settings(tmp_path, programs="updte"))
+    ahead.compile_run(CONFIG, settings(tmp_path, programs="updte"))
 
 
 def test_tpus_need_their_compiler(monkeypatch):
