@@ -1,6 +1,6 @@
 """The rewards of small OWL-ViT and OWLv2 detectors, in Flax and in PyTorch.
 
-Writes what `test_rewards_owlvit` compares with where PyTorch is not installed:
+Writes what `rewards/test_owlvit.py` compares with where PyTorch is not installed:
 
     python tests/owlvit_reward_cases.py     (needs torch)
 """

@@ -1,4 +1,4 @@
-"""Sampling: the policy's invariants; whole runs are in test_models_end_to_end."""
+"""Sampling: the policy's invariants; whole runs are in models/test_end_to_end.py."""
 
 from flax import linen as nn
 import jax

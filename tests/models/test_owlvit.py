@@ -1,4 +1,4 @@
-"""OWL-ViT and OWLv2 against transformers; the published layouts are in test_models_clip."""
+"""OWL-ViT and OWLv2 against transformers; the published layouts are in test_clip.py."""
 
 import dataclasses
 import functools

@@ -125,7 +125,7 @@ def test_maps_are_computed_once_for_several_texts(case):
 
 
 def test_prepared_text_gives_the_same_result():
-  # In this one, two attentions of a block are to the text; others are in test_models_end_to_end.
+  # In this one, two attentions of a block are to the text; others are in test_end_to_end.py.
   module = models_cases.MODULES["unet_odd"]
   params = models_cases.random_params(module, seed=1)
   latents, timesteps, conditioning = models_cases.unet_inputs("unet_odd")

