@@ -44,16 +44,6 @@ def test_an_algorithm_without_a_ratio():
   assert not {"ratio/max_abs_deviation", "clip_fraction", "approx_kl", "loss"} & got.keys()
 
 
-def test_figures_of_updates():
-  updates = [
-    {"ratio/max_abs_deviation": jnp.float32(0.0), "grad_norm": jnp.float32(1.0)},
-    {"ratio/max_abs_deviation": jnp.float32(0.5), "grad_norm": jnp.float32(2.0)},
-  ]
-  # Only before the first update must the ratio be 1.
-  expected = {"ratio/max_abs_deviation/a": 0.0, "grad_norm/a": 1.5}
-  assert iteration.of_updates("a", updates) == expected
-
-
 def test_figures_of_scores():
   scored = Scored(
     scores=Scores(jnp.array([1.0, 3.0, jnp.nan, 2.0])),

@@ -65,6 +65,7 @@ def test_the_reward_is_minus_the_parity_of_any_classifier():
   images = np.zeros((2, 4, 5, 5, 3), np.float32)
   images[0, range(4), :, :, [0, 0, 0, 1]] = 1  # 3, 1, 0
   images[1, range(3), :, :, [0, 1, 2]] = 1  # 1, 1, 1 and one with nothing in it
-  scores = jax.jit(reward.score)(reward.params, images, None)
+  scored = jax.jit(reward.score)(reward.params, images, None)
   expected = -math.sqrt((3 / 4 - 1 / 3) ** 2 + (1 / 4 - 1 / 3) ** 2 + 1 / 9)
-  np.testing.assert_allclose(scores, [expected, 0], atol=1e-6)
+  np.testing.assert_allclose(scored.values, [expected, 0], atol=1e-6)
+  np.testing.assert_array_equal(scored.found, [[1, 1, 1, 1], [1, 1, 1, 0]])
