@@ -3,13 +3,18 @@
 import dataclasses
 import pathlib
 import re
+import urllib.parse
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from rlft.types import UserError
 
-_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+)(/(?P<file>.+))?)?")
+# The hub's own references, such as those of pull requests, have slashes.
+_REFERENCE = re.compile(r"refs/[\w.-]+/[\w.-]+")
+_ID = re.compile(
+  rf"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>{_REFERENCE.pattern}|[\w.%-]+)(/(?P<file>.+))?)?"
+)
 
 
 class UnreachableError(UserError):
@@ -17,9 +22,19 @@ class UnreachableError(UserError):
 
 
 def parse(source: str) -> "Repository | None":
-  """'org/name', 'org/name@revision' or 'org/name@revision/file'; None if it is none of these."""
-  match = _ID.fullmatch(source)
-  return Repository(match["repo"], match["revision"], match["file"]) if match else None
+  """'org/name', 'org/name@revision' or 'org/name@revision/file'; None if it is none of these.
+
+  A revision may be 'refs/pr/11'; any other slash in it is written %2F, as in the hub's addresses.
+  """
+  if (match := _ID.fullmatch(source)) is None:
+    return None
+  revision = match["revision"] and urllib.parse.unquote(match["revision"])
+  return Repository(match["repo"], revision, match["file"])
+
+
+def offline() -> bool:
+  """Whether the user wants no hub to be asked (HF_HUB_OFFLINE): then the cache is all there is."""
+  return constants.HF_HUB_OFFLINE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +46,9 @@ class Repository:
   file: str | None
 
   def __str__(self) -> str:
-    return f"{self.repo}@{self.revision}"
+    if self.revision is None or _REFERENCE.fullmatch(self.revision):
+      return "@".join(filter(None, (self.repo, self.revision)))
+    return f"{self.repo}@{urllib.parse.quote(self.revision, safe='')}"
 
   def fetch(self, name: str) -> pathlib.Path | None:
     """Downloads a file, or takes it from the cache; None if the repository has none so called.
@@ -44,6 +61,7 @@ class Repository:
       return pathlib.Path(huggingface_hub.hf_hub_download(self.repo, name, revision=self.revision))
     except errors.LocalEntryNotFoundError as error:
       cached = huggingface_hub.try_to_load_from_cache(self.repo, name, revision=self.revision)
+      # Its documentation has callers compare with this name, underscore and all.
       if cached is huggingface_hub._CACHED_NO_EXIST:
         return None  # The hub said so when it was last asked.
       raise UnreachableError(
@@ -66,8 +84,9 @@ class Repository:
         f"{self}: the hub has no repository {self.repo!r} (or it is private); correct the name, "
         "or log in with 'hf auth login'"
       ) from error
-    except (errors.HfHubHTTPError, ValueError, OSError) as error:
-      cause = " ".join(str(error).split())[:200]
+    # Errors of the transport come through, too: of requests, httpx or httpx2, by the hub's release.
+    except Exception as error:
+      cause = " ".join(str(error).split())[:200] or type(error).__name__
       raise UserError(
         f"{self}: {name} cannot be downloaded ({cause}); try again, or give a directory"
       ) from error
