@@ -12,16 +12,14 @@ import functools
 import json
 import pathlib
 import re
-import tempfile
 from typing import Any
 
 import jax
 import models_cases
 import numpy as np
 import towers_cases
-import transformers
 
-from rlft.models import blip, image_reward
+from rlft.models import blip, image_reward, tokens
 from rlft.models.files import torch_layout
 from rlft.rewards import image_reward as image_reward_reward
 from rlft.types import Reward
@@ -98,13 +96,10 @@ def write_vocabulary(path: pathlib.Path) -> None:
   path.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
 
 
-@functools.cache
-def tokenizer() -> transformers.BertTokenizer:
-  """A real BERT tokenizer with `VOCABULARY`."""
-  with tempfile.TemporaryDirectory() as directory:
-    path = pathlib.Path(directory, "vocab.txt")
-    write_vocabulary(path)
-    return image_reward_reward.open_vocabulary(str(path), vocab_size=len(VOCABULARY))
+def tokenizer(name: str = "small") -> tokens.Tokenizer:
+  """A BERT tokenizer with `VOCABULARY`, of as many tokens as `MODULES[name]` takes."""
+  vocabulary = {token: id for id, token in enumerate(VOCABULARY)}
+  return tokens.bert(vocabulary, length=MODULES[name].config.text_length)
 
 
 def images(case: str) -> np.ndarray:
@@ -115,7 +110,7 @@ def images(case: str) -> np.ndarray:
 
 def reward(name: str) -> Reward:
   """The reward of `MODULES[name]`."""
-  return image_reward_reward.preference_reward(name, MODULES[name], params(name), tokenizer())
+  return image_reward_reward.preference_reward(name, MODULES[name], params(name), tokenizer(name))
 
 
 @functools.cache
@@ -178,6 +173,7 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 def torch_models(config: image_reward.ImageRewardConfig) -> dict[str, Any]:
   """The PyTorch networks, by the prefix of their published names; weights at random."""
   import torch
+  import transformers
 
   vision, text = dataclasses.asdict(config.vision), dataclasses.asdict(config.text)
   # As a decoder it has layers that look at the image; it is not run as one.
@@ -228,16 +224,10 @@ def torch_outputs(case: str) -> dict[str, np.ndarray]:
   y = y[:, :, top : top + size, left : left + size]
   mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
   y = (y - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-  words = tokenizer()(
-    list(PROMPTS),
-    padding="max_length",
-    truncation=True,
-    max_length=config.text_length,
-    return_tensors="pt",
-  )
+  words = image_reward_reward.tokenize(tokenizer(name), PROMPTS)
   states = text(
-    input_ids=words.input_ids,
-    attention_mask=words.attention_mask,
+    input_ids=torch.from_numpy(words["ids"]).long(),
+    attention_mask=torch.from_numpy(words["mask"]),
     encoder_hidden_states=vision(y).last_hidden_state,
     is_decoder=False,
   ).last_hidden_state

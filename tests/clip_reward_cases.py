@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch_files
 
 from rlft.models import clip
-from rlft.models.files import clip_weights, torch_layout
+from rlft.models.files import clip_weights, torch_layout, vocabulary
 from rlft.models.shapes import param_shapes
 
 NUMBERS = models_cases.FIXTURES / "clip_rewards.npz"
@@ -44,9 +44,9 @@ CONFIG = clip.CLIPConfig(
     num_attention_heads=4,
     max_position_embeddings=LENGTH,
     hidden_act="gelu",
-    pad_token_id=WORDS.pad_token_id,
-    bos_token_id=WORDS.bos_token_id,
-    eos_token_id=WORDS.eos_token_id,
+    pad_token_id=WORDS.pad_id,
+    bos_token_id=WORDS.begin_id,
+    eos_token_id=WORDS.end_id,
     projection_dim=FEATURES,
   ),
   clip.CLIPVisionConfig(
@@ -144,7 +144,7 @@ def write(directory: pathlib.Path) -> None:
   config = dataclasses.asdict(CONFIG) | {"model_type": "clip"}
   (directory / "hf" / "config.json").write_text(json.dumps(config))
   safetensors.numpy.save_file(hf_state(), directory / "hf" / "model.safetensors")
-  WORDS.save_pretrained(str(directory / "hf"))
+  vocabulary.write_clip(directory / "hf", WORDS)
   (directory / "hps" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
   state = {f"module.{name}": array for name, array in to_open_clip(hf_state()).items()}
   torch_files.save(directory / "hps" / "HPS_v2.1_compressed.pt", state, "state_dict")
@@ -226,7 +226,7 @@ def torch_scores(name: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
   ids = torch.tensor(given.input_ids)
   if hps:
     # open_clip puts 0 after the first end token.
-    ends = (ids == WORDS.eos_token_id).int().argmax(1, keepdim=True)
+    ends = (ids == WORDS.end_id).int().argmax(1, keepdim=True)
     ids = torch.where(torch.arange(LENGTH) > ends, 0, ids)
     image, text, _ = _towers("open_clip")(pixels, ids)
     scale = None

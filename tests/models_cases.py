@@ -6,18 +6,16 @@ seed through numpy's `RandomState`, whose stream never changes.
 
 import dataclasses
 import functools
-import json
 import pathlib
-import tempfile
 from typing import Any
 import zlib
 
 from flax import traverse_util
 import jax
 import numpy as np
-import transformers
 
 from rlft.models import architectures, clip, unet, vae
+from rlft.models import tokens as tokens_lib
 from rlft.models.files import torch_layout
 from rlft.models.shapes import param_shapes
 from rlft.models.stable_diffusion import StableDiffusion
@@ -224,6 +222,8 @@ def torch_class(module: Any) -> Any:
     return diffusers.UNet2DConditionModel(**config)
   if isinstance(module, vae.AutoencoderKL):
     return diffusers.AutoencoderKL(**config)
+  import transformers
+
   config = transformers.CLIPTextConfig(**config)
   if isinstance(module, clip.CLIPTextEncoderWithProjection):
     return transformers.CLIPTextModelWithProjection(config)
@@ -308,8 +308,8 @@ SCHEDULES = {
 }
 
 
-def tokenizer(**options: Any) -> transformers.CLIPTokenizer:
-  """A real CLIP tokenizer of 16 tokens a prompt that knows the words of `PROMPTS`."""
+def tokenizer(**options: Any) -> tokens_lib.Tokenizer:
+  """A CLIP tokenizer of 16 tokens a prompt that knows the words of `PROMPTS`."""
   letters = [chr(c) for c in range(33, 127)]
   tokens = [*letters, *(letter + "</w>" for letter in letters)]
   merges = []
@@ -321,11 +321,8 @@ def tokenizer(**options: Any) -> transformers.CLIPTokenizer:
         tokens.append(left + right)
       left += right
   tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-  with tempfile.TemporaryDirectory() as directory:
-    vocab, merge_file = pathlib.Path(directory, "vocab.json"), pathlib.Path(directory, "merges.txt")
-    vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    merge_file.write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-    return transformers.CLIPTokenizer(str(vocab), str(merge_file), model_max_length=16, **options)
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  return tokens_lib.clip(vocabulary, merges, length=16, **options)
 
 
 def tiny_pipeline(kind: str = "epsilon") -> StableDiffusion:
@@ -337,9 +334,9 @@ def tiny_pipeline(kind: str = "epsilon") -> StableDiffusion:
   encoder = dataclasses.replace(
     _CLIP,
     vocab_size=len(words[0]),
-    bos_token_id=words[0].bos_token_id,
-    eos_token_id=words[0].eos_token_id,
-    pad_token_id=words[0].pad_token_id,
+    bos_token_id=words[0].begin_id,
+    eos_token_id=words[0].end_id,
+    pad_token_id=words[0].pad_id,
   )
   denoiser = dataclasses.replace(_UNET_SD2, cross_attention_dim=32)
   if kind == "epsilon":
@@ -352,7 +349,7 @@ def tiny_pipeline(kind: str = "epsilon") -> StableDiffusion:
     "text_encoder": clip.CLIPTextEncoder(encoder),
   }
   if kind == "sdxl":
-    words = (*words, tokenizer(pad_token="!"))
+    words = (*words, tokenizer(pad="!"))
     modules["text_encoder_2"] = clip.CLIPTextEncoderWithProjection(
       dataclasses.replace(_CLIP_2, vocab_size=len(words[1]), eos_token_id=2)
     )

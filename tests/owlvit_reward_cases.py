@@ -13,9 +13,8 @@ import jax
 import models_cases
 import numpy as np
 import towers_cases
-import transformers
 
-from rlft.models import owlvit
+from rlft.models import owlvit, tokens
 from rlft.rewards import owlvit as owlvit_reward
 
 KINDS = ("owlvit", "owlv2")
@@ -27,9 +26,9 @@ NAMED = ({"objects": ["dog", "two cats"]}, {"objects": "dog"}, {"objects": ["cat
 
 
 @functools.cache
-def tokenizer() -> transformers.CLIPTokenizer:
-  """See `models_cases.tokenizer`."""
-  return models_cases.tokenizer()
+def tokenizer() -> tokens.Tokenizer:
+  """See `models_cases.tokenizer`; of 12 tokens."""
+  return dataclasses.replace(models_cases.tokenizer(), length=12)
 
 
 @functools.cache
@@ -37,7 +36,7 @@ def detector(kind: str) -> tuple[owlvit.OwlViT, Any]:
   """A detector for that tokenizer, and its parameters."""
   config = towers_cases.MODULES[kind].config
   text = dataclasses.replace(
-    config.text_config, vocab_size=len(tokenizer()), max_position_embeddings=12
+    config.text_config, vocab_size=len(tokenizer()), max_position_embeddings=tokenizer().length
   )
   vision = dataclasses.replace(config.vision_config, num_hidden_layers=1)
   module = owlvit.OwlViT(dataclasses.replace(config, text_config=text, vision_config=vision))
@@ -110,13 +109,8 @@ def torch_reward_outputs(kind: str, size: str) -> dict[str, np.ndarray]:
   scores = []
   for i, known in enumerate(NAMED):
     names = [known["objects"]] if isinstance(known["objects"], str) else known["objects"]
-    ids = tokenizer()(
-      [f"a photo of a {name}" for name in names],
-      padding="max_length",
-      truncation=True,
-      max_length=12,
-      return_tensors="pt",
-    )["input_ids"]
+    ids, _ = tokenizer()([f"a photo of a {name}" for name in names])
+    ids = torch.from_numpy(ids).long()
     logits = model(input_ids=ids, pixel_values=y[i : i + 1]).logits[0]
     scores.append(torch.sigmoid(logits).amax(0).mean())
   scores = torch.stack(scores)

@@ -5,6 +5,8 @@ steps and `GUIDANCE` from the same noise, prompts `PROMPTS`, no negative prompts
 """
 
 import functools
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import numpy as np
 
 from rlft.diffusion import rollout
 from rlft.diffusion.policy import make_policy
-from rlft.models import lora, stable_diffusion, text
+from rlft.models import lora, stable_diffusion, text, tokens
+from rlft.models.files import vocabulary
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Guidance
 
@@ -57,6 +60,15 @@ def flax_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
   return jax.tree.map(np.asarray, outputs)
 
 
+def torch_tokenizer(tokenizer: tokens.Tokenizer) -> Any:
+  """The same tokenizer of transformers."""
+  import transformers
+
+  with tempfile.TemporaryDirectory() as folder:
+    vocabulary.write_clip(pathlib.Path(folder), tokenizer)
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
 def torch_pipeline(model: StableDiffusion) -> Any:
   """diffusers' pipeline with the weights of `model`."""
   import diffusers
@@ -64,12 +76,12 @@ def torch_pipeline(model: StableDiffusion) -> Any:
   parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
   parts |= {f"text_encoder_{i}": m for i, m in enumerate(model.text_encoders[1:], start=2)}
   parts = {name: models_cases.torch_model(m, model.params[name]) for name, m in parts.items()}
-  parts["tokenizer"] = model.tokenizers[0]
+  parts["tokenizer"] = torch_tokenizer(model.tokenizers[0])
   parts["scheduler"] = diffusers.DDIMScheduler.from_config(dict(model.scheduler))
   if len(model.tokenizers) == 2:
     pipeline = diffusers.StableDiffusionXLPipeline(
       **parts,
-      tokenizer_2=model.tokenizers[1],
+      tokenizer_2=torch_tokenizer(model.tokenizers[1]),
       force_zeros_for_empty_prompt=model.zero_empty,
       add_watermarker=False,
     )
@@ -102,7 +114,7 @@ def torch_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
 
   def tokens(texts):
     each = [
-      tokenizer(list(texts), padding="max_length", return_tensors="np").input_ids
+      torch_tokenizer(tokenizer)(list(texts), padding="max_length", return_tensors="np").input_ids
       for tokenizer in model.tokenizers
     ]
     return np.stack(each, axis=1).astype(np.int32)

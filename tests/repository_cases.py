@@ -13,10 +13,9 @@ from typing import Any
 import models_cases
 import numpy as np
 import safetensors.numpy
-import transformers
 
-from rlft.models import clip, unet, vae
-from rlft.models.files import torch_layout
+from rlft.models import clip, tokens, unet, vae
+from rlft.models.files import torch_layout, vocabulary
 from rlft.models.stable_diffusion import StableDiffusion
 
 # A commit, as a hub's repository is pinned to.
@@ -213,10 +212,9 @@ _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
 
-def tokenizers(family: str) -> tuple[transformers.CLIPTokenizer, ...]:
+def tokenizers(family: str) -> tuple[tokens.Tokenizer, ...]:
   """Those of a family: the second of SDXL (and that of SD 2) pads with '!', whose id is 0."""
-  first, second = models_cases.tokenizer(), models_cases.tokenizer()
-  second.pad_token = "!"
+  first, second = models_cases.tokenizer(), models_cases.tokenizer(pad="!")
   if family == "sdxl":
     return first, second
   return (second,) if family.startswith("sd2") else (first,)
@@ -302,8 +300,13 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def write(root: pathlib.Path, family: str, layout: str = "full") -> StableDiffusion:
-  """Writes the repository of a family to the directory `root`, and returns what is in it."""
+def write(
+  root: pathlib.Path, family: str, layout: str = "full", *, today: bool = False
+) -> StableDiffusion:
+  """Writes the repository of a family to the directory `root`, and returns what is in it.
+
+  With `today`, tokenizers and text encoders are as transformers 5 saves them, else as published.
+  """
   model, files = tiny(family), FAMILIES[family]
   index = {**files.index, "scheduler": ["diffusers", files.scheduler["_class_name"]]}
   for name, config in files.configs.items():
@@ -315,6 +318,11 @@ def write(root: pathlib.Path, family: str, layout: str = "full") -> StableDiffus
       config = {**config, "vocab_size": len(model.tokenizers[0])}
       buffer = np.arange(config["max_position_embeddings"], dtype=np.int64)[None]
       state["text_model.embeddings.position_ids"] = buffer
+      if today:
+        config["dtype"] = config.pop("torch_dtype")
+        del state["text_model.embeddings.position_ids"]
+        if name == "text_encoder":
+          state = {key.removeprefix("text_model."): array for key, array in state.items()}
     (folder / "config.json").write_text(json.dumps(config))
     stem = _STEMS.get(name, "model")
     LAYOUTS[layout](folder, stem, state)
@@ -324,7 +332,9 @@ def write(root: pathlib.Path, family: str, layout: str = "full") -> StableDiffus
     library = "transformers" if is_text else "diffusers"
     index[name] = [library, _CLASSES.get(name) or config["architectures"][0]]
   for name, words in zip(("tokenizer", "tokenizer_2"), model.tokenizers, strict=False):
-    words.save_pretrained(root / name)
+    vocabulary.write_clip(root / name, words)
+    if today:
+      _modernise(root / name)
     index[name] = ["transformers", "CLIPTokenizer"]
   (root / "scheduler").mkdir()
   (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(files.scheduler))
@@ -338,7 +348,19 @@ def write(root: pathlib.Path, family: str, layout: str = "full") -> StableDiffus
   return model
 
 
-def in_cache(cache: pathlib.Path, family: str, layout: str) -> tuple[str, Any]:
+def _modernise(folder: pathlib.Path) -> None:
+  """Leaves of a tokenizer what transformers 5 writes."""
+  for name in ("vocab.json", "merges.txt"):
+    (folder / name).unlink()
+  file = folder / "tokenizer_config.json"
+  config = json.loads(file.read_text())
+  del config["added_tokens_decoder"]
+  file.write_text(json.dumps(config | {"backend": "tokenizers"}))
+
+
+def in_cache(
+  cache: pathlib.Path, family: str, layout: str, *, today: bool = False
+) -> tuple[str, Any]:
   """As `write`, as the cache of a hub's repository; returns what to load, and what is in it."""
   root = cache / "models--org--name" / "snapshots" / COMMIT
-  return f"org/name@{COMMIT}", write(root, family, layout)
+  return f"org/name@{COMMIT}", write(root, family, layout, today=today)

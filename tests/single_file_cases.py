@@ -93,7 +93,7 @@ def tiny(name: str) -> StableDiffusion:
   # Guidance multiplies what a random network predicts: smaller, so that values stay moderate.
   params["unet"]["conv_out"] = {k: 0.2 * v for k, v in params["unet"]["conv_out"].items()}
   ends = [prefix.endswith("transformer.") for prefix in TOWERS[name]]
-  words = tuple(models_cases.tokenizer(**({} if end else {"pad_token": "!"})) for end in ends)
+  words = tuple(models_cases.tokenizer(**({} if end else {"pad": "!"})) for end in ends)
   return dataclasses.replace(model, params=params, tokenizers=words)
 
 
@@ -276,7 +276,7 @@ def save_tokenizer(folder: pathlib.Path, tokens: int) -> None:
   words += [f"word{i}</w>" for i in range(tokens - len(words) - 2)]
   words += ["<|startoftext|>", "<|endoftext|>"]
   (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-  (folder / "merges.txt").write_text("#version: 0.2\n! !</w>\n")
+  (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def save_empty(file: pathlib.Path, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import models_cases
 import numpy as np
-import transformers
 
 from rlft.models import clip, owlvit
 from rlft.models.files import torch_layout
@@ -163,12 +162,14 @@ def flax_outputs_rounded(name: str) -> dict[str, np.ndarray]:
 
 
 def torch_class(module: Any) -> tuple[Any, Any]:
-  """transformers' config and model class; the model class is loaded only when asked for."""
+  """transformers' config and model class."""
+  import transformers
+
   kind = "clip" if isinstance(module, clip.CLIPModel) else module.config.model_type
   return {
-    "clip": (transformers.CLIPConfig, lambda: transformers.CLIPModel),
-    "owlvit": (transformers.OwlViTConfig, lambda: transformers.OwlViTForObjectDetection),
-    "owlv2": (transformers.Owlv2Config, lambda: transformers.Owlv2ForObjectDetection),
+    "clip": (transformers.CLIPConfig, transformers.CLIPModel),
+    "owlvit": (transformers.OwlViTConfig, transformers.OwlViTForObjectDetection),
+    "owlv2": (transformers.Owlv2Config, transformers.Owlv2ForObjectDetection),
   }[kind]
 
 
@@ -177,7 +178,7 @@ def torch_model(module: Any, tree: Any) -> Any:
   import torch
 
   config, model = torch_class(module)
-  model = model()(config(**dataclasses.asdict(module.config)))
+  model = model(config(**dataclasses.asdict(module.config)))
   state = {name: torch.from_numpy(array) for name, array in torch_layout.to_torch(tree).items()}
   model.load_state_dict(state, strict=True)
   return model.eval().requires_grad_(False)
@@ -208,31 +209,33 @@ def torch_outputs(name: str) -> dict[str, np.ndarray]:
   return {key: value.detach().numpy() for key, value in outputs.items()}
 
 
-# Full size: transformers' configs, as the published config.json files give them.
+# Full size: what the published config.json files say beside transformers' defaults.
 _H14 = {"hidden_act": "gelu", "projection_dim": 1024}
 FULL_SIZE = {
-  "clip_vit_b_32": transformers.CLIPConfig(),
-  "clip_vit_l_14": transformers.CLIPConfig(
-    projection_dim=768,
-    text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
-    vision_config={
+  "clip_vit_b_32": {"model_type": "clip"},
+  "clip_vit_l_14": {
+    "model_type": "clip",
+    "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    "vision_config": {
       "hidden_size": 1024,
       "intermediate_size": 4096,
       "num_hidden_layers": 24,
       "num_attention_heads": 16,
       "patch_size": 14,
     },
-  ),
-  "clip_vit_h_14": transformers.CLIPConfig(
-    projection_dim=1024,
-    text_config={
+  },
+  "clip_vit_h_14": {
+    "model_type": "clip",
+    "projection_dim": 1024,
+    "text_config": {
       **_H14,
       "hidden_size": 1024,
       "intermediate_size": 4096,
       "num_hidden_layers": 24,
       "num_attention_heads": 16,
     },
-    vision_config={
+    "vision_config": {
       **_H14,
       "hidden_size": 1280,
       "intermediate_size": 5120,
@@ -240,15 +243,18 @@ FULL_SIZE = {
       "num_attention_heads": 16,
       "patch_size": 14,
     },
-  ),
-  "owlvit_base_patch32": transformers.OwlViTConfig(),
-  "owlv2_base_patch16": transformers.Owlv2Config(vision_config={"image_size": 960}),
+  },
+  "owlvit_base_patch32": {"model_type": "owlvit"},
+  "owlv2_base_patch16": {
+    "model_type": "owlv2",
+    "vision_config": {"image_size": 960},
+  },
 }
 
 
 def full_size(name: str) -> Any:
   """The Flax module of `FULL_SIZE[name]`."""
-  data = FULL_SIZE[name].to_dict()
+  data = FULL_SIZE[name]
   if data["model_type"] == "clip":
     return clip.CLIPModel(clip.CLIPConfig.from_dict(data))
   return owlvit.OwlViT(owlvit.OwlViTConfig.from_dict(data))
@@ -267,9 +273,9 @@ def torch_tree(name: str) -> dict[str, tuple[int, ...]]:
   """The same of the PyTorch model, which is made without memory for its parameters."""
   import torch
 
-  _, model = torch_class(full_size(name))
+  config, model = torch_class(full_size(name))
   with torch.device("meta"):
-    return {k: tuple(v.shape) for k, v in model()(FULL_SIZE[name]).state_dict().items()}
+    return {k: tuple(v.shape) for k, v in model(config(**FULL_SIZE[name])).state_dict().items()}
 
 
 def stored(name: str) -> dict[str, np.ndarray]:

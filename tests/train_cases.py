@@ -115,9 +115,9 @@ def tiny_model(seed: int = 2, channels: int = 16) -> StableDiffusion:
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=16,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        bos_token_id=words.begin_id,
+        eos_token_id=words.end_id,
+        pad_token_id=words.pad_id,
       )
     ),
   }

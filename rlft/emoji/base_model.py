@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-import tempfile
 from typing import Any
 
 import jax
@@ -23,15 +22,13 @@ import numpy as np
 import optax
 import tokenizers
 import tqdm
-from transformers import CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from rlft.algorithms import losses
 from rlft.config.fields import option
 from rlft.diffusion import sampler
 from rlft.diffusion.policy import make_policy
 from rlft.emoji import world
-from rlft.models import lora, stable_diffusion
+from rlft.models import lora, stable_diffusion, tokens
 from rlft.models import text as text_lib
 from rlft.models.clip import CLIPTextConfig, CLIPTextEncoder
 from rlft.models.files import pretrained
@@ -89,8 +86,8 @@ class BaseModelConfig:
   checkpoint_every: int = option("steps between checkpoints and sample grids", 500, least=1)
 
 
-def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -> CLIPTokenizer:
-  """A real CLIPTokenizer (byte-level BPE with '</w>') whose merges come from `captions`."""
+def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -> tokens.Tokenizer:
+  """A CLIP tokenizer (byte-level BPE with '</w>') whose merges come from `captions`."""
   model = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
   model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   trainer = tokenizers.trainers.BpeTrainer(
@@ -98,18 +95,16 @@ def train_tokenizer(captions: Sequence[str], *, max_length: int = TEXT_LENGTH) -
   )
   model.train_from_iterator(captions, trainer)
   merges = json.loads(model.to_str())["model"]["merges"]
-  alphabet = list(bytes_to_unicode().values())
-  vocabulary = alphabet + [c + "</w>" for c in alphabet]
-  vocabulary += ["".join(pair) for pair in merges]
-  vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-  with tempfile.TemporaryDirectory() as folder:
-    vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-    vocab_file.write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    merges_file.write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    return CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=max_length)
+  # One letter for each byte: those that can be printed first, as in CLIP's vocabulary.
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  words = alphabet + [c + "</w>" for c in alphabet]
+  words += ["".join(pair) for pair in merges]
+  words += ["<|startoftext|>", "<|endoftext|>"]
+  vocabulary = {word: i for i, word in enumerate(words)}
+  return tokens.clip(vocabulary, [tuple(pair) for pair in merges], length=max_length)
 
 
-def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> StableDiffusion:
+def build(tokenizer: tokens.Tokenizer, *, scaling_factor: float = 1.0) -> StableDiffusion:
   """The modules of `emoji-sd`, without parameters."""
   text = CLIPTextConfig(
     vocab_size=len(tokenizer),
@@ -117,10 +112,10 @@ def build(tokenizer: CLIPTokenizer, *, scaling_factor: float = 1.0) -> StableDif
     intermediate_size=256,
     num_hidden_layers=2,
     num_attention_heads=4,
-    max_position_embeddings=tokenizer.model_max_length,
-    bos_token_id=tokenizer.bos_token_id,
-    eos_token_id=tokenizer.eos_token_id,
-    pad_token_id=tokenizer.pad_token_id,
+    max_position_embeddings=tokenizer.length,
+    bos_token_id=tokenizer.begin_id,
+    eos_token_id=tokenizer.end_id,
+    pad_token_id=tokenizer.pad_id,
   )
   vae = VAEConfig(
     block_out_channels=(24, 48, 64),

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from rlft.emoji import art, prompts, reward_training, scenes, world
 from rlft.models import clip, owlvit
-from rlft.models.files import sources, torch_layout
+from rlft.models.files import sources, torch_layout, vocabulary
 from rlft.models.files.pretrained import EMOJI_SD_PATH
 from rlft.models.shapes import param_shapes
 from rlft.rewards import preprocess
@@ -91,15 +91,9 @@ def save(directory: Path, params: Params) -> None:
 
 def query_ids(names: Sequence[str]) -> np.ndarray:
   """`[Q, 16]` int32 tokens of the queries for `names`."""
-  from transformers import CLIPTokenizer
-
-  tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
-  texts = [TEMPLATE.format(name) for name in names]
   # Padded by end tokens, as in training of CLIP: what follows the first one is never looked at.
-  found = tokenizer(
-    texts, padding="max_length", max_length=QUERY_LENGTH, truncation=True, return_tensors="np"
-  )
-  return found["input_ids"].astype(np.int32)
+  tokenizer = vocabulary.open_clip(TOKENIZER, CONFIG.text_config)
+  return tokenizer([TEMPLATE.format(name) for name in names])[0]
 
 
 # ---------------------------------------------------------------------------- training

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 
 from rlft.models import clip, diffusers_unet, tokens, unet, vae
 from rlft.models.shapes import Params
@@ -33,7 +32,7 @@ class StableDiffusion:
   unet: unet.UNet2DCondition | diffusers_unet.DiffusersUNet
   vae: vae.AutoencoderKL
   text_encoders: tuple[clip.CLIPTextEncoder | clip.CLIPTextEncoderWithProjection, ...]
-  tokenizers: tuple[transformers.CLIPTokenizer, ...]
+  tokenizers: tuple[tokens.Tokenizer, ...]
   scheduler: Mapping[str, Any]
   params: Params
   zero_empty: bool = False

@@ -9,16 +9,14 @@ Every score is made of the cosine of an image's and a text's features:
 They differ in the weights and in how an image becomes a square.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import transformers
 
-from rlft.models import clip
-from rlft.models.files import clip_weights, sources
+from rlft.models import clip, tokens
+from rlft.models.files import clip_weights, vocabulary
 from rlft.rewards import preprocess
 from rlft.types import JaxReward, UserError
 
@@ -46,7 +44,7 @@ def clip_score(
   Args:
     weights: a CLIP model as for `clip_weights.load`, e.g. openai/clip-vit-large-patch14 at a
       revision.
-    tokenizer: directory or hub id with vocab.json and merges.txt; default: that of `weights`.
+    tokenizer: directory or hub id of a CLIP tokenizer; default: that of `weights`.
     formula: 'hessel' gives 2.5 max(cos, 0), in [0, 2.5], of 'A photo depicts ' and the prompt; its
       paper uses ViT-B/32.
     dtype: type that the towers compute in.
@@ -55,7 +53,7 @@ def clip_score(
     UserError: the files are missing, or not those of a CLIP model.
   """
   module, params = clip_weights.load(weights, dtype=jnp.dtype(dtype))
-  words = sources.open_tokenizer(tokenizer or weights)
+  words = vocabulary.open_clip(tokenizer or weights, module.config.text_config)
   prefix, finish = (HESSEL_PREFIX, hessel) if formula == "hessel" else ("", plain)
   return clip_reward(
     "clip-score",
@@ -86,7 +84,7 @@ def pickscore(
     UserError: as `clip_score`.
   """
   module, params = clip_weights.load(weights, dtype=jnp.dtype(dtype))
-  words = sources.open_tokenizer(tokenizer or weights)
+  words = vocabulary.open_clip(tokenizer or weights, module.config.text_config)
 
   if divisor == 0:
     raise UserError("pickscore: divisor=0 gives no score: leave it out, or write 26")
@@ -130,7 +128,7 @@ def hpsv2(
     names=(_HPS_FILES[version],),
     default=clip_weights.VIT_H_14,
   )
-  words = sources.open_tokenizer(tokenizer)
+  words = vocabulary.open_clip(tokenizer, module.config.text_config)
   return clip_reward(
     "hpsv2", module, params, words, fit=preprocess.long_side_pad, finish=plain, pad_token_id=0
   )
@@ -152,7 +150,7 @@ def clip_reward(
   name: str,
   module: clip.CLIPModel,
   params: Any,
-  tokenizer: transformers.CLIPTokenizer,
+  tokenizer: tokens.Tokenizer,
   *,
   fit: Fit,
   finish: Callable[[jax.Array, Any], jax.Array],
@@ -169,19 +167,17 @@ def clip_reward(
     fit: how images become squares.
     finish: `(cosine [B], params) -> score [B]`.
     prefix: put before each prompt.
-    pad_token_id: see `token_ids`.
+    pad_token_id: what follows a text's end token, if not the tokenizer's padding: 0 in OpenAI's
+      CLIP and open_clip. It has no influence on the features.
 
   Raises:
     UserError: the tokenizer is of another model.
   """
-  config = module.config.text_config
-  check_tokenizer(tokenizer, config)
-  length = config.max_position_embeddings
+  check_tokenizer(tokenizer, module.config.text_config)
 
   def prepare(prompts, metadata):
     del metadata
-    texts = [prefix + prompt for prompt in prompts]
-    return token_ids(tokenizer, texts, length=length, pad_token_id=pad_token_id)
+    return tokenizer([prefix + prompt for prompt in prompts], pad_id=pad_token_id)[0]
 
   def score(params, images, ids):
     image = image_features(module, params, images, fit)
@@ -232,36 +228,9 @@ def torchvision_crop(images: jax.Array, size: int) -> jax.Array:
   return preprocess.short_side_crop(images, size, centre="round")
 
 
-def token_ids(
-  tokenizer: transformers.CLIPTokenizer,
-  texts: Sequence[str],
-  *,
-  length: int,
-  pad_token_id: int | None = None,
-) -> np.ndarray:
-  """Token ids of each text between the start and the end token.
-
-  Args:
-    tokenizer: CLIP's.
-    texts: B texts; longer ones are cut, the end token stays.
-    length: L.
-    pad_token_id: what follows the end token: 0 in OpenAI's CLIP and open_clip; `None` is the end
-      token, as in transformers. It has no influence on the features.
-
-  Returns:
-    `[B, L]` int32.
-  """
-  pad = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
-  ids = np.full((len(texts), length), pad, np.int32)
-  for row, text in zip(ids, texts, strict=True):
-    tokens = tokenizer(text, truncation=True, max_length=length)["input_ids"]
-    row[: len(tokens)] = tokens
-  return ids
-
-
-def check_tokenizer(tokenizer: transformers.CLIPTokenizer, config: clip.CLIPTextConfig) -> None:
+def check_tokenizer(tokenizer: tokens.Tokenizer, config: clip.CLIPTextConfig) -> None:
   """Raises `UserError` if the tokenizer's ids are not those of the text tower."""
-  size, end = len(tokenizer), tokenizer.eos_token_id
+  size, end = len(tokenizer), tokenizer.end_id
   # 2 in a config stands for the highest id.
   ends = (size - 1,) if config.eos_token_id in (None, 2) else (config.eos_token_id,)
   if size > config.vocab_size or end not in ends:

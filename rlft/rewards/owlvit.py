@@ -11,10 +11,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 
 from rlft.models import owlvit as owlvit_model
-from rlft.models.files import sources, torch_layout
+from rlft.models import tokens
+from rlft.models.files import sources, torch_layout, vocabulary
 from rlft.rewards import named, preprocess
 from rlft.types import JaxReward, UserError
 
@@ -36,7 +36,7 @@ def owlvit(
   Args:
     weights: a directory, file or hub id as for `open_weights`, in the format of transformers, with
       config.json; e.g. google/owlvit-base-patch32 at a revision.
-    tokenizer: directory or hub id with vocab.json and merges.txt; default: that of `weights`.
+    tokenizer: directory or hub id of a CLIP tokenizer; default: that of `weights`.
     template: the query; {} stands for the object's name.
     max_objects: the most objects that a prompt may name.
     dtype: type that the towers compute in.
@@ -66,7 +66,7 @@ def _from_files(
     raise UserError(f"{weights} is of {config.model_type}: use the reward {config.model_type!r}")
   module = owlvit_model.OwlViT(config, jnp.dtype(dtype))
   params = torch_layout.from_torch(module, sources.open_weights(weights), what=weights)
-  words = sources.open_tokenizer(tokenizer or weights)
+  words = vocabulary.open_clip(tokenizer or weights, config.text_config)
   return detector_reward(name, module, params, words, template=template, max_objects=max_objects)
 
 
@@ -74,7 +74,7 @@ def detector_reward(
   name: str,
   module: owlvit_model.OwlViT,
   params: Any,
-  tokenizer: transformers.PreTrainedTokenizerBase,
+  tokenizer: tokens.Tokenizer,
   *,
   template: str = TEMPLATE,
   max_objects: int = MAX_OBJECTS,
@@ -98,11 +98,10 @@ def detector_reward(
     raise UserError(f"template={template!r} has no place for the object: write {{}} where it goes")
   if max_objects < 1:
     raise UserError(f"max_objects={max_objects} must be at least 1")
-  length = module.config.text_config.max_position_embeddings
 
   def prepare(prompts, metadata):
     texts = queries(prompts, metadata, template=template, max_objects=max_objects)
-    return query_ids(tokenizer, texts, max_objects=max_objects, length=length)
+    return query_ids(tokenizer, texts, max_objects=max_objects)
 
   def score(params, images, ids):
     return score_images(module, params, images, ids)
@@ -135,28 +134,21 @@ def queries(
 
 
 def query_ids(
-  tokenizer: transformers.PreTrainedTokenizerBase,
-  texts: Sequence[Sequence[str]],
-  *,
-  max_objects: int,
-  length: int,
+  tokenizer: tokens.Tokenizer, texts: Sequence[Sequence[str]], *, max_objects: int
 ) -> np.ndarray:
   """Token ids of the queries.
 
   Args:
-    tokenizer: a CLIP tokenizer.
+    tokenizer: a CLIP tokenizer, of L tokens; longer texts are cut, the end token stays.
     texts: for each of B prompts, at most `max_objects` texts.
     max_objects: Q.
-    length: L; longer texts are cut, the end token stays.
 
   Returns:
     `[B, Q, L]` int32; 0 after a text's end token and wherever there is no text.
   """
-  ids = np.zeros((len(texts), max_objects, length), np.int32)
+  ids = np.zeros((len(texts), max_objects, tokenizer.length), np.int32)
   for row, group in zip(ids, texts, strict=True):
-    for place, text in zip(row, group, strict=False):
-      tokens = tokenizer(text, truncation=True, max_length=length)["input_ids"]
-      place[: len(tokens)] = tokens
+    row[: len(group)] = tokenizer(group, pad_id=0)[0]
   return ids
 
 

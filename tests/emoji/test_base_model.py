@@ -22,14 +22,14 @@ def tokenizer():
 def test_tokenizer_is_a_clip_tokenizer(tokenizer):
   ids, truncated = tokens.tokenize(tokenizer, ["a dog next to an owl", ""])
   assert ids.shape == (2, base_model.TEXT_LENGTH) and truncated == 0
-  begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-  assert tokenizer.convert_ids_to_tokens(ids[0, :8].tolist()) == [
+  begin, end = tokenizer.begin_id, tokenizer.end_id
+  assert [tokenizer.core.id_to_token(id) for id in ids[0, :8]] == [
     "<|startoftext|>", "a</w>", "dog</w>", "next</w>", "to</w>", "an</w>", "owl</w>",
     "<|endoftext|>",
   ]  # fmt: skip
   assert list(ids[1]) == [begin] + [end] * (base_model.TEXT_LENGTH - 1)
   # A word that no caption has falls apart into bytes, and comes back whole.
-  assert tokenizer.decode(tokenizer("zebra é")["input_ids"], skip_special_tokens=True) == "zebra é"
+  assert tokenizer.core.decode(tokenizer.encode("zebra é")) == "zebra</w>é</w>"
 
 
 def test_every_prompt_of_the_world_fits(tokenizer):

@@ -5,21 +5,18 @@ import logging
 
 import numpy as np
 import pytest
+import tokens_cases as cases
 
-from rlft.models import tokens
+from rlft.models import clip, tokens
+from rlft.models.files import vocabulary
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-  """A CLIPTokenizer of letters with L = 8: start, six letters, end."""
-  from transformers import CLIPTokenizer
-
-  folder = tmp_path_factory.mktemp("tokenizer")
+def tokenizer():
+  """A CLIP tokenizer of letters with L = 8: start, six letters, end."""
   letters = "abcdefghijklmnopqrstuvwxyz"
   words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-  (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-  (folder / "merges.txt").write_text("#version: 0.2\n")
-  return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+  return tokens.clip({word: i for i, word in enumerate(words)}, [], length=8)
 
 
 def test_tokens_are_padded_and_cut_off(tokenizer, caplog):
@@ -50,3 +47,22 @@ def test_tokenizing_says_nothing_without_a_source(tokenizer, caplog):
   _, truncated = tokens.tokenize(tokenizer, ["abcdefgh"])
   assert truncated == 1
   assert not caplog.messages
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip_bang", "bert"])
+def test_ids_are_those_of_transformers_5(kind):
+  config = clip.CLIPTextConfig(vocab_size=813, max_position_embeddings=77)
+  if kind == "bert":
+    words = tokens.bert({word: id for id, word in enumerate(cases.BERT)}, length=77)
+  else:
+    words = vocabulary.open_clip(cases.CLIP, config)
+  if kind == "clip_bang":
+    words.core.add_special_tokens(["!"])
+  expected = json.loads(cases.TOKENS.read_text())[kind]
+  for text, ids in zip(cases.TEXTS, expected, strict=True):
+    assert words.encode(text) == ids, text
+
+
+def test_transformers_still_makes_these_ids():
+  pytest.importorskip("transformers", minversion="5")
+  assert cases.theirs() == json.loads(cases.TOKENS.read_text())

@@ -100,18 +100,6 @@ def test_half_precision_towers_and_the_divisor(files, flax_scores):
   assert 1e-4 < np.abs(scores - exact).max() < 0.05
 
 
-def test_token_ids():
-  words = cases.WORDS
-  start, end = words.bos_token_id, words.eos_token_id
-  ids = clip_reward.token_ids(words, ["two cats", "dog " * 99, ""], length=6, pad_token_id=0)
-  two, cats, dog = (words(word).input_ids[1] for word in ("two", "cats", "dog"))
-  expected = [[start, two, cats, end, 0, 0], [start, *[dog] * 4, end], [start, end, 0, 0, 0, 0]]
-  np.testing.assert_array_equal(ids, expected)
-  assert ids.dtype == np.int32
-  ids = clip_reward.token_ids(words, ["two cats"], length=6)
-  np.testing.assert_array_equal(ids, [[start, two, cats, end, end, end]])
-
-
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -122,7 +110,7 @@ def test_token_ids():
 def test_the_tokenizer_of_another_model(change, message):
   config = dataclasses.replace(cases.CONFIG.text_config, **change)
   one_line(clip_reward.check_tokenizer, cases.WORDS, config, match=message)
-  for eos in (2, None, cases.WORDS.eos_token_id):
+  for eos in (2, None, cases.WORDS.end_id):
     config = dataclasses.replace(cases.CONFIG.text_config, eos_token_id=eos)
     clip_reward.check_tokenizer(cases.WORDS, config)
 

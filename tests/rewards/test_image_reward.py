@@ -42,7 +42,7 @@ def model(tmp_path):
 
 def test_words_become_pieces_by_hand():
   # The 10 places hold [CLS] two cat ##s play ##ing , in the [SEP]; the third text is empty.
-  found = image_reward.tokenize(blip_cases.tokenizer(), blip_cases.PROMPTS, length=10)
+  found = image_reward.tokenize(blip_cases.tokenizer(), blip_cases.PROMPTS)
   assert {key: array.dtype for key, array in found.items()} == {"ids": np.int32, "mask": np.int32}
   np.testing.assert_array_equal(
     found["ids"],
@@ -55,8 +55,8 @@ def test_words_become_pieces_by_hand():
   )
   np.testing.assert_array_equal(found["mask"].sum(axis=1), [4, 10, 2, 4])
   np.testing.assert_array_equal(found["mask"], np.sort(found["mask"], axis=1)[:, ::-1])
-  unknown = image_reward.tokenize(blip_cases.tokenizer(), ["A zebra"], length=4)
-  np.testing.assert_array_equal(unknown["ids"], [[2, 5, 1, 3]])
+  unknown = image_reward.tokenize(blip_cases.tokenizer(), ["A zebra"])
+  np.testing.assert_array_equal(unknown["ids"][0, :5], [2, 5, 1, 3, 0])
 
 
 def test_the_reward_from_files_scores_as_the_network_does(model):
@@ -97,7 +97,7 @@ def test_weights_config_and_vocabulary_may_be_named_one_by_one(model):
   elsewhere.mkdir()
   (model / "vocab.txt").rename(elsewhere / "words.txt")
   weights = str(model / "ImageReward.safetensors")
-  with pytest.raises(UserError, match="no vocab.txt in it or beside it; give .* tokenizer=<path>"):
+  with pytest.raises(UserError, match="no vocab.txt or tokenizer.json in it .* tokenizer=<path>"):
     image_reward.image_reward(weights)
   reward = image_reward.image_reward(weights, str(elsewhere / "words.txt"), "bfloat16")
   assert reward.prepare(["a dog"], [{}])["ids"].tolist() == [[2, 5, 6, 3, 0, 0, 0, 0, 0, 0]]
@@ -135,10 +135,11 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(model, lines, message):
 def test_a_vocabulary_may_hold_any_character_and_may_not_be_binary(tmp_path):
   path = tmp_path / "vocab.txt"
   path.write_text("\n".join([*blip_cases.VOCABULARY, "\u2028", "\x85"]), encoding="utf-8")
-  assert len(image_reward.open_vocabulary(str(path), vocab_size=20).vocab) == 20
+  config = blip_cases.MODULES["small"].config
+  assert len(image_reward.open_tokenizer(str(path), config)) == 20
   path.write_bytes(b"\xff\xfe\x00")
   with pytest.raises(UserError, match="cannot be read"):
-    image_reward.open_vocabulary(str(path), vocab_size=20)
+    image_reward.open_tokenizer(str(path), config)
 
 
 def test_weights_that_lack_something_are_refused_by_its_name(model):

@@ -13,7 +13,7 @@ import safetensors.numpy
 import towers_cases
 
 from rlft import catalog
-from rlft.models.files import torch_layout
+from rlft.models.files import torch_layout, vocabulary
 from rlft.rewards import named, owlvit
 from rlft.types import UserError
 
@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     )
     config = json.dumps(dataclasses.asdict(module.config))
     (root / kind / "config.json").write_text(config, encoding="utf-8")
-  cases.tokenizer().save_pretrained(str(root / "owlvit"))
+  vocabulary.write_clip(root / "owlvit", cases.tokenizer())
   return root
 
 
@@ -78,8 +78,8 @@ def test_queries_are_tokens_of_the_template_padded_to_one_shape():
     ["", "", ""], [{"objects": np.array(["dog", "two cats"])}, {}, {"objects": "dog"}]
   )
   assert ids.shape == (3, 2, 12) and ids.dtype == np.int32
-  dog = words("a dog")["input_ids"]
-  assert dog[0] == words.bos_token_id and dog[-1] == words.eos_token_id == ids.max()
+  dog = words.encode("a dog")
+  assert dog[0] == words.begin_id and dog[-1] == words.end_id == ids.max()
   np.testing.assert_array_equal(ids[0, 0], dog + [0] * (12 - len(dog)))
   np.testing.assert_array_equal(ids[2], [ids[0, 0], [0] * 12])
   assert not ids[1].any()
@@ -88,7 +88,7 @@ def test_queries_are_tokens_of_the_template_padded_to_one_shape():
 def test_long_names_are_cut_and_keep_the_end_token():
   reward = cases.reward("owlvit")
   ids = reward.prepare(["", ""], [{"objects": "xyzxyzxyzxyzxyz"}, {"objects": []}])
-  assert ids[0, 0, -1] == cases.tokenizer().eos_token_id
+  assert ids[0, 0, -1] == cases.tokenizer().end_id
 
 
 def test_weights_are_read_from_files_and_nothing_named_is_nan(files):

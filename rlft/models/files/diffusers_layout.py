@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.numpy
 
-from rlft.models.files import torch_layout
+from rlft.models.files import torch_layout, vocabulary
 from rlft.models.scheduler_config import SchedulerConfig
 from rlft.models.stable_diffusion import StableDiffusion
 
@@ -82,6 +82,6 @@ def write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
     index[name] = ["transformers" if name in names else "diffusers", CLASSES[name]]
   for name, tokenizer in zip(names, model.tokenizers, strict=True):
     name = name.replace("text_encoder", "tokenizer")
-    tokenizer.save_pretrained(str(root / name))
+    vocabulary.write_clip(root / name, tokenizer)
     index[name] = ["transformers", "CLIPTokenizer"]
   _write_json(root / INDEX, index)

@@ -4,7 +4,7 @@
     unet/          config.json  diffusion_pytorch_model.safetensors
     vae/           config.json  diffusion_pytorch_model.safetensors
     text_encoder/  config.json  model.safetensors
-    tokenizer/     vocab.json  merges.txt  tokenizer_config.json  special_tokens_map.json
+    tokenizer/     tokenizer.json, or vocab.json and merges.txt  tokenizer_config.json
     scheduler/     scheduler_config.json
 
 and, for SDXL, `text_encoder_2/` and `tokenizer_2/`. Weights may be in shards with an index, and in
@@ -27,7 +27,15 @@ import safetensors.numpy
 
 from rlft.models import clip, diffusers_unet, scheduler_config, stable_diffusion, unet, vae
 from rlft.models import config as config_lib
-from rlft.models.files import arrays, diffusers_layout, hub, single_file, sources, streaming
+from rlft.models.files import (
+  arrays,
+  diffusers_layout,
+  hub,
+  single_file,
+  sources,
+  streaming,
+  vocabulary,
+)
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
 from rlft.models.shapes import Params
 from rlft.models.stable_diffusion import StableDiffusion
@@ -113,7 +121,18 @@ def _open_weights(source: str | pathlib.Path, name: str) -> tuple[Mapping[str, n
       f"{source}/{names[0]} does not exist; a model with .bin files has to be saved again by "
       "diffusers with safe_serialization=True"
     )
-  return arrays.read_files(files), str(files[0] if len(files) == 1 else f"{source}/{name}")
+  state = arrays.read_files(files)
+  if name.startswith("text_encoder"):
+    state = _with_tower(state)
+  return state, str(files[0] if len(files) == 1 else f"{source}/{name}")
+
+
+def _with_tower(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """The arrays of a text encoder with the first part of their names, which transformers 5 drops."""
+  tower = "text_model."
+  if any(name.startswith(tower) for name in state):
+    return state
+  return arrays.Pieces(state, {f"{tower}{name}": arrays.Piece(name) for name in state})
 
 
 def load(
@@ -196,7 +215,10 @@ def _read_directory(
   if named := index.get("scheduler"):
     scheduler_config.check_class(named[-1], f"{source}/{INDEX}")
   tokenizers = tuple(
-    sources.open_tokenizer(source, name.replace("text_encoder", "tokenizer")) for name in texts
+    vocabulary.open_clip(
+      source, modules[name].config, folder=name.replace("text_encoder", "tokenizer")
+    )
+    for name in texts
   )
   opened = {name: _open_weights(source, name) for name in modules}
   return single_file.Contents(

@@ -19,12 +19,19 @@ import urllib.parse
 
 from flax import traverse_util
 import numpy as np
-import transformers
 
-from rlft.models import architectures, clip, scheduler_config
+from rlft.models import architectures, clip, scheduler_config, tokens
 from rlft.models import config as config_lib
 from rlft.models import shapes as shapes_lib
-from rlft.models.files import arrays, hub, original_layout, original_shapes, sources, torch_layout
+from rlft.models.files import (
+  arrays,
+  hub,
+  original_layout,
+  original_shapes,
+  sources,
+  torch_layout,
+  vocabulary,
+)
 from rlft.models.files.original_layout import UNET, VAE
 from rlft.types import UserError
 
@@ -62,7 +69,7 @@ class Source:
 
   Attributes:
     file: path of the weights, or 'org/name@revision/file' of a hub.
-    tokenizer: where CLIP's tokenizer is, as `sources.open_tokenizer` takes it; '' if not given.
+    tokenizer: where CLIP's tokenizer is, as `vocabulary.open_clip` takes it; '' if not given.
   """
 
   file: str
@@ -85,7 +92,7 @@ class Contents:
   modules: Mapping[str, shapes_lib.Module]
   states: Mapping[str, Mapping[str, np.ndarray]]
   what: Mapping[str, str]
-  tokenizers: tuple[transformers.CLIPTokenizer, ...]
+  tokenizers: tuple[tokens.Tokenizer, ...]
   scheduler: Mapping[str, Any]
   zero_empty: bool
 
@@ -244,21 +251,16 @@ def _predicts(
   )
 
 
-def _open_tokenizer(
-  source: Source, config: clip.CLIPTextConfig, prefix: str
-) -> transformers.CLIPTokenizer:
+def _open_tokenizer(source: Source, config: clip.CLIPTextConfig, prefix: str) -> tokens.Tokenizer:
   """CLIP's tokenizer, padding as the text encoder of that prefix was trained."""
-  tokenizer = sources.open_tokenizer(source.tokenizer)
+  # OpenCLIP pads with token 0, which is '!'.
+  pad = tokens.CLIP_END if original_layout.pads_with_end(prefix) else "!"
+  tokenizer = vocabulary.open_clip(source.tokenizer, config, pad=pad)
   if len(tokenizer) != config.vocab_size:
     raise UserError(
       f"tokenizer={source.tokenizer} has {len(tokenizer)} tokens, but {source.file} embeds"
       f" {config.vocab_size}: give the tokenizer of that model"
     )
-  # OpenCLIP pads with token 0, which is '!'.
-  end = original_layout.pads_with_end(prefix)
-  pad = tokenizer.eos_token if end else "!"
-  tokenizer.add_special_tokens({"pad_token": pad})
-  tokenizer.model_max_length = config.max_position_embeddings
   return tokenizer
 
 

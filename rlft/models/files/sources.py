@@ -8,7 +8,8 @@ A source is written as one string:
     org/name@revision/file.pt                        one of its files
 
 What exists on disk wins. A hub's repository needs a revision, because its files may change: a
-commit hash is for ever, a branch or a tag is not. Nothing in a file is executed.
+commit hash is for ever, a branch or a tag is not. It may be a pull request's (`refs/pr/11`); in a
+branch's name a slash is written `%2F`. Nothing in a file is executed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import transformers
 
 from rlft.models.files import arrays, hub
 from rlft.types import UserError
@@ -29,9 +29,9 @@ WEIGHTS = (
   "open_clip_model.safetensors",
   "pytorch_model.bin",
   "open_clip_pytorch_model.bin",
+  "model.fp16.safetensors",
 )
 CONFIG = "config.json"
-_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # Before the suffix of files in half precision.
 _HALF = ".fp16"
 
@@ -85,33 +85,6 @@ def find_file(source: str | os.PathLike[str], name: str) -> pathlib.Path | None:
   repository = _hub(str(source))
   folder = (repository.file or "").rpartition("/")[0]
   return repository.fetch(f"{folder}/{name}" if folder else name)
-
-
-def open_tokenizer(source: str | os.PathLike[str], folder: str = "") -> transformers.CLIPTokenizer:
-  """The CLIP tokenizer of a source: vocab.json and merges.txt, in it or beside the file.
-
-  Args:
-    source: a directory, a repository, or a file beside which they are.
-    folder: where in the source they are.
-
-  Raises:
-    UserError: there is none.
-  """
-  try:
-    # The others are optional; on a hub all have to be in the cache before they are read.
-    vocabulary, merges, *_ = [
-      find_file(source, str(pathlib.PurePath(folder, name))) for name in _TOKENIZER
-    ]
-    if vocabulary is None or merges is None:
-      raise OSError("there is none")
-    return transformers.CLIPTokenizer.from_pretrained(str(vocabulary.parent), local_files_only=True)
-  except (OSError, TypeError, ValueError, UserError) as error:
-    first_line = str(error).splitlines()[0]
-    where = f"{source}{f': {folder}' if folder else ''}"
-    raise UserError(
-      f"{where}: no CLIP tokenizer can be read from it ({first_line}); "
-      "it needs vocab.json and merges.txt"
-    ) from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

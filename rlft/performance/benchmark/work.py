@@ -152,9 +152,11 @@ def make_model(size: Size, root: pathlib.Path) -> StableDiffusion:
   if size.architecture is None:
     return pretrained.load(pretrained.EMOJI_SD)
   model = architectures.build(size.architecture())
-  tokenizers = pretrained.load(pretrained.EMOJI_SD).tokenizers * len(model.text_encoders)
-  for tokenizer in tokenizers:
-    tokenizer.model_max_length = model.text_encoders[0].config.max_position_embeddings
+  (tokenizer,) = pretrained.load(pretrained.EMOJI_SD).tokenizers
+  tokenizer = dataclasses.replace(
+    tokenizer, length=model.text_encoders[0].config.max_position_embeddings
+  )
+  tokenizers = (tokenizer,) * len(model.text_encoders)
   params = {
     name: architectures.random_params(shapes, seed)
     for seed, (name, shapes) in enumerate(model.params.items())

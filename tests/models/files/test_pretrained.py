@@ -213,7 +213,6 @@ def test_options_stand_in_the_place_of_the_schedulers_own(copy):
     ("model_index.json", "has no model_index.json"),
     ("vae/config.json", "vae/config.json does not exist"),
     (VAE_FILE, "safe_serialization=True"),
-    ("tokenizer/merges.txt", "no CLIP tokenizer"),
     ("tokenizer", "no CLIP tokenizer"),
     ("scheduler/scheduler_config.json", "scheduler_config.json does not exist"),
   ],

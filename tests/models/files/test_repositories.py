@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import huggingface_hub
+from huggingface_hub import constants
 import jax
 import numpy as np
 import pytest
@@ -31,28 +31,30 @@ def assert_same(found, expected, layout):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """The cache of a hub that cannot be reached."""
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   return tmp_path
 
 
 @pytest.mark.parametrize(
-  ("family", "layout"),
+  ("family", "layout", "today"),
   [
-    ("sd1.5", "full"),
-    ("sd2", "half shards"),
-    ("sd2.1", "old half shards"),
-    ("sdxl", "shards"),
+    ("sd1.5", "full", False),
+    ("sd2", "half shards", True),
+    ("sd2.1", "old half shards", False),
+    ("sdxl", "shards", True),
   ],
 )
-def test_a_published_model(tmp_path, family, layout):
-  expected = cases.write(tmp_path / "model", family, layout)
+def test_a_published_model(tmp_path, family, layout, today):
+  expected = cases.write(tmp_path / "model", family, layout, today=today)
   assert_same(pretrained.load(tmp_path / "model"), expected, layout)
 
 
-@pytest.mark.parametrize(("family", "layout"), [("sd1.5", "half"), ("sdxl", "half shards")])
-def test_a_model_of_a_hub(cache, family, layout):
-  source, expected = cases.in_cache(cache, family, layout)
+@pytest.mark.parametrize(
+  ("family", "layout", "today"), [("sd1.5", "half", True), ("sdxl", "half shards", False)]
+)
+def test_a_model_of_a_hub(cache, family, layout, today):
+  source, expected = cases.in_cache(cache, family, layout, today=today)
   assert_same(pretrained.load(source), expected, layout)
 
 
@@ -89,8 +91,8 @@ def test_tokens_are_padded_as_each_tokenizer_does():
   first, second = cases.tokenizers("sdxl")
   # Begin, two words, end, padding.
   np.testing.assert_array_equal(ids[0, :, :4], ids[0, :1, :4].repeat(2, axis=0))
-  assert set(ids[0, 0, 4:]) == {first.eos_token_id}
-  assert set(ids[0, 1, 4:]) == {0} and second.convert_tokens_to_ids("!") == 0
+  assert set(ids[0, 0, 4:]) == {first.end_id}
+  assert set(ids[0, 1, 4:]) == {0} and second.pad_id == 0
 
 
 def test_the_empty_prompt_of_sdxl(tmp_path):
