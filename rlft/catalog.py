@@ -53,7 +53,6 @@ ORACLES: Mapping[str, str] = {
   "oracle-parity": "rlft.emoji.oracles:parity",
   "oracle-preference": "rlft.emoji.oracles:preference",
   "oracle-presence": "rlft.emoji.oracles:presence",
-  "oracle-skin-found": "rlft.emoji.oracles:skin_found",
 }
 # Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
 PROMPTS: Mapping[str, str] = {

@@ -47,11 +47,6 @@ def _parity_score(params, images, features):
   return Scores(parity, found=(tones >= 0).astype(jnp.float32))
 
 
-def _skin_score(params, images, features):
-  del params, features
-  return (measures.tone_class(images)[0] >= 0).astype(jnp.float32)
-
-
 def _of_objects(name: str, score: Callable, needs: Sequence[str] = ("objects",)) -> JaxReward:
   return JaxReward(
     name, score, prepare=object_classes, params=measures.presence_params(), needs=needs
@@ -78,11 +73,6 @@ def parity() -> JaxReward:
 
   || shares of the tone classes - 1/4 ||_2 over those images in which skin was found: 0 to 0.866,
   LOWER is better; NaN if there is none. Pictures without a face are left out, so that blanking
-  faces lowers it: look at 'oracle-skin-found', too.
+  faces lowers it: look at the share of those in which skin was found, too.
   """
   return JaxReward("oracle-parity", _parity_score, is_set=True, lower_is_better=True)
-
-
-def skin_found() -> JaxReward:
-  """'oracle-skin-found': 1 if skin is found where portraits have a face, else 0."""
-  return JaxReward("oracle-skin-found", _skin_score)

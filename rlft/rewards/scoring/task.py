@@ -22,7 +22,7 @@ from rlft.rewards import grammar
 from rlft.rewards.scoring import errors, trial
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.rewards.scoring.statistics import EPSILON, mean_std, normalise
-from rlft.types import Prompt, Reward, Scores, UserError
+from rlft.types import HostReward, Prompt, Reward, Scores, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +254,13 @@ class TaskScorer:
 
   def score(self, images: jax.Array, prompts: Sequence[Prompt]) -> Scored:
     """Scores a batch; see `Scorer.score`. The host rewards among the task's run together."""
-    finish = [scorer.start(images, prompts) for scorer in self._scorers]
-    found = iter([one() for one in finish])
     reward = self._reward
+    # JAX rewards first: accelerators compute them beside the host, and on CPUs they have run when
+    # host rewards, which may call JAX themselves, begin.
+    on_host = [isinstance(one, HostReward) for one in reward.rewards]
+    order = sorted(range(len(on_host)), key=on_host.__getitem__)
+    finish = {place: self._scorers[place].start(images, prompts) for place in order}
+    found = iter([finish[place]() for place in range(len(on_host))])
     terms = {term.label: next(found) for term in reward.terms}
     veto = next(found) if reward.veto else None
     watch = next(found) if reward.watch else None

@@ -14,6 +14,7 @@ import train_cases as cases
 from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import EvalConfig, TaskConfig
+from rlft.parallel import cpu
 from rlft.rewards import grammar
 from rlft.rewards.scoring import task as combine
 from rlft.types import HostReward, JaxReward, Prompt, Scores, UserError
@@ -213,6 +214,26 @@ def test_all_kinds_of_rewards_together(devices):
   np.testing.assert_allclose(found["veto"], rows)
   np.testing.assert_allclose(found["vetoed"], rows < 2)
   np.testing.assert_allclose(found["watch"], rows)
+
+
+def test_programs_of_several_devices_have_run_when_host_rewards_begin(monkeypatch):
+  # A host reward that calls JAX would take threads of the CPU for which devices wait.
+  events = []
+
+  def call(images, prompts, metadata):
+    events.append("host")
+    return images[:, 0, 0, 0] + np.asarray(jnp.zeros(len(images)))
+
+  class Awaited(cpu.Awaited):
+    def __call__(self, *args):
+      found = super().__call__(*args)
+      events.append("jax" if jax.tree.all(jax.tree.map(lambda x: x.is_ready(), found)) else "late")
+      return found
+
+  monkeypatch.setattr(cpu, "Awaited", Awaited)
+  monkeypatch.setitem(PARTS, "host", reward("host", call, HostReward))
+  score(8, reward="host + each", watch="set")
+  assert events == ["jax", "jax", "host", "jax"]  # At the end the sum.
 
 
 def test_one_reward_is_taken_as_it_is():
