@@ -138,13 +138,14 @@ def _report(run: Run) -> None:
   if history:
     before, after = history[0][1], history[-1][1]
     results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config))
-    print(summary.table(before, after))
   judges = [judge for task in run.tasks if (judge := task.scorer.judge)]
   written = page.write_report(
     run.workdir,
     command=shlex.join(["python", *sys.argv]),
     lower_is_better=[judge.name for judge in judges if judge.lower_is_better],
   )
+  if history:
+    print(summary.table(before, after))
   print(f"report: {written}")
 
 

@@ -170,7 +170,7 @@ class Progress:
       return
     width = len(str(self._total))
     where = f"iteration {self._done - 1:{width}}, {self._done:{width}}/{self._total} done"
-    self._print("  ".join([where, *parts]))
+    self.say("  ".join([where, *parts]))
 
   def _left(self) -> str:
     """The time left. The first iteration of a process compiles, and so says nothing about it."""
@@ -181,11 +181,15 @@ class Progress:
     return _clock((now - self._first_end) / timed * (self._total - self._done))
 
   def say(self, message: str) -> None:
-    """Prints a line without tearing the bar."""
-    if self._bar is not None:
-      self._bar.write(message, file=self._stream)
-    else:
-      self._print(message)
+    """Prints a line without tearing the bar.
+
+    Nobody may be there to read it: a run whose terminal was closed still saves its state.
+    """
+    with contextlib.suppress(OSError):
+      if self._bar is not None:
+        self._bar.write(message, file=self._stream)
+      else:
+        print(message, file=self._stream, flush=True)
 
   def close(self) -> None:
     """Leaves the bar as it stands."""
@@ -197,9 +201,6 @@ class Progress:
 
   def __exit__(self, *exception: object) -> None:
     self.close()
-
-  def _print(self, line: str) -> None:
-    print(line, file=self._stream, flush=True)
 
 
 def _reward_text(name: str, values: Mapping[str, Any]) -> str:

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -191,6 +192,23 @@ def test_progress_says_what_is_wrong_with_a_reward():
   assert (
     "a not scored  b 0.5 (judge not scored, the same for all images)  c 0.5 (12% not scored)  "
   ) in stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_progress_goes_on_when_the_terminal_is_closed(kind):
+  class Closing(kind):
+    closed_by_user = False
+
+    def write(self, text):
+      if self.closed_by_user:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+      return super().write(text)
+
+  stream = Closing()
+  with metrics.Progress(2, stream=stream) as progress:
+    stream.closed_by_user = True
+    progress.update({"reward/a/mean": 0.5})
+    progress.say("stopped")
 
 
 def test_progress_on_a_terminal_is_a_bar():
