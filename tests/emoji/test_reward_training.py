@@ -161,10 +161,8 @@ def test_words_are_tokens_as_in_the_reward():
 
   texts = [p.text for p in prompts.prompts("preference", "test")[:50]]
   ids, mask = preference.tokenize(texts)
-  vocabulary = image_reward.open_vocabulary(
-    str(preference.DIRECTORY), vocab_size=len(preference.VOCABULARY)
-  )
-  found = image_reward.tokenize(vocabulary, texts, length=preference.TEXT_LENGTH)
+  tokenizer = image_reward.open_tokenizer(str(preference.DIRECTORY), preference.CONFIG)
+  found = image_reward.tokenize(tokenizer, texts)
   np.testing.assert_array_equal(found["ids"], ids)
   np.testing.assert_array_equal(found["mask"], mask)
   assert preference.VOCABULARY.index("[UNK]") not in ids
