@@ -321,7 +321,11 @@ def run(config: Config, *, devices: int = 1, calls: list[Call] | None = None) ->
     return dataclasses.replace(model, params=traverse_util.unflatten_dict(placed))
 
   def make_programs(config, algorithm, *args):
-    programs = _share("programs", config, lambda: _make_programs(config, algorithm, *args), devices)
+    # As `_share` says: who has no pretraining may be the first to make what others share.
+    made = config
+    if not config.pretraining.pretrain_weight:
+      made = fields.replace(config, pretrain_weight=PRETRAIN_WEIGHT)
+    programs = _share("programs", config, lambda: _make_programs(made, algorithm, *args), devices)
     # A copy of what is shared, with this run's own settings, which are in no program.
     learning = copy.copy(programs.learning)
     learning._settings = algorithm
