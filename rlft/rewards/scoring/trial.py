@@ -1,10 +1,8 @@
 """Calls each reward once, on images of noise, before anything large is compiled."""
 
-from collections.abc import Iterable, Iterator, Sequence
-import contextlib
+from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,29 +105,6 @@ def _call(
   images = np.random.default_rng(0).random(shape, np.float32)
   caller = HostCaller(reward, timeout_s=timeout_s, threads=1)
   try:
-    with _compiled() as programs:
-      caller.finish(caller.start(images, list(itertools.islice(itertools.cycle(prompts), count))))
+    caller.finish(caller.start(images, list(itertools.islice(itertools.cycle(prompts), count))))
   finally:
     caller.close()
-  if programs and jax.default_backend() == "cpu" and jax.local_device_count() > 1:
-    raise UserError(
-      f"reward {reward.name!r} calls JAX itself, while the CPU is split into"
-      f" {jax.local_device_count()} devices: their programs wait for each other in the threads that"
-      " it would take, and may do so for ever; give --cpu_devices=0, or make it a jax: reward"
-    )
-
-
-@contextlib.contextmanager
-def _compiled() -> Iterator[list[str]]:
-  """What JAX compiles in the block, in any thread."""
-  events: list[str] = []
-
-  def listen(event: str, *_: Any, **__: Any) -> None:
-    if event.startswith("/jax/core/compile/"):
-      events.append(event)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield events
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
