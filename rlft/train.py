@@ -28,8 +28,8 @@ from rlft.data.pairs import ImageError, pair_indices
 from rlft.diffusion.sampler import image_keys
 from rlft.evaluation import results, summary
 from rlft.parallel import cpu, sharding
+from rlft.report import hacking, page
 from rlft.report import iteration as iteration_metrics
-from rlft.report import page
 from rlft.report.metrics import MetricsWriter, Progress
 from rlft.rewards.scoring.errors import RewardError
 from rlft.run import checks
@@ -139,13 +139,14 @@ def _report(run: Run) -> None:
     before, after = history[0][1], history[-1][1]
     results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config))
   judges = [judge for task in run.tasks if (judge := task.scorer.judge)]
-  written = page.write_report(
-    run.workdir,
-    command=shlex.join(["python", *sys.argv]),
-    lower_is_better=[judge.name for judge in judges if judge.lower_is_better],
-  )
+  lower = [judge.name for judge in judges if judge.lower_is_better]
+  command = shlex.join(["python", *sys.argv])
+  written = page.write_report(run.workdir, command=command, lower_is_better=lower)
   if history:
     print(summary.table(before, after))
+  for call in hacking.of_run(run.workdir, stored.to_dict(run.config), lower_is_better=lower):
+    if call.found.hacked:
+      print(call.sentence)
   print(f"report: {written}")
 
 

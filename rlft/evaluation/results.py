@@ -65,6 +65,32 @@ class EvalResult:
     """How many digits after the point are shown."""
     return statistics.digits(self.spread)
 
+  def to_json(self) -> dict[str, Any]:
+    """The whole result for JSON, but for its name; `from_json` gives back every score exactly."""
+    # Nine digits say a float32 exactly.
+    return self.summary() | {"scores": [files.finite(f"{score:.9g}") for score in self.scores]}
+
+  @classmethod
+  def from_json(cls, name: str, content: Mapping[str, Any]) -> "EvalResult":
+    """The inverse of `to_json`.
+
+    Raises:
+      KeyError, TypeError, AttributeError: it is no result.
+    """
+    return cls(
+      name=name,
+      metric=content["metric"],
+      mean=_nan_if_none(content["mean"]),
+      low=_nan_if_none(content["low"]),
+      high=_nan_if_none(content["high"]),
+      images=content["images"],
+      prompts=content["prompts"],
+      scores=np.array([_nan_if_none(score) for score in content["scores"]], np.float32),
+      lower_is_better=content["lower_is_better"],
+      trained_on=content["trained_on"],
+      found=_nan_if_none(content.get("found")),
+    )
+
   def summary(self) -> dict[str, Any]:
     """The result without its scores, for JSON: NaN is None; `found` is there where it is known."""
     found = {} if np.isnan(self.found) else {"found": self.found}
@@ -88,7 +114,7 @@ class Difference:
 
   Attributes:
     mean: of the pairwise differences after - before; NaN if no pair was scored.
-    low, high: its 95 % bootstrap interval, over the pairs.
+    low, high: its bootstrap interval, over the pairs.
     relative: `mean` as a share of the size of the mean before; NaN if that is 0.
     verdict: 'better' or 'worse', 'no effect' or 'unclear'; see `statistics.verdict`.
   """
@@ -103,11 +129,18 @@ class Difference:
 History = Sequence[tuple[int, Mapping[str, EvalResult]]]
 
 
-def paired_difference(before: EvalResult, after: EvalResult) -> Difference:
+def paired_difference(
+  before: EvalResult, after: EvalResult, *, level: float = statistics.LEVEL
+) -> Difference:
   """The change of a metric, from its scores on the same prompts and seeds.
 
   Pairs of which one was not scored are left out, so `mean` need not be the difference of the
   means.
+
+  Args:
+    before: the metric, measured.
+    after: the same, measured later.
+    level: confidence of the interval in (0, 1).
 
   Raises:
     UserError: the two are not measured on as many images, or not with one metric.
@@ -120,7 +153,7 @@ def paired_difference(before: EvalResult, after: EvalResult) -> Difference:
     )
   pairs = after.scores.astype(np.float64) - before.scores.astype(np.float64)
   change = statistics.mean(pairs)
-  low, high = statistics.bootstrap_interval(pairs)
+  low, high = statistics.bootstrap_interval(pairs, level=level)
   compared = np.where(np.isnan(pairs), np.nan, before.scores)
   size = abs(statistics.mean(compared))
   return Difference(
@@ -153,11 +186,7 @@ def append_history(
   kept = files.keep_before(path, iteration)
   entry = {
     "iteration": iteration,
-    "results": {
-      # Nine digits give back a float32 exactly.
-      name: result.summary() | {"scores": [files.finite(f"{score:.9g}") for score in result.scores]}
-      for name, result in results.items()
-    },
+    "results": {name: result.to_json() for name, result in results.items()},
   }
   files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
 
@@ -186,20 +215,7 @@ def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, E
   for entry in files.read_jsonl(path):
     try:
       results = {
-        name: EvalResult(
-          name=name,
-          metric=result["metric"],
-          mean=_nan_if_none(result["mean"]),
-          low=_nan_if_none(result["low"]),
-          high=_nan_if_none(result["high"]),
-          images=result["images"],
-          prompts=result["prompts"],
-          scores=np.array([_nan_if_none(score) for score in result["scores"]], np.float32),
-          lower_is_better=result["lower_is_better"],
-          trained_on=result["trained_on"],
-          found=_nan_if_none(result.get("found")),
-        )
-        for name, result in entry["results"].items()
+        name: EvalResult.from_json(name, result) for name, result in entry["results"].items()
       }
       history.append((entry["iteration"], results))
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,8 +1,8 @@
 """Means with intervals that hold for other training seeds and other prompts.
 
-The scores of a method are a table `[S, P]`: a row for each training seed, a column for each held-out
-prompt. A prompt comes with its noise and is the same in all rows and in all tables, so seeds and
-prompts are crossed, and tables can be compared prompt by prompt.
+The scores of a method are a table `[S, P]`: a row for each training seed, a column for each
+held-out prompt. A prompt comes with its noise and is the same in all rows and in all tables, so
+seeds and prompts are crossed, and tables can be compared prompt by prompt.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlft.evaluation import results, statistics, summary
-from rlft.report import charts, metrics, samples
+from rlft.report import charts, hacking, metrics, samples
 from rlft.report.render import render
 from rlft.storage import files
 
@@ -79,6 +79,7 @@ def write_report(
     base=config.get("pretrained"),
     tasks=tasks,
     command=command,
+    calls=hacking.of_run(workdir, {**config, "task": tasks}, lower_is_better=lower_is_better),
     columns=[*ends, "change"] if len(ends) > 1 else ends,
     evaluations=_evaluations(history),
     found=any(not np.isnan(one.found) for _, found in history for one in found.values()),

@@ -193,6 +193,11 @@ def trained_on(tasks: Iterable[TaskConfig]) -> Callable[[str], bool]:
   return lambda name: _measured(name) in known
 
 
+def same(spec: str, other: str) -> bool:
+  """Whether two names are of one reward; it does not matter how credit is given within a set."""
+  return _measured(spec) == _measured(other)
+
+
 def _measured(spec: str) -> tuple[str, frozenset]:
   name, given = split(spec)
   return name, frozenset((key, value) for key, value in given.items() if key != "credit")

@@ -39,8 +39,8 @@ def test_one_seed_is_the_paired_bootstrap_over_prompts():
 
 def test_a_literal():
   # Means of prompts 2 and 3, of seeds 1.5 and 3.5: V = 0.5 / 2 + 2 / 2 = 1.25 and
-  # df = 1.25^2 / (0.25^2 + 1^2) = 1.4706. Seeds and prompts only add up here, so a resample is off by
-  # -1, 0, 0 or 1 (seeds) and by -0.5, 0, 0 or 0.5 (prompts): -1.5 in one case of 16, more than
+  # df = 1.25^2 / (0.25^2 + 1^2) = 1.4706. Seeds and prompts only add up here, so a resample is off
+  # by -1, 0, 0 or 1 (seeds) and by -0.5, 0, 0 or 0.5 (prompts): -1.5 in one case of 16, more than
   # 2.5 %, and its variance is 0.5 + 0.125.
   found = seeds.estimate(np.array([[1.0, 2], [3, 4]]))
   t = scipy.stats.t.ppf(0.975, 1.4706)

@@ -192,3 +192,33 @@ def test_a_run_in_which_nothing_could_be_scored(tmp_path):
   assert page.count("not scored") == 3 and "no clear change" not in page
   assert "a (held out" not in page and "b (held out" in page
   assert "nan" not in re.sub("<style>.*</style>", "", page, flags=re.S).lower()
+
+
+def test_a_hacked_run_is_called_hacked(tmp_path):
+  task = {"name": "liked", "prompts": "p", "reward": "r?credit=set", "watch": "oracle-preference"}
+  entry = {"prompts": "p.txt", "images": 20}
+  config = {
+    "task": [task],
+    "eval": [
+      {"name": "trained", "metric": "r", **entry},
+      {"name": "judged", "metric": "oracle-preference", **entry},
+    ],
+  }
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  for iteration, fall in ((0, 0.0), (10, 5.0)):
+    scores = {"trained": np.arange(20) + iteration, "judged": np.arange(20) - fall}
+    found = {name: result(name, of) for name, of in scores.items()}
+    results.append_history(tmp_path, iteration, found)
+  page = " ".join(report.write_report(tmp_path).read_text().split())
+  assert '<p class="hacked">liked: reward hacked: from iteration 0 to 10 the reward changed' in page
+  # With the judge on other prompts, only the curves could tell, and there are none.
+  config["eval"][1]["prompts"] = "other.txt"
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert "reward hacked" not in report.write_report(tmp_path).read_text()
+  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+    for i in range(12):
+      writer.write(i, {"reward/liked/mean": i + i % 2, "watch/liked/mean": i % 2 - i})
+  page = report.write_report(tmp_path).read_text()
+  assert '<p class="hacked">liked: reward hacked: from iteration 0 to 11' in page
+  page = report.write_report(tmp_path, lower_is_better=["oracle-preference"]).read_text()
+  assert '<p class="note">liked: not seen to be hacked' in page
