@@ -18,10 +18,7 @@ def replace_sampler(monkeypatch):
     def __init__(self, model, policy, *, batch_size):
       made.append((policy, batch_size))
 
-    def __call__(self, prompts, seed, *, progress):
-      return drawn(prompts, seed)
-
-    def batches(self, prompts, seed, *, progress):
+    def batches(self, prompts, seed, *, weights, progress):
       return [drawn(prompts, seed)]
 
   monkeypatch.setattr(draw, "Sampler", Sampler)

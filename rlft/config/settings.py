@@ -41,6 +41,13 @@ class EvalConfig:
   metric: str = option("a reward's name or an oracle's")
   images: int = option("images in all", 256, least=2)
   images_per_prompt: int = option("images drawn for each prompt", 1, least=1)
+  development: str = option(
+    "other prompts of the same kind, on which the base model's guidance is chosen when runs are"
+    " compared with it",
+    "",
+    free=True,
+  )
+  guard: bool = option("not to be improved, but not to become worse", False, free=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,13 +113,8 @@ def evaluate(
     UserError: no prompts, repeated names, sizes that do not divide, scores of the wrong shape.
   """
   _check(specs)
-  shared: dict[tuple[Any, ...], list[EvalSpec]] = {}
-  for spec in specs:
-    # Metadata may hold lists, which have no hash; their representation tells them apart as well.
-    key = (spec.images, spec.images_per_prompt, repr(_prompts_of(spec)))
-    shared.setdefault(key, []).append(spec)
   measured = {}
-  for group in shared.values():
+  for group in sharing(specs):
     first, prompts = group[0], _prompts_of(group[0])
     kept = dict.fromkeys(keep.choose(prompts) if keep else ())
     batches = _watched(sample(prompts, seed), kept)
@@ -129,6 +124,16 @@ def evaluate(
     if keep:
       keep.save(first.name, list(kept.values()), prompts)
   return {spec.name: measured[spec.name] for spec in specs}
+
+
+def sharing(specs: Sequence[EvalSpec]) -> list[list[EvalSpec]]:
+  """Groups of evaluations that share their images."""
+  shared: dict[tuple[Any, ...], list[EvalSpec]] = {}
+  for spec in specs:
+    # Metadata may hold lists, which have no hash; their representation tells them apart as well.
+    key = (spec.images, spec.images_per_prompt, repr(_prompts_of(spec)))
+    shared.setdefault(key, []).append(spec)
+  return list(shared.values())
 
 
 def _watched(

@@ -14,6 +14,8 @@ from rlft.config.settings import Config
 from rlft.diffusion.policy import make_policy
 from rlft.diffusion.sampler import Sampler
 from rlft.inference import load as finetuned
+from rlft.models import lora
+from rlft.parallel import sharding
 from rlft.storage import files
 from rlft.storage import images as images_lib
 from rlft.types import UserError
@@ -77,11 +79,16 @@ class Drawer:
     settings: what is used of seed, sampling_steps, guidance_scale and eta.
   """
 
-  def __init__(self, drawing: Drawing):
+  def __init__(self, drawing: Drawing, *, like: "Drawer | None" = None):
     """Loads the model.
 
+    Args:
+      drawing: which, and how it draws.
+      like: draws in the same way with another model of the same base, and so has the programs;
+        they are made if it is None.
+
     Raises:
-      UserError: it cannot be read, or cannot be sampled in this way.
+      UserError: the model cannot be read, or cannot be sampled in this way.
     """
     self.found = finetuned.load(
       drawing.model,
@@ -100,18 +107,23 @@ class Drawer:
     if not math.isfinite(policy["guidance_scale"]):
       raise UserError("--guidance_scale is not a finite number: give one, e.g. 7")
     self.settings = {"seed": setting("seed", "eval_seed"), **policy}
+    model, self._weights = self.found.model, None
+    if like is not None:
+      self._sampler = like._sampler
+      self._weights = lora.Weights(sharding.place(sharding.make_mesh(), model.params["unet"]))
+      return
     devices = jax.device_count()
     size = math.ceil(drawing.batch_size / devices) * devices
-    model = self.found.model
     self._sampler = Sampler(model, make_policy(model, **policy), batch_size=size)
 
   def __call__(self, texts: Sequence[str], *, progress: str) -> np.ndarray:
     """`[N, H, W, 3]` float32 in [0, 1]; image i depends on (seed, i, its prompt) alone."""
-    return self._sampler(texts, self.settings["seed"], progress=progress)
+    batches = self.batches(texts, seed=self.settings["seed"], progress=progress)
+    return np.concatenate(list(batches))
 
-  def batches(self, texts: Sequence[str], *, progress: str) -> Iterator[np.ndarray]:
-    """The same images, a batch at a time."""
-    return self._sampler.batches(texts, self.settings["seed"], progress=progress)
+  def batches(self, texts: Sequence[str], *, seed: int, progress: str) -> Iterator[np.ndarray]:
+    """The same images, by any seed, a batch at a time."""
+    return self._sampler.batches(texts, seed, weights=self._weights, progress=progress)
 
 
 def save_grid(

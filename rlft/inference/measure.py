@@ -12,6 +12,7 @@ from rlft.evaluation import evaluate as evaluate_lib
 from rlft.evaluation import metric as metric_lib
 from rlft.evaluation import summary
 from rlft.evaluation.evaluate import EvalSpec
+from rlft.evaluation.results import EvalResult
 from rlft.inference.draw import Drawer, Drawing, check_output
 from rlft.models import stable_diffusion
 from rlft.parallel import sharding
@@ -59,13 +60,8 @@ def measure(
     image_shape=(*stable_diffusion.image_size(draw.found.model), 3),
     timeout_s=scoring.reward_timeout_s,
   )
-  rows = sharding.batch(sharding.make_mesh())
-
-  def sample(prompts, seed):
-    return draw.batches([prompt.text for prompt in prompts], progress="evaluating")
-
-  with metric_lib.MetricScorer(rows=rows, scoring=scoring) as score:
-    measured = evaluate_lib.evaluate(specs, sample=sample, score=score, seed=draw.settings["seed"])
+  with scorer(scoring) as score:
+    measured = of_drawer(draw, specs, score=score, seed=draw.settings["seed"])
   if output:
     given = {name: getattr(drawing, name) for name in ("scheduler", "image_size")}
     content = {
@@ -75,6 +71,22 @@ def measure(
     }
     files.write_atomic(output, json.dumps(content, indent=2) + "\n")
   return summary.table(measured)
+
+
+def scorer(scoring: ScoringSettings) -> metric_lib.MetricScorer:
+  """What applies metrics on all devices, to be closed."""
+  return metric_lib.MetricScorer(rows=sharding.batch(sharding.make_mesh()), scoring=scoring)
+
+
+def of_drawer(
+  draw: Drawer, specs: Sequence[EvalSpec], *, score: metric_lib.MetricScorer, seed: int
+) -> dict[str, EvalResult]:
+  """Evaluates what a drawer draws; see `evaluate.evaluate`."""
+
+  def sample(prompts, seed):
+    return draw.batches([prompt.text for prompt in prompts], seed=seed, progress="evaluating")
+
+  return evaluate_lib.evaluate(specs, sample=sample, score=score, seed=seed)
 
 
 def _specs_of_run(path: str, evals: Sequence[EvalConfig], started_in: str) -> list[EvalSpec]:

@@ -297,6 +297,15 @@ class _Names(ocp.path.step.NameFormat):
     return ocp.path.step.Metadata(step=step, path=path)
 
 
+def newest(directory: str | os.PathLike[str]) -> str:
+  """The name of the newest whole checkpoint, which says how far a run came; '' if there is none."""
+  opened, link = _opened(os.fspath(directory), make=False)
+  steps = [found.step for found in _Names().find_all(opened)]
+  if link:
+    link.cleanup()
+  return _name(max(steps)) if steps else ""
+
+
 def _entries(directory: epath.Path) -> list[epath.Path]:
   """What is in the directory; a bucket has none before something is in it."""
   try:

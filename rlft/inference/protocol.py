@@ -1,0 +1,266 @@
+"""Measures a base model and what was trained from it as docs/protocol.md says, each thing once.
+
+What was measured is kept, and is not measured again: of a run in its directory, of the base model
+in the directory of the comparison.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+from rlft import catalog
+from rlft.config import fields
+from rlft.config.fields import option
+from rlft.config.settings import EvalConfig, PolicySettings, ScoringSettings
+from rlft.evaluation import evaluate, protocol
+from rlft.evaluation import metric as metric_lib
+from rlft.evaluation.evaluate import EvalSpec
+from rlft.evaluation.protocol import Base, Results
+from rlft.evaluation.results import EvalResult
+from rlft.inference import measure
+from rlft.inference.draw import Drawer, Drawing
+from rlft.inference.runs import TrainedRun
+from rlft.models import stable_diffusion
+from rlft.models.files import pretrained
+from rlft.rewards.scoring import trial
+from rlft.storage import files
+from rlft.types import UserError
+
+MEASURED = "measured"  # folder in a run's directory
+
+# How images are drawn, but for what methods may differ in.
+DRAWN_BY = ("scheduler", "image_size", "sampling_steps", "eta")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolSettings:
+  """How runs and their base model are compared; each field is a flag of the same name."""
+
+  output: str = option(
+    "directory for the tables and for what the base model was measured", path=True
+  )
+  pretrained: str = option(
+    "where the base model of the runs is now, if it has moved", "", path=True
+  )
+  guidance_scales: str = option(
+    "of which the base model gets the best for each metric", "1,2,3,5,7"
+  )
+  noise_seed: int = option(
+    "seed of the development prompts' noise; that of the test prompts is the next",
+    2000,
+    least=0,
+    below=2**32 - 1,
+  )
+  batch_size: int = option("images drawn at once", 16, least=1)
+
+  def guidances(self) -> tuple[float, ...]:
+    """The scales in rising order.
+
+    Raises:
+      UserError: they are no numbers above 0.
+    """
+    try:
+      scales = {fields.convert(text, float) for text in self.guidance_scales.split(",")}
+      if min(scales) <= 0:
+        raise ValueError("is not above 0: give others")
+    except ValueError as error:
+      raise UserError(f"--guidance_scales={self.guidance_scales} {error}, e.g. 1,2,3") from None
+    return tuple(sorted(scales))
+
+
+class Protocol:
+  """Measures a base model and what was trained from it, each thing once."""
+
+  def __init__(
+    self,
+    settings: ProtocolSettings,
+    evals: Sequence[EvalConfig],
+    *,
+    base: str,
+    policy: PolicySettings,
+    scoring: ScoringSettings,
+    say: Callable[[str], None] | None = None,
+  ):
+    """Opens prompts and metrics.
+
+    Args:
+      settings: what is compared, and where it is kept.
+      evals: on test prompts, each with its development prompts.
+      base: the base model.
+      policy: how all models draw, but for guidance.
+      scoring: how host metrics are called.
+      say: takes a line about what is done; stderr if None.
+
+    Raises:
+      UserError: no evaluations, one without development prompts, or prompts that cannot be read.
+    """
+    if not evals:
+      raise UserError("there is nothing to compare by: give --eval=emoji-protocol or others")
+    for entry in evals:
+      if not entry.development:
+        raise UserError(
+          f"--eval=name={entry.name} has no prompts on which the base model's guidance can be"
+          " chosen: add development=... with prompts of the same kind"
+        )
+    self.evals = tuple(evals)
+    self.base_model = settings.pretrained or base
+    self._settings, self._scoring = settings, scoring
+    self._how = {name: getattr(policy, name) for name in DRAWN_BY}
+    self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    make = functools.cache(catalog.make_reward)
+    moved = [dataclasses.replace(entry, prompts=entry.development) for entry in evals]
+    self._entries = {"development": moved, "test": list(evals)}
+    self._specs = {
+      split: {spec.name: spec for spec in catalog.make_specs(entries, make=make)}
+      for split, entries in self._entries.items()
+    }
+    self._base_drawer: tuple[float, Drawer] | None = None
+    self._score: metric_lib.MetricScorer | None = None
+
+  def __enter__(self) -> "Protocol":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._score is not None:
+      self._score.close()
+
+  def base(self, guidances: Sequence[float] = ()) -> Base:
+    """The base model: at all scales on development prompts; on test prompts as far as is needed.
+
+    Args:
+      guidances: at which methods were trained.
+    """
+    scales = self._settings.guidances()
+    development = {scale: self._base("development", scale) for scale in scales}
+    best = {entry.name: protocol.best_guidance(development, entry.name) for entry in self.evals}
+    test = {}
+    for scale in sorted({*best.values(), *guidances}):
+      # Whatever is compared at a method's guidance, and else what is best there.
+      names = [name for name in best if scale in guidances or best[name] == scale]
+      test[scale] = self._base("test", scale, names)
+    return Base(development, test)
+
+  def of_run(self, run: TrainedRun) -> Results:
+    """A run on the test prompts, at the guidance at which it was trained.
+
+    Raises:
+      UserError: it draws in another way than the base model is drawn here, for example.
+    """
+    for name, value in self._how.items():
+      if (own := getattr(run.config.policy, name)) != value:
+        raise UserError(
+          f"{run.path} draws with --{name}={own}, others with {value or 'none'}: compare them"
+          " apart, each with another --output"
+        )
+    file = files.path_of(run.path) / MEASURED / "test.json"
+    guidance = run.config.policy.guidance_scale
+    return self._measured("test", file, guidance, {"checkpoint": run.checkpoint}, run=run)
+
+  def _base(self, split: str, guidance: float, names: Sequence[str] | None = None) -> Results:
+    folder = files.path_of(self._settings.output) / "base"
+    file = folder / f"{split}-guidance-{guidance:g}.json"
+    about = {"model": self.base_model, "files": stamp(self.base_model)}
+    return self._measured(split, file, guidance, about, names=names)
+
+  def _measured(
+    self,
+    split: str,
+    file: files.Path,
+    guidance: float,
+    about: Mapping[str, Any],
+    *,
+    run: TrainedRun | None = None,
+    names: Sequence[str] | None = None,
+  ) -> Results:
+    """The results of a model: kept ones, and what is missing measured and kept."""
+    seed = self._settings.noise_seed + (split == "test")
+    about = {**about, **self._how, "guidance_scale": guidance, "seed": seed}
+    kept, content = _read(file, about)
+    entries = {entry.name: entry for entry in self._entries[split]}
+    wanted = [entries[name] for name in (entries if names is None else names)]
+    asked = {entry.name: self._asked(split, entry) for entry in wanted}
+    missing = [name for name, one in asked.items() if content.get(name, {}).get("asked") != one]
+    if missing:
+      specs = [self._specs[split][name] for name in missing]
+      where = run.path if run else self.base_model
+      self._say(f"measuring {where}: guidance {guidance:g}, {split}, {images(specs):,} images")
+      drawer = self._drawer(guidance, run)
+      found = measure.of_drawer(drawer, specs, score=self._scorer(drawer), seed=seed)
+      for name, result in found.items():
+        kept[name] = result
+        content[name] = {"asked": asked[name], **result.to_json()}
+      text = json.dumps({"about": about, "results": content}, indent=1)
+      files.write_atomic(file, text + "\n")
+    return {name: kept[name] for name in asked}
+
+  def _asked(self, split: str, entry: EvalConfig) -> dict[str, Any]:
+    """What an evaluation measures, so that it can be told from another of its name."""
+    source = self._specs[split][entry.name].prompts
+    prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in source])
+    return {
+      "metric": entry.metric,
+      "images": entry.images,
+      "images_per_prompt": entry.images_per_prompt,
+      "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+    }
+
+  def _drawer(self, guidance: float, run: TrainedRun | None) -> Drawer:
+    """The base model at a scale, or a run's model in its programs."""
+    size = self._settings.batch_size
+    drawing = Drawing(self.base_model, guidance_scale=guidance, batch_size=size, **self._how)
+    # One at a time: each has the weights on the devices.
+    if self._base_drawer is None or self._base_drawer[0] != guidance:
+      self._base_drawer = None
+      self._base_drawer = guidance, Drawer(drawing)
+    if run is None:
+      return self._base_drawer[1]
+    drawing = dataclasses.replace(drawing, model=run.path, pretrained=self._settings.pretrained)
+    return Drawer(drawing, like=self._base_drawer[1])
+
+  def _scorer(self, drawer: Drawer) -> metric_lib.MetricScorer:
+    """Applies the metrics, which are tried first."""
+    if self._score is None:
+      specs = [spec for by_name in self._specs.values() for spec in by_name.values()]
+      trial.try_each(
+        metric_lib.uses(specs),
+        image_shape=(*stable_diffusion.image_size(drawer.found.model), 3),
+        timeout_s=self._scoring.reward_timeout_s,
+      )
+      self._score = measure.scorer(self._scoring)
+    return self._score
+
+
+def images(specs: Sequence[EvalSpec]) -> int:
+  """How many images evaluations draw."""
+  return sum(group[0].images for group in evaluate.sharing(specs))
+
+
+def stamp(model: str) -> Any:
+  """Tells the files of a model from those that were there before, by their sizes and times."""
+  source = pretrained.find(model)
+  if not isinstance(source, pathlib.Path):
+    return str(source)
+  weights = sorted(source.rglob("*.safetensors"))
+  found = [(path, path.stat()) for path in weights]
+  return [[str(path.relative_to(source)), s.st_size, s.st_mtime_ns] for path, s in found]
+
+
+def _read(file: files.Path, about: Mapping[str, Any]) -> tuple[dict[str, EvalResult], dict]:
+  """The kept results, and how they are kept; nothing if they are about something else."""
+  if not file.exists():
+    return {}, {}
+  with files.reading(file):
+    text = file.read_text()
+  try:
+    content = json.loads(text)
+    if content["about"] != about:
+      return {}, {}
+    kept = content["results"]
+    return {name: EvalResult.from_json(name, result) for name, result in kept.items()}, kept
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{file} holds no measurements ({error!r}): move the file away") from error
