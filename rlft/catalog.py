@@ -43,7 +43,10 @@ REWARDS: Mapping[str, str] = {
 }
 
 ALGORITHMS: Mapping[str, str] = {
+  "ddpo": "rlft.algorithms.policy_gradient:ddpo",
+  "dpok": "rlft.algorithms.policy_gradient:dpok",
   "policy-gradient": "rlft.algorithms.policy_gradient:PolicyGradient",
+  "raft": "rlft.algorithms.weighted_denoising:Raft",
   "reward-weighted": "rlft.algorithms.weighted_denoising:RewardWeighted",
 }
 

@@ -7,7 +7,13 @@ from rlft.types import UserError
 
 
 def test_every_name_stands_for_a_function():
-  for names in (catalog.REWARDS, catalog.ORACLES, catalog.PROMPTS, catalog.PAIRS):
+  for names in (
+    catalog.ALGORITHMS,
+    catalog.REWARDS,
+    catalog.ORACLES,
+    catalog.PROMPTS,
+    catalog.PAIRS,
+  ):
     for address in names.values():
       assert callable(catalog._function(address)), address
 

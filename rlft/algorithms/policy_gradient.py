@@ -5,8 +5,11 @@
 
 with advantages A from the batch's rewards, at K randomly drawn timesteps. The paper takes one step
 of the optimizer for each timestep; DDPO (2305.13301) one for all, with statistics for each prompt;
-DPOK (2305.16381) adds the KL divergence to the base model. p_old are the weights that drew the
-task's images.
+DPOK (2305.16381) adds the KL divergence to the base model.
+
+p_old are the weights that drew the task's images, so that every task has a trust region of its own.
+Algorithm 1 of the paper fixes them once an iteration, for all tasks: the images of the second would
+come from weights that the first has left behind, most of them outside of the clip range.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +30,31 @@ from rlft.data import shuffle
 from rlft.models.lora import Weights
 from rlft.parallel import sharding
 from rlft.rewards.scoring import statistics
-from rlft.types import Collect, Drawn, Guidance, Moment, TrainState, Trajectory, UserError
+from rlft.types import (
+  Collect,
+  Drawn,
+  Guidance,
+  Moment,
+  Process,
+  TrainState,
+  Trajectory,
+  UserError,
+)
 
 _TIMESTEP_STREAM = 2**16  # streams below are the tasks' prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient:
-  """The settings; each field is the flag of that name."""
+  """The settings; a field without default is the flag of that name.
+
+  Attributes:
+    first: timesteps are drawn from the first so many steps of sampling, which decide what is in a
+      picture; 0: from all.
+    timestep_weights: 'equal', as in the paper; or 'prediction': a timestep counts the less, the
+      more a change of the network's prediction changes the log-probability of its step, see
+      `timestep_weights` below.
+  """
 
   train_timesteps: int
   accumulate_timesteps: bool
@@ -45,6 +65,8 @@ class PolicyGradient:
   prompt_history_min: int
   kl_weight: float
   ratio_tolerance: float
+  first: int = 0
+  timestep_weights: Literal["equal", "prediction"] = "equal"
 
   collects: ClassVar[Collect] = "trajectory"
   draws_with: ClassVar[Literal["current", "base"]] = "current"
@@ -56,6 +78,16 @@ class PolicyGradient:
 
   def check(self, policy: PolicySettings, tasks: Sequence[TaskConfig]) -> None:
     """Raises UserError where settings contradict each other."""
+    if not 0 <= self.first <= policy.sampling_steps:
+      raise UserError(
+        f"--algorithm: first={self.first} is out of range: give at most"
+        f" --sampling_steps={policy.sampling_steps}, or 0 for all"
+      )
+    if self.first and self.train_timesteps > self.first:
+      raise UserError(
+        f"--train_timesteps={self.train_timesteps} is more than first={self.first} of --algorithm:"
+        " train at most as many, or 0 for all of them"
+      )
     if self.train_timesteps > policy.sampling_steps:
       raise UserError(
         f"--train_timesteps={self.train_timesteps} is more than"
@@ -88,8 +120,16 @@ class PolicyGradient:
         f"{where}: all images of a prompt get the score of their set, and a batch of a single set"
         f" has advantages of 0: use batch_size={2 * task.images_per_prompt} or more"
       )
-    seen = iterations * task.batch_size / prompts
-    if self.advantage == "prompt" and seen < self.prompt_history_min:
+    if self.advantage != "prompt":
+      return
+    if same_in_set and self.prompt_history_min <= task.images_per_prompt:
+      raise UserError(
+        f"{where}: all images of a prompt get the score of their set, and in a history of a single"
+        " set every advantage is 0: use"
+        f" --prompt_history_min={task.images_per_prompt + 1} or more, and --prompt_history as much"
+      )
+    seen = max(iterations * task.batch_size / prompts, task.images_per_prompt)
+    if seen < self.prompt_history_min:
       raise UserError(
         f"{where}: {prompts} prompts are seen {seen:.2g} times each, fewer than"
         f" --prompt_history_min={self.prompt_history_min}: use --advantage=batch"
@@ -107,21 +147,76 @@ class PolicyGradient:
 
   def bind(self, learner: Learner) -> "Learning":
     """Makes the programs; raises UserError if too few of the process's steps are random."""
-    random, steps = trainable(learner.policy.process), len(learner.policy.process.timesteps)
-    if len(random) < self.train_timesteps:
+    process = learner.policy.process
+    random, steps = trainable(process, self.first), self.first or len(process.timesteps)
+    if len(random) < max(self.train_timesteps, 1):
       raise UserError(
         f"--train_timesteps={self.train_timesteps}: only {len(random)} of the {steps} sampling"
-        " steps are random; lower it"
+        " steps are random; lower it, or raise --sampling_steps"
       )
     return Learning(self, learner)
 
 
-def trainable(process: Any) -> np.ndarray:
-  """`[n]` int: the steps of a process that have a log-probability, those with std > 0."""
-  return np.flatnonzero(np.asarray(process.std) > 0)
+@functools.wraps(PolicyGradient, assigned=())  # Settings and options are the same.
+def ddpo(**settings: Any) -> PolicyGradient:
+  """DDPO (arXiv 2305.13301): statistics for each prompt, one update on all timesteps.
+
+  Raises:
+    UserError: the settings are not DDPO's.
+  """
+  made = PolicyGradient(**settings)
+  if made.advantage != "prompt" or not made.accumulate_timesteps:
+    raise UserError(
+      f"--algorithm=ddpo contradicts --advantage={made.advantage}"
+      f" --accumulate_timesteps={made.accumulate_timesteps}: it has --advantage=prompt and"
+      " --accumulate_timesteps, leave them out, or use --algorithm=policy-gradient"
+    )
+  return made
+
+
+@functools.wraps(PolicyGradient, assigned=())
+def dpok(**settings: Any) -> PolicyGradient:
+  """DPOK (arXiv 2305.16381): with the KL divergence to the base model on the visited states.
+
+  Its code has the same weight, 0.01, but for the squared difference of the predictions and beside
+  an advantage that counts 100 times; and a learnt value of x_t in the place of the batch's mean.
+
+  Raises:
+    UserError: the divergence has no weight.
+  """
+  made = PolicyGradient(**settings)
+  if not made.kl_weight:
+    raise UserError(
+      "--algorithm=dpok contradicts --kl_weight=0: give a weight above 0, or use"
+      " --algorithm=policy-gradient"
+    )
+  return made
+
+
+def trainable(process: Any, first: int = 0) -> np.ndarray:
+  """`[n]` int: the steps that have a log-probability (std > 0), of the `first` or of all (0)."""
+  return np.flatnonzero(np.asarray(process.std)[: first or None] > 0)
 
 
 # ---------------------------------------------------------------------------- pure functions
+
+
+def timestep_weights(process: Process, first: int = 0) -> jax.Array:
+  """`[T]` float32 weights that make timesteps count alike in terms of the network's prediction.
+
+  A change d of the prediction moves the mean of step t by c_t d, and so the log-probability by
+  z c_t d / std_t, with z the standard normal noise of the step. That factor is greatest in the last
+  steps, where the noise is least. With the weights std_t / |c_t| all gradients are of the size that
+  the prediction's own gradient has, as in the denoising loss.
+
+  Returns:
+    Weights with a mean of 1 over the `trainable` steps; 0 elsewhere.
+  """
+  steps = trainable(process, first)
+  still = jnp.zeros((len(steps), 1, 1, 1))
+  moved = process.mean(steps, still, still + 1) - process.mean(steps, still, still)
+  weights = jnp.asarray(process.std)[steps] / jnp.abs(moved[:, 0, 0, 0])
+  return jnp.zeros(len(process.timesteps)).at[steps].set(weights / weights.mean())
 
 
 def step_errors(
@@ -198,11 +293,15 @@ def policy_gradient(
     lambda x: jnp.broadcast_to(x, (count, *x.shape)),
     (text, advantages, losses.mean_weights(mask) / count),
   )
+  counted = weights
+  if settings.timestep_weights == "prediction":
+    by_step = timestep_weights(learner.policy.process, settings.first)
+    counted = weights * by_step[indices][:, None]
   index = jnp.broadcast_to(indices[:, None], weights.shape)
   steps = (path.latents[indices], path.latents[indices + 1], path.log_probs[indices])
   # An image that is left out may hold NaN, and 0 times the gradient of NaN is NaN.
   steps = losses.zero_where_not(mask, steps)
-  rows = (index, (*steps, text), advantages, weights)
+  rows = (index, (*steps, text), advantages, counted)
   gradient, found = learner.gradient(loss, state, frozen, rows)
   # Images first: they are what is spread over the devices, and stay where they are.
   found, advantages, weights = jax.tree.map(lambda x: x.T.ravel(), (found, advantages, weights))
@@ -223,7 +322,7 @@ def picked_timesteps(settings: PolicyGradient, random: np.ndarray, moment: Momen
     moment.seed,
     _TIMESTEP_STREAM + moment.task,
     moment.iteration,
-    count=settings.train_timesteps,
+    count=settings.train_timesteps or len(random),
     size=len(random),
   )
   picked = random[drawn].astype(np.int32)
@@ -254,7 +353,7 @@ class Learning:
   def __init__(self, settings: PolicyGradient, learner: Learner):
     self._settings = settings
     self._learner = learner
-    self._random = trainable(learner.policy.process)
+    self._random = trainable(learner.policy.process, settings.first)
     gradient = functools.partial(policy_gradient, learner, settings)
 
     def update(state, *batch):
@@ -308,7 +407,7 @@ class Learning:
     """The update; see `base.Learning`."""
     mesh, settings = self._learner.mesh, self._settings
     count = len(drawn.images)
-    steps, times = settings.train_timesteps, 1
+    steps, times = settings.train_timesteps or len(self._random), 1
     if not settings.accumulate_timesteps:
       steps, times = times, steps
     rows = sharding.batch(mesh)

@@ -28,7 +28,8 @@ def option(help_text: str, default: Any = dataclasses.MISSING, **rules: Any) -> 
     **rules: `least`, `most` (inclusive) and `above`, `below` (exclusive) bounds; `choices`; `path`
       (a leading `~` stands for the home directory); `fixed`: True if a resumed run must have the
       same value, 'switch' if only zero and non-zero must not be exchanged; `free`: True if a
-      resumed run may change this key of a task that is otherwise fixed.
+      resumed run may change this key of a task that is otherwise fixed; `presets`: for values of
+      this field (up to a '?') other defaults, by name of any leaf.
   """
   return dataclasses.field(default=default, metadata={"help": help_text, **rules})
 
@@ -54,7 +55,10 @@ def leaves(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def build(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
-  """A `kind` with these leaves; the others have their defaults."""
+  """A `kind` with these leaves; the others have their defaults, or those of a value's preset."""
+  for name, field in leaves(kind).items():
+    chosen = str(values.get(name)).partition("?")[0]
+    values = {**field.metadata.get("presets", {}).get(chosen, {}), **values}
   own = {}
   for field in dataclasses.fields(kind):
     if dataclasses.is_dataclass(field.type):

@@ -70,14 +70,14 @@ def define(kind: type, *names: str, flag_values: flags.FlagValues = flags.FLAGS)
 
 
 def read(kind: type[Settings], *, flag_values: flags.FlagValues = flags.FLAGS) -> Settings:
-  """A `kind` with the values of the parsed flags; a leaf without a flag has its default.
+  """A `kind` with the values of the flags that were given; other leaves have their defaults.
 
   Raises:
     UserError: a `--task` or `--eval` that cannot be read.
   """
   values = {}
   for name in fields.leaves(kind):
-    if name in flag_values:
+    if name in flag_values and not flag_values[name].using_default_value:
       value = flag_values[name].value
       if name in _REPEATED:
         parse = _REPEATED[name][1]
@@ -141,6 +141,9 @@ def _help(field: dataclasses.Field) -> str:
     kind, _, presets = _REPEATED[field.name]
     keys = (f"{key.name} ({key.metadata['help']})" for key in dataclasses.fields(kind))
     text += f": key=value,... with the keys {', '.join(keys)}; or a preset: {', '.join(presets)}"
+  for value, defaults in rules.get("presets", {}).items():
+    flags_of = " ".join(f"--{name}={default}" for name, default in defaults.items())
+    text += f"; {value} has other defaults: {flags_of}"
   return text
 
 

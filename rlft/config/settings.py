@@ -86,21 +86,42 @@ class PolicySettings:
   lora_alpha: float = option("LoRA's scale times rank; 0 means the rank", 0.0, least=0, fixed=True)
 
 
+# Other defaults of the run's settings by the name of an algorithm: what its source has, where that
+# differs. The table of arXiv 2401.12244 for what it compares with; for DDPO its authors' code.
+_PRESETS = {
+  "ddpo": {
+    "advantage": "prompt",
+    "accumulate_timesteps": True,
+    "train_timesteps": 0,
+    "learning_rate": 1e-5,
+  },
+  "dpok": {"kl_weight": 0.01},
+  "raft": {"learning_rate": 3e-6},
+  "reward-weighted": {"learning_rate": 1e-5, "pretrain_weight": 0.5},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class AlgorithmSettings:
   """How the model learns from scored images.
 
   The fields below `algorithm` are parameters of algorithms: each takes those that its factory
-  names, and one that is changed though the algorithm has no use for it is refused.
+  names, and one that is changed though the algorithm has no use for it is refused. Some algorithms
+  have other defaults, of these fields and of other parts.
   """
 
   algorithm: str = option(
-    "how scored images change the model: policy-gradient or reward-weighted, with options of its"
-    " own as 'NAME?key=value&key=value'",
+    "how scored images change the model, with options of its own as 'NAME?key=value&key=value':"
+    " policy-gradient (the paper), ddpo (statistics for each prompt, one update on all timesteps),"
+    " dpok (KL divergence to the base model), reward-weighted (denoising loss on images, weighted"
+    " by reward) or raft (denoising loss on the best images)",
     "policy-gradient",
     fixed=True,
+    presets=_PRESETS,
   )
-  train_timesteps: int = option("timesteps trained per iteration, drawn at random", 5, least=1)
+  train_timesteps: int = option(
+    "timesteps trained per iteration, drawn at random; 0 for all", 5, least=0
+  )
   accumulate_timesteps: bool = option(
     "one optimizer update over all trained timesteps (DDPO) instead of one for each", False
   )
@@ -135,10 +156,16 @@ class PretrainingSettings:
   """The loss that keeps the pictures good, in a step of its own after the tasks of an iteration.
 
   The authors' code sums the policy's loss over the 16 images of a device where ours is a mean. With
-  the same weight, their policy gradient is 16 times as large beside the pretraining loss.
+  the same weight, their policy gradient is 16 times as large beside the pretraining loss. Adam sees
+  only the ratio of the two.
   """
 
-  pretrain_weight: float = option("weight of the pretraining loss; 0 is off", 1.0, least=0)
+  pretrain_weight: float = option(
+    "weight of the pretraining loss, 0 is off; the policy's loss is a mean over images where the"
+    " authors of the paper sum the 16 of a device, so that 0.0625 has the ratio of their 1",
+    1.0,
+    least=0,
+  )
   pretrain_data: str = option(
     "emoji, or a folder of images with metadata.jsonl", "", path=True, fixed=True
   )

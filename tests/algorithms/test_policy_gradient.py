@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlft import catalog
 from rlft.algorithms import policy_gradient
 from rlft.algorithms.base import Learner
 from rlft.algorithms.policy_gradient import PolicyGradient
@@ -29,6 +30,14 @@ PROCESS = DDIM(
   std=np.array([STD], np.float32),
   alpha_bar=np.array([0.64, 0.36], np.float32),
   prediction_type="epsilon",
+)
+# A second step, from 0.64 to 0.81; its variance is 0.19 / 0.36 * (1 - 0.64 / 0.81) = 0.1107682.
+TWO_STEPS = dataclasses.replace(
+  PROCESS,
+  timesteps=np.array([7, 3], np.int32),
+  alpha=np.array([0.36, 0.64], np.float32),
+  alpha_prev=np.array([0.64, 0.81], np.float32),
+  std=np.array([STD, math.sqrt(0.1107682)], np.float32),
 )
 W = 0.5
 TASK = TaskConfig("t", "p", "r", batch_size=32, images_per_prompt=16)
@@ -50,9 +59,9 @@ def settings(**changes) -> PolicyGradient:
   return PolicyGradient(**(values | {"clip_range": 0.1, "train_timesteps": 1} | changes))
 
 
-def gradient(algorithm, advantages, *, w=W, old=W, latent=1.0, mask=None):
+def gradient(algorithm, advantages, *, w=W, old=W, latent=1.0, mask=None, process=PROCESS):
   """The gradient with respect to w of images of x_t = `latent` whose step was mean + std."""
-  policy = Policy(Scale(), PROCESS, guidance_scale=1.0)
+  policy = Policy(Scale(), process, guidance_scale=1.0)
   learner = Learner(policy, optax.sgd(1.0), sharding.make_mesh(count=1))
   count = len(advantages)
   # As in test_ddim.py: epsilon = 0.5, so that the mean is 0.96875 at w = 0.5, x = 1.
@@ -111,6 +120,23 @@ def test_the_divergence_from_the_base():
   assert found - plain == pytest.approx(0.1 * 1.0802469, rel=1e-4)
 
 
+def test_weights_of_timesteps():
+  # d mean / d prediction is -0.7291667 in the first step (see above), and in the second
+  # -0.9 * 0.6 / 0.8 + sqrt(0.19 - 0.1107682) = -0.3935187. std / that: 0.6803365 and 0.8457502, of
+  # which the mean is 0.7630434.
+  weights = policy_gradient.timestep_weights(TWO_STEPS)
+  np.testing.assert_allclose(weights, [0.8916092, 1.1083908], rtol=1e-5)
+  np.testing.assert_array_equal(policy_gradient.timestep_weights(TWO_STEPS, first=1), [1.0, 0.0])
+  plain, _ = gradient(settings(), [1.0], process=TWO_STEPS)
+  algorithm = settings(timestep_weights="prediction")
+  found, metrics = gradient(algorithm, [1.0], process=TWO_STEPS, w=0.45)
+  unclipped, expected = gradient(settings(), [1.0], process=TWO_STEPS, w=0.45)
+  assert found == pytest.approx(0.8916092 * unclipped, rel=1e-5) and 0 < unclipped < plain
+  # What is said of the ratio is as without weights.
+  for name in metrics.keys() - {"grad_norm"}:
+    assert metrics[name] == pytest.approx(expected[name]), name
+
+
 def test_timesteps_are_drawn_anew_and_without_repetition():
   random = np.array([1, 2, 5, 7])
   each = [
@@ -124,6 +150,15 @@ def test_timesteps_are_drawn_anew_and_without_repetition():
     settings(train_timesteps=3, accumulate_timesteps=True), random, Moment(0, 0, 0)
   )
   np.testing.assert_array_equal(one, each[0].T)
+  for accumulate, shape in ((False, (4, 1)), (True, (1, 4))):
+    all_ = settings(train_timesteps=0, accumulate_timesteps=accumulate)
+    found = policy_gradient.picked_timesteps(all_, random, Moment(0, 0, 0))
+    assert found.shape == shape and set(found.ravel()) == set(random)
+
+
+def test_only_the_first_steps_are_trained():
+  assert policy_gradient.trainable(TWO_STEPS).tolist() == [0, 1]
+  assert policy_gradient.trainable(TWO_STEPS, first=1).tolist() == [0]
 
 
 def test_the_ratio_counts_before_the_first_update_only():
@@ -145,6 +180,8 @@ def test_who_is_compared_and_what_is_remembered():
     ({"train_timesteps": 60}, "--train_timesteps=60 is more than --sampling_steps=50"),
     ({"prompt_history_min": 33}, "--prompt_history_min=33 is more than --prompt_history=32"),
     ({"advantage": "group"}, "images_per_prompt=1 every advantage is 0"),
+    ({"first": 60}, "first=60 is out of range: give at most --sampling_steps=50, or 0 for all"),
+    ({"first": 3, "train_timesteps": 4}, "--train_timesteps=4 is more than first=3"),
   ],
 )
 def test_contradictions(changes, message):
@@ -159,7 +196,12 @@ def test_contradictions(changes, message):
   [
     ({"advantage": "group"}, {}, "--advantage=group every advantage is 0"),
     ({}, {"batch_size": 16}, "use batch_size=32 or more"),
-    ({"advantage": "prompt"}, {}, "1000 prompts are seen 3.2 times each, fewer than"),
+    ({"advantage": "prompt"}, {}, "use --prompt_history_min=17 or more"),
+    (
+      {"advantage": "prompt"},
+      {"images_per_prompt": 2},
+      "1000 prompts are seen 3.2 times each, fewer than",
+    ),
   ],
 )
 def test_tasks_that_cannot_be_learnt_from(changes, task, message):
@@ -170,6 +212,45 @@ def test_tasks_that_cannot_be_learnt_from(changes, task, message):
   with pytest.raises(UserError, match=message):
     check(settings(**changes), task)
   check(settings(**changes), task, same_in_set=False, prompts=200)
+
+
+def test_a_prompts_own_images_may_fill_its_history():
+  algorithm = settings(advantage="prompt", prompt_history_min=16)
+  algorithm.check_task(TASK, prompts=10**6, iterations=1, same_in_set=False)
+
+
+# ---------------------------------------------------------------------------- DDPO and DPOK
+
+
+def made(**given):
+  return catalog.make_algorithm(fields.make(AlgorithmSettings, **given))
+
+
+def test_named_relatives():
+  ddpo = made(algorithm="ddpo?first=6")
+  assert isinstance(ddpo, PolicyGradient)
+  assert (ddpo.advantage, ddpo.accumulate_timesteps, ddpo.train_timesteps) == ("prompt", True, 0)
+  assert (ddpo.first, ddpo.kl_weight, ddpo.clip_range) == (6, 0.0, 1e-4)
+  dpok = made(algorithm="dpok")
+  assert (dpok.kl_weight, dpok.needs_base, dpok.clip_range) == (0.01, True, 1e-4)
+  assert dataclasses.replace(dpok, kl_weight=0.0) == made(algorithm="policy-gradient")
+  assert made(algorithm="dpok", kl_weight=0.1, advantage="prompt").kl_weight == 0.1
+  assert made(algorithm="ddpo", train_timesteps=5).train_timesteps == 5
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"algorithm": "ddpo", "advantage": "batch"}, "ddpo contradicts --advantage=batch"),
+    ({"algorithm": "ddpo", "accumulate_timesteps": False}, "leave them out, or use --algorithm="),
+    ({"algorithm": "dpok", "kl_weight": 0.0}, "dpok contradicts --kl_weight=0: give a weight"),
+    ({"algorithm": "dpok?last=3"}, "unknown option 'last'"),
+  ],
+)
+def test_a_name_is_not_given_to_what_it_is_not(given, message):
+  with pytest.raises(UserError) as error:
+    made(**given)
+  assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_too_few_random_steps():

@@ -1,19 +1,27 @@
-"""Reward-weighted denoising: weights on literals, an update, and a whole run."""
+"""Denoising of drawn images: weights and choices on literals, an update, and whole runs."""
 
+import dataclasses
+import functools
+
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import train_cases as cases
 
 from rlft import catalog
-from rlft.algorithms import weighted_denoising
-from rlft.algorithms.weighted_denoising import RewardWeighted
+from rlft.algorithms import losses, weighted_denoising
+from rlft.algorithms.base import Batch, Learner
+from rlft.algorithms.weighted_denoising import Raft, RewardWeighted
 from rlft.config import fields
-from rlft.config.settings import AlgorithmSettings, TaskConfig
+from rlft.config.settings import AlgorithmSettings, PolicySettings, TaskConfig
 from rlft.diffusion import ddim
+from rlft.diffusion.policy import Policy
 from rlft.models.files import pretrained
-from rlft.types import UserError
+from rlft.parallel import sharding
+from rlft.types import Conditioning, Drawn, Guidance, Moment, Prompt, TrainState, UserError
 
 
 def test_rewards_are_scaled_to_the_batchs_range():
@@ -48,6 +56,8 @@ def test_effective_share():
       "reward-weighted?weights=exponential&temperature=0.5",
       RewardWeighted(weights="exponential", temperature=0.5),
     ),
+    ("raft", Raft()),
+    ("raft?one_in=4&choose=sets&updates=2", Raft(one_in=4, choose="sets", updates=2)),
   ],
 )
 def test_options(spec, expected):
@@ -68,6 +78,12 @@ def test_who_draws():
     ({"algorithm": "reward-weighted?updates=0"}, "updates must be greater than 0"),
     ({"algorithm": "reward-weighted?weights=max"}, "weights=max is not known: "),
     ({"algorithm": "reward-weighted?beta=1"}, "unknown option 'beta'"),
+    ({"algorithm": "raft?one_in=1"}, "raft?one_in=1: one_in must be at least 2"),
+    ({"algorithm": "raft?updates=0"}, "raft?updates=0: updates must be at least 1"),
+    (
+      {"algorithm": "raft", "kl_weight": 0.1},
+      "--kl_weight=0.1 has no effect with --algorithm=raft",
+    ),
     (
       {"algorithm": "reward-weighted", "clip_range": 0.1},
       "--clip_range=0.1 has no effect with --algorithm=reward-weighted: leave it out",
@@ -92,7 +108,134 @@ def test_a_single_set_has_one_weight():
     algorithm.check_task(task, prompts=1, iterations=1, same_in_set=True)
 
 
-# ---------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------- RAFT
+
+NAN = float("nan")
+
+
+def test_the_best_of_each_neighbourhood():
+  scores = np.array([0.1, 0.5, NAN, 0.3, 2.0, -1.0, 2.0, 2.0])
+  best = weighted_denoising.best
+  # Of 0.1, 0.5, NaN, 0.3 the second; of 2, -1, 2, 2 the first of the equal ones.
+  assert best(scores, compared=4, one_in=4).tolist() == [1, 4]
+  assert best(scores, compared=4, one_in=2).tolist() == [1, 3, 4, 6]
+  assert best(scores, compared=8, one_in=4).tolist() == [4, 6]
+  # There are always as many: who could not be scored comes last, and is left out by the mask.
+  assert best(np.array([NAN, NAN, NAN, 7.0]), compared=4, one_in=2).tolist() == [3, 0]
+
+
+def test_whole_sets_are_chosen_among_those_of_the_batch():
+  # Sets of two with means 1, 3, 2 (of one image) and nothing: the best two.
+  scores = np.array([1.0, 1.0, 3.0, 3.0, NAN, 2.0, NAN, NAN])
+  found = weighted_denoising.kept(Raft(one_in=2, choose="sets"), scores, 2)
+  assert found.tolist() == [2, 3, 4, 5]
+  found = weighted_denoising.kept(Raft(one_in=2), scores, 2)
+  assert found.tolist() == [0, 2, 5, 6]
+  # With one image for each prompt, the best of the batch.
+  found = weighted_denoising.kept(Raft(one_in=4, choose="sets"), scores, 1)
+  assert found.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+  ("algorithm", "task", "message"),
+  [
+    (Raft(), {}, "keeps 1 of 24 images, and 16 are no multiple of that: use images_per_prompt=24,"),
+    (Raft(choose="sets"), {}, "keeps 1 of 24 sets, and 4 are .*: use batch_size=384, .*one_in=4$"),
+    (Raft(one_in=8), {"images_per_prompt": 4}, "another multiple of 8, or raft.one_in=4"),
+  ],
+)
+def test_too_few_to_choose_from(algorithm, task, message):
+  task = fields.replace(TaskConfig("t", "p", "r", batch_size=64, images_per_prompt=16), **task)
+  with pytest.raises(UserError, match=message):
+    algorithm.check(PolicySettings(), [task])
+  Raft(one_in=4).check(PolicySettings(), [task])
+  Raft(one_in=2, choose="sets").check(PolicySettings(), [task])
+
+
+def test_equal_scores_of_a_set_choose_among_sets():
+  task = TaskConfig("t", "p", "r", batch_size=64, images_per_prompt=16)
+  with pytest.raises(UserError, match="choose among the sets of the batch with raft.choose=sets"):
+    Raft().check_task(task, prompts=1, iterations=1, same_in_set=True)
+  Raft().check_task(task, prompts=1, iterations=1, same_in_set=False)
+  Raft(choose="sets").check_task(task, prompts=1, iterations=1, same_in_set=True)
+  assert (Raft().compared(16), Raft(choose="sets").compared(16)) == (16, None)
+
+
+class Scale(nn.Module):
+  """A network of one weight: it predicts w x."""
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, timesteps, text):
+    return self.param("w", nn.initializers.constant(0.5), ()) * x
+
+
+@pytest.mark.parametrize(("devices", "microbatch"), [(1, 0), (8, 0), (2, 2)])
+def test_an_update_of_raft(devices, microbatch):
+  alpha_bar = np.linspace(0.9, 0.1, 10, dtype=np.float32)
+  process = ddim.DDIM(*np.zeros((4, 1), np.float32), alpha_bar, "epsilon")
+  mesh = sharding.make_mesh(count=devices)
+  policy = Policy(Scale(), process, guidance_scale=2.0)
+  learner = Learner(policy, optax.sgd(1.0), mesh, microbatch=microbatch)
+  learning = Raft(one_in=4, updates=2).bind(learner)
+  latents = np.random.RandomState(0).normal(size=(16, 2, 2, 1)).astype(np.float32)
+  # Of each four the best: number 2, 7, 8 (the first of the equal ones), none.
+  scores = np.array([1, NAN, 3, 2, 0, 0, 0, 1, 5, 5, 5, 5, *[NAN] * 4], np.float32)
+  latents[12] = np.nan
+  place = functools.partial(sharding.put, sharding=sharding.batch(mesh))
+  text = Guidance(Conditioning(place(np.zeros((16, 1, 1), np.float32))))
+  moment = Moment(seed=3, iteration=1, task=0)
+  drawn = Drawn(place(np.zeros((16, 1, 1, 3), np.float32)), text, place(latents))
+  batch = Batch([Prompt("a")] * 16, 4, drawn, place(scores), moment)
+  state = TrainState({"w": jnp.float32(0.5)}, learner.optimizer.init({"w": 0.5}), None)
+  state, metrics = learning.learn(state, {}, batch, None)
+
+  # By hand: two steps of w -= d/dw mean (w x_t - noise)^2 over the three that are kept.
+  w, errors, norms = 0.5, [], []
+  count = max(4, devices, 2 * microbatch)  # Filled up to a whole part for every device.
+  for number in range(2):
+    key = jax.random.fold_in(jax.random.fold_in(moment.key(), 2**31), number)
+    timesteps, noise = losses.denoising_noise(key, (count, 2, 2, 1), 10)
+    alpha = alpha_bar[np.asarray(timesteps)[:3]][:, None, None, None]
+    noise = np.asarray(noise)[:3]
+    noisy = np.sqrt(alpha) * latents[[2, 7, 8]] + np.sqrt(1 - alpha) * noise
+    errors.append(np.mean((w * noisy - noise) ** 2))
+    norms.append(np.mean(2 * (w * noisy - noise) * noisy))
+    w -= norms[-1]
+  assert float(state.params["w"]) == pytest.approx(w, rel=1e-5)
+  assert metrics["loss/denoising"] == pytest.approx(np.mean(errors), rel=1e-5)
+  assert metrics["grad_norm"] == pytest.approx(np.mean(np.abs(norms)), rel=1e-5)
+  assert metrics["kept/reward"] == 3.0  # (3 + 1 + 5) / 3
+  # The shapes of its program are those that compilation ahead of time is told.
+  (call,) = learning.calls(state, {}, drawn)
+  assert call.times == 2 and call.args[4].shape == (count,)
+  cached = call.program._cache_size()
+  learning.learn(state, {}, dataclasses.replace(batch, scores=place(scores[::-1].copy())), None)
+  assert call.program._cache_size() == cached
+
+
+def test_a_run_of_raft(tmp_path_factory):
+  folder = cases.folder(tmp_path_factory)
+  workdir = tmp_path_factory.mktemp("raft")
+  config = fields.replace(
+    cases.config(folder, workdir, pretrain_weight=0.0),
+    task=(cases.task(folder, images_per_prompt=4),),
+    algorithm="raft?one_in=4",
+    train_timesteps=5,
+    clip_range=1e-4,
+  )
+  with cases.fast_compilation(folder / "cache"), cases.compilations() as compiled:
+    cases.run(config, devices=8)
+  assert compiled.count("jit(update)") == 1
+  lines = cases.metrics(workdir)
+  assert len(lines) == 2
+  for line in lines:
+    assert line["reward/red/mean"] < line["kept/reward/red"] <= line["reward/red/max"]
+    assert line["loss/denoising/red"] > 0 and line["grad_norm"] > 0
+
+
+# ---------------------------------------------------------------------------- a weighted run
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ import jax
 import pytest
 
 import rlft
+from rlft import catalog
 from rlft.config import fields, tasks
 from rlft.config import flags as cli
+from rlft.config import stored as stored_lib
 from rlft.config.fields import option
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 
@@ -23,6 +25,39 @@ def parse(*argv: str) -> Config:
   cli.define(Config, flag_values=values)
   values(["train.py", *argv])
   return cli.read(Config, flag_values=values)
+
+
+def test_an_algorithm_has_other_defaults_which_yield_to_what_is_given():
+  found = parse("--algorithm=ddpo")
+  assert found == fields.make(
+    Config,
+    algorithm="ddpo",
+    advantage="prompt",
+    accumulate_timesteps=True,
+    train_timesteps=0,
+    learning_rate=1e-5,
+  )
+  stored = json.loads(stored_lib.to_json(found))
+  assert (stored["algorithm"], stored["advantage"]) == ("ddpo", "prompt")
+  # What is given counts, also where it is the default of everything else.
+  given = parse("--algorithm=ddpo", "--train_timesteps=5", "--noaccumulate_timesteps")
+  assert (given.algorithm.train_timesteps, given.algorithm.accumulate_timesteps) == (5, False)
+  assert given.algorithm.advantage == "prompt"
+  # Options behind the name are no part of it.
+  assert parse("--algorithm=raft?one_in=4").optimizer.learning_rate == 3e-6
+  assert parse("--algorithm=policy-gradient") == Config()
+  values = flags.FlagValues()
+  cli.define(Config, flag_values=values)
+  assert "dpok has other defaults: --kl_weight=0.01;" in values["algorithm"].help
+
+
+def test_every_algorithm_is_known_to_help_and_every_default_is_a_setting():
+  field = fields.leaves(Config)["algorithm"]
+  for name in catalog.ALGORITHMS:
+    assert name in field.metadata["help"]
+  for name, defaults in field.metadata["presets"].items():
+    assert name in catalog.ALGORITHMS
+    fields.check(fields.make(Config, **defaults))
 
 
 def test_paths_are_those_of_other_working_directories_too(tmp_path, monkeypatch):
