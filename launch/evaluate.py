@@ -7,10 +7,12 @@ from absl import flags
 
 from rlft.config import flags as cli
 from rlft.config.settings import Config
+from rlft.inference.best_of import BestOfSettings
 from rlft.inference.draw import Drawing
 from rlft.inference.measure import measure
 
 cli.define(Drawing)
+cli.define(BestOfSettings)
 cli.define(Config, "eval", "reward_timeout_s", "reward_threads")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures")
 
@@ -22,6 +24,7 @@ def main() -> None:
     config.eval,
     scoring=config.scoring,
     output=_OUTPUT.value,
+    choice=cli.read(BestOfSettings),
   )
   print(table)
 

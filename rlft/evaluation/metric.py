@@ -83,7 +83,7 @@ class MetricScorer:
     count, unit = len(prompts), math.lcm(images_per_prompt, self._rows.mesh.size)
     parts: list[list[Measured]] = [[] for _ in metrics]
     start = 0
-    for size, images in _regrouped(batches, count, unit):
+    for size, images in regrouped(batches, count, unit):
       # Padded by copies of the last set, so that every batch has the same size.
       places = np.arange(size)
       last_set = len(images) - images_per_prompt + places % images_per_prompt
@@ -114,7 +114,7 @@ class MetricScorer:
     return self._scorers[key]
 
 
-def _regrouped(
+def regrouped(
   batches: Iterable[np.ndarray], count: int, unit: int
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Cuts a stream of `count` images anew, into batches of one size.

@@ -13,6 +13,8 @@ from rlft.evaluation import metric as metric_lib
 from rlft.evaluation import summary
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.results import EvalResult
+from rlft.inference import best_of
+from rlft.inference.best_of import BestOf, BestOfSettings
 from rlft.inference.draw import Drawer, Drawing, check_output
 from rlft.models import stable_diffusion
 from rlft.parallel import sharding
@@ -21,6 +23,8 @@ from rlft.rewards.scoring import trial
 from rlft.storage import files
 from rlft.types import UserError
 
+_NO_CHOICE = BestOfSettings()
+
 
 def measure(
   drawing: Drawing,
@@ -28,6 +32,7 @@ def measure(
   *,
   scoring: ScoringSettings,
   output: str | os.PathLike[str] | None = None,
+  choice: BestOfSettings = _NO_CHOICE,
 ) -> str:
   """Measures a model on held-out prompts.
 
@@ -36,6 +41,7 @@ def measure(
     evals: what to measure; if empty, what the run measured itself.
     scoring: how host metrics are called.
     output: JSON file for the figures.
+    choice: among how many images each that is measured is chosen.
 
   Returns:
     The table.
@@ -44,6 +50,7 @@ def measure(
     UserError: nothing to measure, a model or prompts that cannot be read, a metric that fails.
   """
   fields.check(Config(eval=tuple(evals), scoring=scoring))
+  fields.check(choice)
   if output:
     check_output(output)
   specs = catalog.make_specs(evals)
@@ -55,22 +62,33 @@ def measure(
     specs = [dataclasses.replace(s, trained_on=is_trained_on(s.metric.name)) for s in specs]
   if not specs:
     raise UserError(f"{drawing.model} has no evaluations of its own: give --eval=emoji or others")
+  uses, how = metric_lib.uses(specs), best_of.make(choice, specs)
+  if how:
+    uses += best_of.uses(how, specs)
+    chosen_by = how.reward.name
+    specs = [
+      dataclasses.replace(s, trained_on=s.trained_on or s.metric.name == chosen_by) for s in specs
+    ]
   trial.try_each(
-    metric_lib.uses(specs),
+    uses,
     image_shape=(*stable_diffusion.image_size(draw.found.model), 3),
     timeout_s=scoring.reward_timeout_s,
   )
   with scorer(scoring) as score:
-    measured = of_drawer(draw, specs, score=score, seed=draw.settings["seed"])
+    measured = of_drawer(draw, specs, score=score, seed=draw.settings["seed"], how=how)
+  drawn = sum(group[0].images for group in evaluate_lib.sharing(specs)) * choice.best_of
   if output:
     given = {name: getattr(drawing, name) for name in ("scheduler", "image_size")}
+    given |= how.about() if how else {}
     content = {
       "model": drawing.model,
       "settings": draw.settings | {name: value for name, value in given.items() if value},
+      "images_drawn": drawn,
       "results": {name: result.summary() for name, result in measured.items()},
     }
     files.write_atomic(output, json.dumps(content, indent=2) + "\n")
-  return summary.table(measured)
+  said = f"\neach is the best of {how.count} by {how.reward.name}: {drawn:,} drawn" if how else ""
+  return summary.table(measured) + said
 
 
 def scorer(scoring: ScoringSettings) -> metric_lib.MetricScorer:
@@ -79,13 +97,19 @@ def scorer(scoring: ScoringSettings) -> metric_lib.MetricScorer:
 
 
 def of_drawer(
-  draw: Drawer, specs: Sequence[EvalSpec], *, score: metric_lib.MetricScorer, seed: int
+  draw: Drawer,
+  specs: Sequence[EvalSpec],
+  *,
+  score: metric_lib.MetricScorer,
+  seed: int,
+  how: BestOf | None = None,
 ) -> dict[str, EvalResult]:
-  """Evaluates what a drawer draws; see `evaluate.evaluate`."""
+  """Evaluates what a drawer draws, or the best of it; see `evaluate.evaluate`."""
 
   def sample(prompts, seed):
     return draw.batches([prompt.text for prompt in prompts], seed=seed, progress="evaluating")
 
+  sample = best_of.sample(how, draw, score) if how else sample
   return evaluate_lib.evaluate(specs, sample=sample, score=score, seed=seed)
 
 
