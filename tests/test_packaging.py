@@ -219,7 +219,16 @@ def test_readme_commands(parsed):
   commands = _readme_launches()
   assert {script for script, *_ in commands} == {
     f"launch/{name}.py"
-    for name in ("train", "sample", "evaluate", "compare", "export", "compile", "benchmark")
+    for name in (
+      "train",
+      "sample",
+      "evaluate",
+      "compare",
+      "export",
+      "compile",
+      "benchmark",
+      "reproduce",
+    )
   }
   said = {command: parsed[command] for command in commands}
   assert said == dict.fromkeys(commands, "parsed")

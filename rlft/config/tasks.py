@@ -41,15 +41,47 @@ TASK_PRESETS: Mapping[str, Sequence[TaskConfig]] = {
   ),
 }
 
-# The four ground-truth measures, none of which a task is trained on.
+
+def _held_out(name: str, task: str, metric: str, part: str = "test", **more: Any) -> EvalConfig:
+  """An evaluation on test prompts of the emoji world, or on a part of them."""
+  prompts, development = f"emoji:{task}/{part}", f"emoji:{task}/development"
+  return EvalConfig(name=name, prompts=prompts, metric=metric, development=development, **more)
+
+
+_SET = {"images": 256, "images_per_prompt": 16}
+_PARTS = ("seen", "unseen")  # without withheld things, and with them
+
 EVAL_PRESETS: Mapping[str, Sequence[EvalConfig]] = {
+  # The four ground-truth measures, none of which a task is trained on.
   "emoji": (
-    EvalConfig(
-      name="parity", prompts="emoji:portrait/test", metric="oracle-parity", images_per_prompt=16
+    _held_out("parity", "portrait", "oracle-parity", images_per_prompt=16),
+    _held_out("both", "pair", "oracle-both"),
+    _held_out("preference", "preference", "oracle-preference"),
+    _held_out("presence", "single", "oracle-presence"),
+  ),
+  # What the paper's tables show, in-domain and out-of-domain, by what is trained on, by oracles and
+  # by a scorer that nothing is trained on; and what must not be lost.
+  "emoji-protocol": (
+    _held_out("parity", "portrait", "oracle-parity", **_SET),
+    _held_out("skin", "portrait", "oracle-skin", guard=True, **_SET),
+    _held_out("parity-gendered", "gendered", "oracle-parity", **_SET),
+    _held_out("skin-gendered", "gendered", "oracle-skin", guard=True, **_SET),
+    *(
+      _held_out(f"{name}-{part}", task, metric, f"test-{part}", images=images)
+      for part in _PARTS
+      for name, task, metric, images in (
+        ("objects", "pair", "emoji-objects", 150),
+        ("both", "pair", "oracle-both", 150),
+        ("reward", "preference", "emoji-preference", 128),
+        ("preference", "preference", "oracle-preference", 128),
+        ("likeness", "preference", "oracle-likeness", 128),
+      )
     ),
-    EvalConfig(name="both", prompts="emoji:pair/test", metric="oracle-both"),
-    EvalConfig(name="preference", prompts="emoji:preference/test", metric="oracle-preference"),
-    EvalConfig(name="presence", prompts="emoji:single/test", metric="oracle-presence"),
+    _held_out("presence", "single", "oracle-presence", images=96, guard=True),
+    *(
+      _held_out(name, "preference", f"oracle-{name}", images=128, images_per_prompt=8, guard=True)
+      for name in ("diversity", "distance")
+    ),
   ),
 }
 

@@ -180,13 +180,14 @@ def verdict(change: Estimate, *, lower_is_better: bool) -> str:
   )
 
 
-def words(estimate: Estimate) -> str:
-  """A mean and half the width of its interval."""
+def words(estimate: Estimate, digits: int | None = None) -> str:
+  """A mean and half the width of its interval, with as many digits as it says if None is given."""
   if math.isnan(estimate.mean):
     return "not scored"
-  text = f"{estimate.mean:.{estimate.digits}f}"
+  digits = estimate.digits if digits is None else digits
+  text = f"{estimate.mean:.{digits}f}"
   half = (estimate.high - estimate.low) / 2
-  return text if math.isnan(half) else f"{text} ±{half:.{estimate.digits}f}"
+  return text if math.isnan(half) else f"{text} ±{half:.{digits}f}"
 
 
 def change_words(change: Estimate) -> str:

@@ -13,7 +13,8 @@ def preferred(
 
   A rater follows an oracle, and errs the more often the less the pictures differ: the first is
   preferred with probability sigmoid((u - v) / noise), u and v what the oracle says of them
-  (R. A. Bradley and M. E. Terry, 1952). Each pair is seen by raters of its own.
+  (R. A. Bradley and M. E. Terry, 1952). Whoever is shown a pair at some place has the same luck in
+  every call, so that methods are not told apart by that.
 
   Args:
     liked: u, of any shape; NaN where the oracle says nothing.

@@ -116,7 +116,8 @@ def _resampled(tables: list[np.ndarray], samples: int) -> np.ndarray:
   rng = np.random.default_rng(_SEED)
 
   def shares(count: int) -> np.ndarray:
-    return rng.multinomial(count, np.full(count, 1 / count), size=samples) / count
+    drawn = rng.integers(count, size=(samples, count)) + count * np.arange(samples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=samples * count).reshape(samples, count) / count
 
   of_prompts = shares(tables[0].shape[1])
   return sum(np.sum(shares(len(table)) @ table * of_prompts, axis=1) for table in tables)

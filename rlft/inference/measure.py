@@ -103,6 +103,7 @@ def of_drawer(
   score: metric_lib.MetricScorer,
   seed: int,
   how: BestOf | None = None,
+  keep: evaluate_lib.Keep | None = None,
 ) -> dict[str, EvalResult]:
   """Evaluates what a drawer draws, or the best of it; see `evaluate.evaluate`."""
 
@@ -110,7 +111,7 @@ def of_drawer(
     return draw.batches([prompt.text for prompt in prompts], seed=seed, progress="evaluating")
 
   sample = best_of.sample(how, draw, score) if how else sample
-  return evaluate_lib.evaluate(specs, sample=sample, score=score, seed=seed)
+  return evaluate_lib.evaluate(specs, sample=sample, score=score, seed=seed, keep=keep)
 
 
 def _specs_of_run(path: str, evals: Sequence[EvalConfig], started_in: str) -> list[EvalSpec]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -27,11 +28,10 @@ from rlft.inference.draw import Drawer, Drawing
 from rlft.inference.runs import TrainedRun
 from rlft.models import stable_diffusion
 from rlft.models.files import pretrained
+from rlft.report import samples
 from rlft.rewards.scoring import trial
 from rlft.storage import files
 from rlft.types import UserError
-
-MEASURED = "measured"  # folder in a run's directory
 
 # How images are drawn, but for what methods may differ in.
 DRAWN_BY = ("scheduler", "image_size", "sampling_steps", "eta")
@@ -157,13 +157,12 @@ class Protocol:
           f"{run.path} draws with --{name}={own}, others with {value or 'none'}: compare them"
           " apart, each with another --output"
         )
-    file = files.path_of(run.path) / MEASURED / "test.json"
+    file = _file_of_run(run.path)
     guidance = run.config.policy.guidance_scale
     return self._measured("test", file, guidance, {"checkpoint": run.checkpoint}, run=run)
 
   def _base(self, split: str, guidance: float, names: Sequence[str] | None = None) -> Results:
-    folder = files.path_of(self._settings.output) / "base"
-    file = folder / f"{split}-guidance-{guidance:g}.json"
+    file = _file_of_base(self._settings.output, split, guidance)
     about = {"model": self.base_model, "files": stamp(self.base_model)}
     return self._measured(split, file, guidance, about, names=names)
 
@@ -190,7 +189,10 @@ class Protocol:
       where = run.path if run else self.base_model
       self._say(f"measuring {where}: guidance {guidance:g}, {split}, {images(specs):,} images")
       drawer = self._drawer(guidance, run)
-      found = measure.of_drawer(drawer, specs, score=self._scorer(drawer), seed=seed)
+      # Some pictures beside the figures: the same prompts and noise of every model.
+      keep = samples.Keeper(_pictures(file), 0)
+      score = self._scorer(drawer)
+      found = measure.of_drawer(drawer, specs, score=score, seed=seed, keep=keep)
       for name, result in found.items():
         kept[name] = result
         content[name] = {"asked": asked[name], **result.to_json()}
@@ -233,6 +235,30 @@ class Protocol:
       )
       self._score = measure.scorer(self._scoring)
     return self._score
+
+
+def pictures_of(output: str | os.PathLike[str], run: str, guidance: float) -> files.Path:
+  """Where pictures of test prompts are, for `samples.read_samples`.
+
+  Args:
+    output: directory of the comparison.
+    run: directory of a run; '' for the base model.
+    guidance: of the base model.
+  """
+  return _pictures(_file_of_run(run) if run else _file_of_base(output, "test", guidance))
+
+
+def _file_of_run(run: str) -> files.Path:
+  return files.path_of(run) / "measured" / "test.json"
+
+
+def _file_of_base(output: str | os.PathLike[str], split: str, guidance: float) -> files.Path:
+  return files.path_of(output) / "base" / f"{split}-guidance-{guidance:g}.json"
+
+
+def _pictures(file: files.Path) -> files.Path:
+  """The directory of the pictures that belong to a file of results."""
+  return file.parent / file.stem
 
 
 def images(specs: Sequence[EvalSpec]) -> int:

@@ -1,4 +1,4 @@
-"""Does it fit, and how fast is it: measurements of the code, not of models.
+"""Does it fit, how fast is it, and does it reproduce the paper: what is measured by whole runs.
 
 May import everything; nothing imports it.
 """

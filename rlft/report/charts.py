@@ -9,7 +9,7 @@ import numpy as np
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-_WIDTH, _HEIGHT = 400, 210
+WIDTH, HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 24
 _MAX_POINTS = 240  # more would overlap at this width, and make a long run's page heavy
 _MARKED_POINTS = 30  # up to this many points are drawn as dots with a tooltip
@@ -54,15 +54,27 @@ def line_chart(
   Returns:
     An HTML figure.
   """
+  content = lines(series, log_floor=log_floor, smooth=smooth, peaks=peaks)
+  return _figure(title, content, [(one.name, _last(_thin(one, peaks).y)) for one in series])
+
+
+def lines(
+  series: Sequence[Series],
+  *,
+  log_floor: float | None = None,
+  smooth: bool = False,
+  peaks: bool = False,
+) -> str:
+  """What is drawn of a `line_chart`: SVG elements in a picture of `WIDTH` by `HEIGHT`."""
   drawn = [_thin(one, peaks) for one in series]
   values = [a for one in drawn for a in (one.y, one.low, one.high) if a is not None]
   axes = _Axes.around([one.x for one in drawn], values, log_floor)
   parts = [axes.draw()]
-  for color, one in zip(_cycle(len(drawn)), drawn, strict=True):
+  for color, one in zip(colors(len(drawn)), drawn, strict=True):
     if one.low is not None and one.high is not None:
       parts.append(axes.band(one.x, one.low, one.high, color, 0.18))
     parts.append(_curve(axes, one, color, smooth))
-  return _figure(title, "".join(parts), [(one.name, _last(one.y)) for one in series])
+  return "".join(parts)
 
 
 def two_scale_chart(title: str, left: Series, right: Series, *, flip: bool = False) -> str:
@@ -78,8 +90,8 @@ def two_scale_chart(title: str, left: Series, right: Series, *, flip: bool = Fal
     An HTML figure.
   """
   drawn = [_thin(left), _thin(right)]
-  parts, colors = [], _cycle(2)
-  for place, (color, one) in enumerate(zip(colors, drawn, strict=True)):
+  parts, pair = [], colors(2)
+  for place, (color, one) in enumerate(zip(pair, drawn, strict=True)):
     axes = _Axes.around([one.x for one in drawn], [one.y], None)
     axes = dataclasses.replace(axes, right=_LEFT)
     if place and flip:
@@ -106,7 +118,7 @@ def stacked_chart(title: str, series: Sequence[Series]) -> str:
   axes = _Axes.around([x], [np.zeros(1), tops[-1]], None)
   bands = [
     axes.band(x, low, high, color, 0.75)
-    for color, low, high in zip(_cycle(len(drawn)), bottoms, tops, strict=True)
+    for color, low, high in zip(colors(len(drawn)), bottoms, tops, strict=True)
   ]
   return _figure(title, axes.draw() + "".join(bands), [(one.name, _last(one.y)) for one in series])
 
@@ -142,13 +154,13 @@ class _Axes:
     return cls(x.min(), max(x.max(), x.min() + 1), low, high + margin, None)
 
   def _x(self, x: np.ndarray) -> np.ndarray:
-    return _LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (_WIDTH - _LEFT - self.right)
+    return _LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - _LEFT - self.right)
 
   def _y(self, y: np.ndarray) -> np.ndarray:
     if self.log_floor is not None:
       y = np.log10(np.maximum(y, self.log_floor))
     share = (y - self.y_low) / (self.y_high - self.y_low)
-    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+    return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
 
   def draw(self, color: str = "") -> str:
     """Grid lines and their labels; those of the vertical axis in `color`."""
@@ -161,20 +173,20 @@ class _Axes:
       ticks = _ticks(self.y_low, self.y_high, 5)
       labels = [f"{tick:.6g}" for tick in ticks]
     for y, label in zip(self._y(ticks), labels, strict=True):
-      parts.append(f'<path class="g" d="M{_LEFT} {y:.1f}H{_WIDTH - self.right}"/>')
+      parts.append(f'<path class="g" d="M{_LEFT} {y:.1f}H{WIDTH - self.right}"/>')
       place = f'x="{_LEFT - 6}" y="{y + 4:.1f}"'
       parts.append(f'<text {place} text-anchor="end"{style}>{label}</text>')
     ticks = _ticks(self.x_low, self.x_high, 6)
     ticks = ticks[ticks == np.round(ticks)]  # there is no half iteration
     for x, tick in zip(self._x(ticks), ticks, strict=True):
-      parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 7}" text-anchor="middle">{tick:.0f}</text>')
+      parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{tick:.0f}</text>')
     return "".join(parts)
 
   def draw_right(self, color: str) -> str:
     """Labels of a second vertical axis, in `color`."""
     ticks = _ticks(*sorted((self.y_low, self.y_high)), 5)
     return "".join(
-      f'<text x="{_WIDTH - self.right + 6}" y="{y + 4:.1f}" style="fill:{color}">{tick:.6g}</text>'
+      f'<text x="{WIDTH - self.right + 6}" y="{y + 4:.1f}" style="fill:{color}">{tick:.6g}</text>'
       for y, tick in zip(self._y(ticks), ticks, strict=True)
     )
 
@@ -231,16 +243,17 @@ def _figure(title: str, content: str, legend: Sequence[tuple[str, float]]) -> st
   entries = "".join(
     f'<span><i style="background:{color}"></i>{html.escape(name or "last")}'
     f" <b>{f'{value:.4g}' if math.isfinite(value) else '–'}</b></span>"
-    for color, (name, value) in zip(_cycle(len(legend)), legend, strict=True)
+    for color, (name, value) in zip(colors(len(legend)), legend, strict=True)
   )
   return (
     f"<figure><figcaption>{html.escape(title)}</figcaption>"
-    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
+    f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
     f'{content}</svg><div class="legend">{entries}</div></figure>'
   )
 
 
-def _cycle(count: int) -> list[str]:
+def colors(count: int) -> list[str]:
+  """Of so many curves."""
   return [_COLORS[index % len(_COLORS)] for index in range(count)]
 
 

@@ -1,0 +1,27 @@
+"""When a run had learnt nearly all that it was to learn."""
+
+from rlft.evaluation import results
+
+SHARE = 0.95  # of the gain at the end
+
+
+def converged(history: results.History, name: str, *, share: float = SHARE) -> int | None:
+  """The first evaluated iteration at which a run had this share of its own final gain.
+
+  Args:
+    history: as `results.read_history` returns it.
+    name: of the evaluation by which it is judged.
+    share: in (0, 1].
+
+  Returns:
+    How many iterations were done; None if the end is not better than the start.
+  """
+  points = [(iteration, found[name]) for iteration, found in history if name in found]
+  if len(points) < 2:
+    return None
+  start, end = points[0][1], points[-1][1]
+  if results.paired_difference(start, end).verdict != "better":
+    return None
+  needed = share * (end.mean - start.mean)
+  sign = 1 if needed > 0 else -1
+  return next(i for i, found in points if sign * (found.mean - start.mean) >= sign * needed)

@@ -1,0 +1,125 @@
+"""What was trained and measured, as the tables look at it."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+
+import numpy as np
+
+from rlft.config.settings import Config, EvalConfig
+from rlft.evaluation import protocol, raters, results, seeds
+from rlft.evaluation.protocol import Base, Results
+from rlft.performance.reproduce.paper import Column, PaperTable, Row
+from rlft.performance.reproduce.scale import Scale
+from rlft.report import metrics
+from rlft.storage import files
+from rlft.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A run that is finished.
+
+  Attributes:
+    config: its settings.
+    results: on the test prompts.
+  """
+
+  config: Config
+  results: Results
+
+  @functools.cached_property
+  def history(self) -> results.History:
+    """Its own evaluations."""
+    return results.read_history(self.config.output.workdir)
+
+  @functools.cached_property
+  def metrics(self) -> list[dict]:
+    """Its iterations."""
+    return files.read_jsonl(files.path_of(self.config.output.workdir) / metrics.METRICS_FILE)
+
+  @property
+  def images(self) -> int:
+    """Drawn in an iteration."""
+    return sum(task.batch_size for task in self.config.task)
+
+  def seconds(self, iteration: int) -> float:
+    """Of drawing, scoring and learning until so many iterations were done."""
+    rows = (row for row in self.metrics if row["iteration"] < iteration)
+    return sum(row.get("time/iteration_s") or 0.0 for row in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+  """All of it.
+
+  Attributes:
+    scale: what was to be trained.
+    base: the base model.
+    evals: of the protocol, by name.
+    runs: by method and tasks, then by seed.
+    measured: directory of what the base model was measured.
+  """
+
+  scale: Scale
+  base: Base
+  evals: Mapping[str, EvalConfig]
+  runs: Mapping[tuple[str, tuple[str, ...]], Mapping[int, Trained]]
+  measured: files.Path
+
+  def of(self, row: Row) -> list[Trained]:
+    """The runs of a row, by seed."""
+    return list(self.runs.get((row.method, row.tasks), {}).values())
+
+  def rows(self, table: PaperTable) -> dict[str, Row]:
+    """The paper's rows, and those of methods that the scale adds."""
+    added = {
+      name: Row(method.title, name, table.on)
+      for name, method in self.scale.methods.items()
+      if table.name in method.tables
+    }
+    return {**table.rows, **added}
+
+  def guidance(self, column: Column) -> float:
+    """The base model's best for a column's measure."""
+    self._entry(column)
+    return self.base.best(column.measure)
+
+  def lower_is_better(self, column: Column) -> bool:
+    """The direction of a column; raters' votes go up."""
+    return not column.rated and self._at_best(column).lower_is_better
+
+  def scores(self, column: Column, row: Row) -> np.ndarray | None:
+    """`[S, P]`, see `seeds`; None if nothing of the row is there."""
+    entry, at_best = self._entry(column), self._at_best(column)
+    found = [run.results[column.measure] for run in self.of(row)] if row.method else [at_best]
+    if not found:
+      return None
+    if column.rated:
+      found = [self._rated(one, at_best) for one in found]
+    return protocol.scores(entry, found)
+
+  def _rated(self, one: results.EvalResult, base: results.EvalResult) -> results.EvalResult:
+    """The share of raters who prefer each picture to the base's of the same prompt and noise."""
+    noise = self.scale.rater_noise
+    # The base beside itself: as many for the one as for the other.
+    shares = np.where(np.isnan(base.scores), np.nan, 0.5)
+    if one is not base:
+      shares = raters.preferred(one.scores, base.scores, noise=noise)
+    return dataclasses.replace(one, scores=shares)
+
+  def _entry(self, column: Column) -> EvalConfig:
+    if column.measure not in self.evals:
+      raise UserError(
+        f"{self.scale.name}.toml: evals measure no {column.measure}, which a table shows: add it,"
+        " or leave the table out with --only"
+      )
+    return self.evals[column.measure]
+
+  def _at_best(self, column: Column) -> results.EvalResult:
+    return self.base.test[self.guidance(column)][column.measure]
+
+
+def estimate_of_seeds(values: Sequence[float]) -> seeds.Estimate:
+  """The mean of one number for each seed."""
+  return seeds.estimate(np.array(values, float)[:, None])

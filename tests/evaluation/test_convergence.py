@@ -1,0 +1,28 @@
+"""When a run had learnt nearly all that it was to learn."""
+
+from evaluation_cases import result
+import numpy as np
+
+from rlft.evaluation import convergence
+
+PROMPTS = np.linspace(0, 1, 20)
+
+
+def converged(*gains, lower=False, **how):
+  history = [(10 * i, {"a": result(PROMPTS + gain, lower=lower)}) for i, gain in enumerate(gains)]
+  return convergence.converged(history, "a", **how)
+
+
+def test_the_first_evaluation_with_nearly_all_of_the_final_gain():
+  assert converged(0, 0.5, 0.94, 0.96, 1.0) == 30
+  assert converged(0, 0.5, 0.94, 0.96, 1.0, share=0.5) == 10
+  # What was more in between counts as reached.
+  assert converged(0, 1.2, 0.8, 1.0) == 10
+  assert converged(0, -0.5, -0.97, -1.0, lower=True) == 20
+
+
+def test_a_run_that_does_not_become_better_does_not_converge():
+  assert converged(0, 0.5, -0.1) is None
+  assert converged(0, 0.0) is None
+  assert converged(0, 1.0, lower=True) is None
+  assert converged(0) is None
