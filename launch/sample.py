@@ -12,7 +12,9 @@ from rlft.inference.draw import Drawing, save_grid
 cli.define(Drawing)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
 _PROMPTS = flags.DEFINE_string(
-  "prompts", None, "more to draw: emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file"
+  "prompts",
+  None,
+  "more to draw: emoji:TASK/SPLIT, records:DIRECTORY/SPLIT or a file, or a part of one",
 )
 _MAX_PROMPTS = flags.DEFINE_integer(
   "max_prompts", 32, "at most so many of --prompts are drawn, spread evenly", lower_bound=1

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 from typing import Any
 
 from rlft.algorithms.base import Algorithm
@@ -17,6 +18,7 @@ from rlft.config.fields import suggestion
 from rlft.config.settings import EMOJI, AlgorithmSettings, EvalConfig, TaskConfig
 from rlft.data import pairs as pairs_lib
 from rlft.data import prompts as prompts_lib
+from rlft.data import sources, splits
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.rewards import grammar, user
 from rlft.rewards.scoring import errors
@@ -60,6 +62,7 @@ ORACLES: Mapping[str, str] = {
 # Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
 PROMPTS: Mapping[str, str] = {
   "emoji": "rlft.emoji.prompts:prompts",
+  "records": "rlft.data.records:load",
   "tfds": "rlft.data.prompts:load_tfds",
 }
 # Images with captions that are in no folder: functions of (size, seed, count).
@@ -154,7 +157,8 @@ def load_prompts(spec: str) -> Sequence[Prompt]:
   """The prompts of a source, in its order; lines and rows without text are left out.
 
   Args:
-    spec: 'KIND:NAME/SPLIT' with a key of `PROMPTS`, or a file that `rlft.data.prompts` can read.
+    spec: 'KIND:NAME/SPLIT' with a key of `PROMPTS`, or a file that `rlft.data.prompts` can read; a
+      part of one, or a mixture, as `rlft.data.splits` has them.
 
   Returns:
     At least one prompt.
@@ -162,8 +166,13 @@ def load_prompts(spec: str) -> Sequence[Prompt]:
   Raises:
     UserError: the source does not exist, cannot be read, or has no prompts.
   """
-  kind = spec.partition(":")[0]
-  return _load_named(kind, spec) if kind in PROMPTS else prompts_lib.load_file(spec)
+  if terms := _mixed(spec):
+    weights, names = zip(*terms, strict=True)
+    return sources.Mixture([load_prompts(name) for name in names], weights)
+  source, part = _parted(spec)
+  kind = source.partition(":")[0]
+  whole = _load_named(kind, source) if kind in PROMPTS else prompts_lib.load_file(source)
+  return splits.take_part(spec, whole, part) if part else whole
 
 
 def check_prompts(spec: str) -> None:
@@ -172,11 +181,44 @@ def check_prompts(spec: str) -> None:
   Raises:
     UserError: as `load_prompts`.
   """
-  kind = spec.partition(":")[0]
+  if terms := _mixed(spec):
+    for _, name in terms:
+      check_prompts(name)
+    return
+  source, part = _parted(spec)
+  if part:
+    splits.check_part(spec, part)
+  kind = source.partition(":")[0]
   if kind in PROMPTS:
-    _load_named(kind, spec)
+    _load_named(kind, source)
   else:
-    prompts_lib.check_file(spec)
+    prompts_lib.check_file(source)
+
+
+def prompts_from(spec: str, folder: str) -> str:
+  """The same source, with files that are not here taken from `folder`."""
+  if terms := _mixed(spec):
+    return " + ".join(f"{weight!r}*{prompts_from(name, folder)}" for weight, name in terms)
+  source, _ = _parted(spec)
+  kind, colon, rest = spec.partition(":")
+  if colon and kind in PROMPTS:
+    name = source.partition(":")[2].rpartition("/")[0]
+    elsewhere = not os.path.isdir(name) and os.path.isdir(os.path.join(folder, name))
+    return f"{kind}:{os.path.join(folder, rest)}" if elsewhere else spec
+  path, _ = prompts_lib.split_column(source)
+  elsewhere = not os.path.exists(path) and os.path.isfile(os.path.join(folder, path))
+  return os.path.join(folder, spec) if elsewhere else spec
+
+
+def _mixed(spec: str) -> list[tuple[float, str]]:
+  # A file may have any name.
+  return [] if os.path.isfile(os.path.expanduser(spec)) else splits.split_mixture(spec)
+
+
+def _parted(spec: str) -> tuple[str, str]:
+  """A source, and what is asked of it; TFDS cuts its own splits by places."""
+  source, part = splits.split_part(spec)
+  return (spec, "") if spec.startswith("tfds:") and splits.is_slice(part) else (source, part)
 
 
 @functools.cache
@@ -235,6 +277,12 @@ def make_specs(
   Raises:
     UserError: an unknown metric, or prompts that cannot be read.
   """
+  for entry in evals:
+    if _mixed(entry.prompts):
+      raise UserError(
+        f"--eval=name={entry.name}: prompts={entry.prompts} is a mixture, of which an evaluation"
+        " would see the first source: give one for each"
+      )
   is_trained_on = grammar.trained_on(trained_on)
   metrics = {}
   for entry in evals:

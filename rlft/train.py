@@ -23,7 +23,7 @@ import numpy as np
 from rlft.algorithms.base import Batch
 from rlft.config import stored
 from rlft.config.settings import Config
-from rlft.data import shuffle
+from rlft.data import sources
 from rlft.data.pairs import ImageError, pair_indices
 from rlft.diffusion.sampler import image_keys
 from rlft.evaluation import results, summary
@@ -208,10 +208,9 @@ def run_task(
 def draw(run: Run, state: TrainState, task: Task, moment: Moment) -> tuple[list[Prompt], Drawn]:
   """Draws a task's images of an iteration: the prompts of the B images, and the images."""
   group, size = task.config.images_per_prompt, task.config.batch_size
-  rows = shuffle.batch_indices(
-    moment.seed, moment.task, moment.iteration, count=size // group, size=len(task.prompts)
+  prompts = sources.drawn(
+    task.prompts, moment.seed, moment.task, moment.iteration, count=size // group
   )
-  prompts = [task.prompts[row] for row in rows.tolist()]
   drawn = run.programs.sampler.draw(
     run.programs.drawing_weights(state, run.frozen),
     run.model.tokenize([prompt.text for prompt in prompts])[0],

@@ -3,6 +3,7 @@
 import pytest
 
 from rlft import catalog
+from rlft.config.settings import EvalConfig
 from rlft.types import UserError
 
 
@@ -43,6 +44,53 @@ def test_prompts_in_a_file(tmp_path):
   assert catalog.load_prompts(str(tmp_path / "p.txt"))[0].text == "a dog"
 
 
+def test_parts_and_mixtures_of_prompts(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("p.txt", "odd[:1].txt", "1*p.txt + 2*p.txt"):
+    (tmp_path / name).write_text("a\nb\nc")
+  (tmp_path / "p.csv").write_text("id,text\n1,d\n2,e\n")
+
+  def texts(spec):
+    catalog.check_prompts(spec)
+    return [prompt.text for prompt in catalog.load_prompts(spec)]
+
+  assert texts("p.txt[-2:]") == texts("odd[:1].txt[1:]") == ["b", "c"]
+  assert texts("1*p.txt + 2*p.txt") == ["a", "b", "c"]  # A file of this name.
+  assert texts("p.csv?column=text[1:]") == ["e"]
+  assert texts("emoji:pair/test[:2]") == texts("emoji:pair/test")[:2]
+  assert texts("2*p.txt[:1] + 1*p.csv?column=text") == ["a", "d", "e"]
+  # TFDS cuts its own splits by places.
+  assert catalog._parted("tfds:a/b[:5]") == ("tfds:a/b[:5]", "")
+  assert catalog._parted("tfds:a/b[heldout]") == ("tfds:a/b", "heldout")
+
+
+def test_prompts_from_another_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "start" / "set").mkdir(parents=True)
+  (tmp_path / "start" / "p.txt").write_text("a")
+  start = str(tmp_path / "start")
+  for spec, expected in (
+    ("p.txt", f"{start}/p.txt"),
+    ("p.txt[:5]", f"{start}/p.txt[:5]"),
+    ("p.txt?column=a", f"{start}/p.txt?column=a"),
+    ("records:set/train[:5]", f"records:{start}/set/train[:5]"),
+    ("0.5*p.txt + 0.5*q.txt", f"0.5*{start}/p.txt + 0.5*q.txt"),
+    ("emoji:pair/test", "emoji:pair/test"),
+    ("q.txt", "q.txt"),
+  ):
+    assert catalog.prompts_from(spec, start) == expected
+  (tmp_path / "p.txt").write_text("b")
+  assert catalog.prompts_from("p.txt[:5]", start) == "p.txt[:5]"
+
+
+def test_a_mixture_is_nothing_to_evaluate_on(tmp_path):
+  (tmp_path / "p.txt").write_text("a")
+  mixed = f"1*{tmp_path}/p.txt + 1*emoji:pair/test"
+  entry = EvalConfig(name="e", prompts=mixed, metric="jpeg")
+  with pytest.raises(UserError, match="--eval=name=e: prompts=.* is a mixture, of which"):
+    catalog.make_specs([entry])
+
+
 @pytest.mark.parametrize("do", [catalog.load_prompts, catalog.check_prompts])
 @pytest.mark.parametrize(
   ("spec", "message"),
@@ -51,6 +99,10 @@ def test_prompts_in_a_file(tmp_path):
     ("emoji:pears/train", "unknown emoji task 'pears'"),
     ("emoji:pair", "write emoji:NAME/SPLIT"),
     ("tfds:my_prompts", "write tfds:NAME/SPLIT"),
+    ("emoji:pair/train[train]", r"\[train\] is no part of a source: write e.g."),
+    ("records:none/train", "none/manifest.json cannot be read"),
+    ("1*none.txt + 1*emoji:pair/train", "none.txt does not exist"),
+    ("none.txt + 1*emoji:pair/train", "'none.txt' has no weight above 0"),
   ],
 )
 def test_prompts_that_are_not_there_are_refused(do, spec, message):

@@ -126,12 +126,14 @@ def test_a_half_written_checkpoint(folder, tmp_path, caplog):
 @pytest.fixture
 def trained(folder, tmp_path):
   """The settings of a run of one iteration, which leaves a checkpoint."""
-  settings = config(folder, tmp_path, task=(cases.task(folder),), pretrain_weight=0.0, iterations=1)
+  prompts = shutil.copy(folder / "prompts.txt", tmp_path)
+  task = cases.task(folder, prompts=prompts)
+  settings = config(folder, tmp_path, task=(task,), pretrain_weight=0.0, iterations=1)
   cases.run(settings)
   return settings
 
 
-def test_a_checkpoint_of_another_model(tmp_path, trained):
+def test_a_checkpoint_of_another_model_or_other_prompts(tmp_path, trained):
   before = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
   other = tmp_path / "other"
   pretrained.save(other, cases.tiny_model(seed=3))
@@ -143,6 +145,10 @@ def test_a_checkpoint_of_another_model(tmp_path, trained):
   ):
     with one_line(rf"other settings \({message}\): give the old ones"):
       cases.run(fields.replace(trained, **changes))
+  with open(tmp_path / "prompts.txt", "a") as file:
+    file.write("\na prompt more")
+  with one_line("prompts .*prompts.txt are not those that the run in .* began with: put them back"):
+    cases.run(trained)
   after = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
   assert after[1] == before[1]
   jax.tree.map(np.testing.assert_array_equal, after[0], before[0])

@@ -20,7 +20,10 @@ class TaskConfig:
   """A reward and the prompts on which it is maximised."""
 
   name: str = option("used in metric names")
-  prompts: str = option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
+  prompts: str = option(
+    "emoji:TASK/SPLIT, records:DIRECTORY/SPLIT, tfds:NAME/SPLIT or a file; a part of one as"
+    " SOURCE[:-2000] or SOURCE[heldout], or several as NUMBER*SOURCE + NUMBER*SOURCE"
+  )
   reward: str = option("a reward's name, or 'NUMBER*NAME + NUMBER*NAME', normalised and added")
   batch_size: int = option("images per iteration, over all devices", 2048, least=2)
   images_per_prompt: int = option("images drawn for each prompt", 1, least=1)
@@ -37,7 +40,9 @@ class EvalConfig:
   """A held-out measurement: the same prompts and seeds every time."""
 
   name: str = option("used in metric names")
-  prompts: str = option("emoji:TASK/SPLIT, tfds:NAME/SPLIT or a file")
+  prompts: str = option(
+    "emoji:TASK/SPLIT, records:DIRECTORY/SPLIT, tfds:NAME/SPLIT or a file; or a part of one"
+  )
   metric: str = option("a reward's name or an oracle's")
   images: int = option("images in all", 256, least=2)
   images_per_prompt: int = option("images drawn for each prompt", 1, least=1)

@@ -8,7 +8,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from rlft.data import prompts
+from rlft.data import lines
 from rlft.data import shuffle as order
 from rlft.storage import files
 from rlft.types import UserError
@@ -56,8 +56,8 @@ def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
   folder = os.path.expanduser(folder)
   paths, captions = [], []
   listing = os.path.join(folder, _METADATA)
-  with prompts.reading(listing):
-    for row in prompts.json_rows(listing, ("file_name", "text")):
+  with lines.reading(listing):
+    for _, _, row in lines.json_rows(listing, ("file_name", "text")):
       paths.append(os.path.join(folder, row["file_name"]))
       captions.append(row["text"])
   if not paths:

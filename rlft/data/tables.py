@@ -3,68 +3,104 @@
 Nothing is dropped or altered in silence: what is ambiguous is a UserError with the line's number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import csv
-from typing import TextIO
+import dataclasses
+import io
 
+from rlft.data import lines
 from rlft.types import UserError
 
-Row = tuple[int, list[str]]  # the number of its first line, and its cells
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of a table.
 
-def read_csv(path: str) -> Iterator[Row]:
-  """The rows of a comma-separated file, the header first; rows without any text are left out.
-
-  Every row has as many cells as the header, or fewer. A table of one column has no use for commas
-  between cells: they are taken as text.
-
-  Raises:
-    UserError: a quote is not closed or not doubled, or a row has more cells than the header.
-      OSError and UnicodeDecodeError are left to the caller.
+  Attributes:
+    number: of its first line, from 1.
+    cells: as many as the header has, or fewer.
+    start: where it begins in the file, in bytes.
+    size: of it in the file, in bytes.
   """
-  with open(path, encoding="utf-8-sig", newline="") as file:
-    width = 0
-    for number, cells, raw in _quoted(path, file, ","):
-      width = width or len(cells)
-      if len(cells) > width == 1 and '"' not in raw:
+
+  number: int
+  cells: list[str]
+  start: int
+  size: int
+
+
+class Table:
+  """A comma-separated or tab-separated file.
+
+  In CSV, a table of one column has no use for commas between cells: they are taken as text.
+
+  In TSV a quote is text, as the format has no quotes. But there are programs that write them
+  nevertheless: a cell with a quote inside, in which each is doubled, is read as in CSV, and so is a
+  whole file whose header begins with a quote.
+  """
+
+  def __init__(self, path: str, separator: str):
+    """Reads the header of a file.
+
+    Raises:
+      UserError: as `rows`. OSError and UnicodeDecodeError are left to the caller.
+    """
+    self._path, self._separator = path, separator
+    with lines.opened(path) as file:
+      self._quoted = separator == "," or file.read(1) == '"'
+    self._width = 0
+    self.columns = next(self.rows(header=True), Row(0, [], 0, 0)).cells
+    self._width = len(self.columns)
+
+  def rows(self, *, header: bool = False) -> Iterator[Row]:
+    """The rows, without the header unless it is asked for; those without any text are left out.
+
+    Raises:
+      UserError: a quote is not closed or not doubled, or a row has more cells than the header.
+        OSError and UnicodeDecodeError are left to the caller.
+    """
+    with lines.opened(self._path) as file:
+      rows = self._rows(lines.placed(self._path, file))
+      if not header:
+        next(rows, None)
+      yield from rows
+
+  def cells(self, text: str) -> list[str]:
+    """The cells of a row, from its text in the file."""
+    return next(self._rows((0, 0, line) for line in io.StringIO(text, newline=""))).cells
+
+  def _rows(self, placed: Iterable[tuple[int, int, str]]) -> Iterator[Row]:
+    found = (_quoted if self._quoted else _plain)(self._path, placed, self._separator)
+    if self._separator == ",":
+      remedy = "put a text that has commas in quotes"
+    else:
+      remedy = "a cell cannot hold tabs or line breaks: write CSV or JSON lines"
+    for row, raw in found:
+      cells, width = row.cells, self._width or len(row.cells)
+      if self._separator == "," and len(cells) > width == 1 and '"' not in raw:
         cells = [raw.strip()]
-      yield number, _cut(path, number, cells, width, "put a text that has commas in quotes")
+      if any(cells[width:]):
+        raise UserError(
+          f"{self._path}, line {row.number} has {len(cells)} cells and the header {width}: {remedy}"
+        )
+      yield dataclasses.replace(row, cells=cells[:width])
 
 
-def read_tsv(path: str) -> Iterator[Row]:
-  """The rows of a tab-separated file, the header first; rows without any text are left out.
-
-  A quote is text, as the format has no quotes. But there are programs that write them nevertheless:
-  a cell with a quote inside, in which each is doubled, is read as in CSV, and so is a whole file
-  whose header begins with a quote.
-
-  Raises:
-    UserError: as `read_csv`.
-  """
-  remedy = "a cell cannot hold tabs or line breaks: write CSV or JSON lines"
-  with open(path, encoding="utf-8-sig", newline="") as file:
-    quoted = file.read(1) == '"'
-    file.seek(0)
-    rows = _quoted(path, file, "\t") if quoted else _plain(file)
-    width = 0
-    for number, cells, _ in rows:
-      width = width or len(cells)
-      yield number, _cut(path, number, cells, width, remedy)
-
-
-def _quoted(path: str, file: TextIO, separator: str) -> Iterator[tuple[int, list[str], str]]:
-  """(number of the first line, cells, the text that they were read from) of each row."""
-  lines: list[str] = []
+def _quoted(
+  path: str, placed: Iterable[tuple[int, int, str]], separator: str
+) -> Iterator[tuple[Row, str]]:
+  """The rows of a table with quotes, each with the text that it was read from."""
+  read: list[tuple[int, int, str]] = []
 
   def remembered():
-    for line in file:
-      lines.append(line)
-      yield line
+    for line in placed:
+      read.append(line)
+      yield line[2]
 
   reader = csv.reader(remembered(), delimiter=separator, strict=True)
   while True:
     number = reader.line_num + 1
-    lines.clear()
+    read.clear()
     try:
       cells = next(reader)
     except StopIteration:
@@ -75,14 +111,19 @@ def _quoted(path: str, file: TextIO, separator: str) -> Iterator[tuple[int, list
         " have those inside doubled"
       ) from error
     if any(cell.strip() for cell in cells):
-      yield number, cells, "".join(lines)
+      size = sum(size for _, size, _ in read)
+      yield Row(number, cells, read[0][0], size), "".join(line for _, _, line in read)
 
 
-def _plain(file: TextIO) -> Iterator[tuple[int, list[str], str]]:
-  """As `_quoted`, of a file in which nothing but tabs and line breaks has a meaning."""
-  for number, line in enumerate(file, 1):
+def _plain(
+  path: str, placed: Iterable[tuple[int, int, str]], separator: str
+) -> Iterator[tuple[Row, str]]:
+  """As `_quoted`, of a file in which nothing but separators and line breaks has a meaning."""
+  del path  # Every line is a row.
+  for number, (start, size, line) in enumerate(placed, 1):
     if line.strip():
-      yield number, [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")], line
+      cells = [_unquoted(cell) for cell in line.rstrip("\r\n").split(separator)]
+      yield Row(number, cells, start, size), line
 
 
 def _unquoted(cell: str) -> str:
@@ -90,12 +131,3 @@ def _unquoted(cell: str) -> str:
   if cell[:1] == cell[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', ""):
     return inner.replace('""', '"')
   return cell
-
-
-def _cut(path: str, number: int, cells: list[str], width: int, remedy: str) -> list[str]:
-  """The first `width` cells; what is beyond them must be empty."""
-  if any(cells[width:]):
-    raise UserError(
-      f"{path}, line {number} has {len(cells)} cells and the header {width}: {remedy}"
-    )
-  return cells[:width]

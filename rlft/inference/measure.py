@@ -118,9 +118,7 @@ def _specs_of_run(path: str, evals: Sequence[EvalConfig], started_in: str) -> li
   """A run's own evaluations; relative paths of prompts count from here, or where it was started."""
 
   def found(entry):
-    there = os.path.join(started_in, entry.prompts)
-    elsewhere = not os.path.exists(entry.prompts) and os.path.isfile(there)
-    return dataclasses.replace(entry, prompts=there) if elsewhere else entry
+    return dataclasses.replace(entry, prompts=catalog.prompts_from(entry.prompts, started_in))
 
   try:
     return catalog.make_specs([found(entry) for entry in evals])

@@ -3,7 +3,7 @@
 The loop is rlft/train.py; nothing here changes during a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -17,6 +17,7 @@ from rlft import catalog
 from rlft.algorithms.base import Memory
 from rlft.config.settings import Config, TaskConfig
 from rlft.data import pairs as pairs_lib
+from rlft.data import sources
 from rlft.evaluation import metric
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.metric import MetricScorer
@@ -33,7 +34,7 @@ from rlft.storage import files
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import Prompt, TrainState
 
-_COUNTED_PROMPTS = 100_000  # of a list, in which those that are too long are counted at the start
+_COUNTED_PROMPTS = 2_000  # of a task, in which those that are too long are counted at the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Run:
     pairs: pretraining images with captions; None where they have no weight.
     frozen: parameters that no update changes, on the devices, see `programs.kept_parameters`.
     checkpointer: keeps the state.
+    digests: what stands for the prompts of tasks and evaluations, by their source.
   """
 
   config: Config
@@ -77,6 +79,7 @@ class Run:
   pairs: pairs_lib.Pairs | None
   frozen: dict[str, Any]
   checkpointer: Checkpointer
+  digests: Mapping[str, str]
 
   @property
   def writes(self) -> bool:
@@ -145,8 +148,8 @@ def open_run(config: Config, devices: int = 0) -> Run:
     image_size=config.policy.image_size,
   )
   for task, entries in zip(config.task, prompts, strict=True):
-    texts = [entry.text for entry in entries[:_COUNTED_PROMPTS]]
-    model.tokenize(texts, source=task.prompts)
+    counted = sources.spread(len(entries), _COUNTED_PROMPTS)
+    model.tokenize([entry.text for entry in sources.take(entries, counted)], source=task.prompts)
   pairs = None
   if config.pretraining.pretrain_weight:
     size = stable_diffusion.image_size(model)
@@ -190,4 +193,10 @@ def open_run(config: Config, devices: int = 0) -> Run:
     checkpointer=Checkpointer(
       files.path_of(config.output.workdir) / "checkpoints", keep=config.output.keep_checkpoints
     ),
+    digests={
+      entry.prompts: sources.digest(opened)
+      for entry, opened in zip(
+        (*config.task, *config.eval), (*prompts, *(spec.prompts for spec in evals)), strict=True
+      )
+    },
   )

@@ -41,6 +41,7 @@ def save(run: Run, state: TrainState, cursor: Cursor) -> None:
       "cursor": dataclasses.asdict(cursor),
       "config": stored.to_json(run.config),
       "base_model": run.model.fingerprint,
+      "prompts": dict(run.digests),
       "started_in": os.getcwd(),  # Paths of prompts may be relative.
       "histories": [task.memory.state() if task.memory else None for task in run.tasks],
     },
@@ -52,7 +53,7 @@ def resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
   """The newest checkpoint's state and place; the given state and the start if there is none.
 
   Raises:
-    UserError: the checkpoint belongs to another base model or to other settings.
+    UserError: the checkpoint belongs to another base model, to other settings or other prompts.
   """
   changes = []
 
@@ -63,6 +64,12 @@ def resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
         f" {run.config.pretrained}: give that model, or a new --workdir"
       )
     changes[:] = stored.check_resume(stored.from_json(meta["config"]), run.config)
+    for source, digest in meta.get("prompts", {}).items():  # Older checkpoints have none.
+      if run.digests.get(source, digest) != digest:
+        raise UserError(
+          f"the prompts {source} are not those that the run in {run.workdir} began with: put them"
+          " back as they were, or give a new --workdir"
+        )
 
   restored = run.checkpointer.restore(state, check)
   if restored is None:

@@ -1,11 +1,13 @@
 """Prompt sources."""
 
 import logging
+import os
 import sys
 
 import numpy as np
 import pytest
 
+from rlft.data import lines as lines_lib
 from rlft.data import prompts
 from rlft.types import Prompt, UserError
 
@@ -79,6 +81,73 @@ def test_no_row_is_lost_or_altered(tmp_path, caplog, name, content, texts):
 
 
 @pytest.mark.parametrize(
+  ("name", "content", "prompt"),
+  [
+    ("p.jsonl", '{"caption": "a dog", "prompt": 3}\n', Prompt("a dog", {"prompt": 3})),
+    ("p.csv", "id,Caption\n1,a dog\n", Prompt("a dog", {"id": "1"})),
+    ("p.tsv", "caption\tid\na dog\t1\n", Prompt("a dog", {"id": "1"})),
+  ],
+)
+def test_another_column(tmp_path, name, content, prompt):
+  path = write(tmp_path / name, content)
+  assert list(prompts.load_file(f"{path}?column=caption")) == [prompt]
+  text = write(tmp_path / "p.txt", "a dog")
+  assert "has no columns: leave ?column=caption out" in refusal(f"{text}?column=caption")
+  odd = write(tmp_path / "p.txt?column=caption.txt", "a cat")
+  assert prompts.load_file(odd)[0].text == "a cat"
+
+
+@pytest.mark.parametrize(
+  ("lines", "texts"),
+  [
+    ("a\rb\r\nc\n\rd", ["a", "b", "c", "d"]),  # Line breaks of three kinds.
+    ("\u3000\n\xa0\n\u72ac\n\x01\n\x1c\n\x7f\n", ["\u72ac", "\x01", "\x7f"]),
+    ("\x0b a\x0cb \u2028c\n", ["a\x0cb \u2028c"]),  # These break no line.
+  ],
+)
+@pytest.mark.parametrize("chunk", [1, 3, 2**20])
+def test_lines_are_those_of_text_mode(tmp_path, monkeypatch, lines, texts, chunk):
+  monkeypatch.setattr(lines_lib, "_CHUNK", chunk)
+  path = write(tmp_path / "p.txt", lines)
+  with open(path) as file:
+    assert [line.strip() for line in file if line.strip()] == texts
+  assert [prompt.text for prompt in prompts.load_file(path)] == texts
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("p.txt", "\ufeffein Bär\r\n\nb\rc"),
+    ("p.jsonl", '\ufeff{"prompt": "B\u00e4r"}\r\n\n{"prompt": "b"}\r{"prompt": "c", "d": [1]}'),
+    ("p.csv", '\ufeffprompt,tag\r\n\n"B\u00e4r\n ""x""",1\r\n,\rb,2\n"c",'),
+    ("p.csv", "prompt\na, B\u00e4r\n\nb,\n"),
+    ("p.tsv", '\ufeff"prompt"\t"tag"\n"B\u00e4r\t\n"\t"x"\n\nb\n'),
+    ("p.tsv", 'prompt\ttag\n"B\u00e4r\tx\n"b ""c"""\n'),
+  ],
+)
+def test_any_order_reads_the_same(tmp_path, name, content):
+  loaded = prompts.load_file(write(tmp_path / name, content))
+  whole = list(loaded)
+  assert len(whole) > 1 and "B\u00e4r" in whole[0].text
+  assert [loaded[place] for place in reversed(range(len(whole)))] == whole[::-1]
+
+
+def test_a_file_that_is_written_to_in_use_is_refused(tmp_path):
+  path = write(tmp_path / "p.txt", "a dog\na cat")
+  loaded = prompts.load_file(path)
+  before = loaded.digest()
+  os.replace(write(tmp_path / "new", "a car\na bus"), path)
+  assert loaded[1].text == "a cat"  # Replaced: what was opened is still there.
+  assert prompts.load_file(path).digest() != before == loaded.digest()
+  loaded = prompts.load_file(path)
+  with open(path, "a") as file:
+    file.write("\na bell")
+  for use in (loaded.digest, lambda: loaded[0]):
+    with pytest.raises(UserError, match="p.txt was written to while it is in use: put it back"):
+      use()
+
+
+@pytest.mark.parametrize(
   ("name", "content"),
   [
     ("p.csv", "prompt,tag\na dog,x\n,y\n \t,z\na cat,\n"),
@@ -98,14 +167,51 @@ def test_parquet(tmp_path):
   from pyarrow import parquet
 
   path = tmp_path / "p.parquet"
-  parquet.write_table(
-    pyarrow.table({"prompt": ["a dog", None, " ", "a car"], "id": range(4)}), path
-  )
-  assert list(prompts.load_file(str(path))) == [Prompt("a dog"), Prompt("a car")]
+  table = {
+    "prompt": [" a dog", None, " ", "a car"],
+    "id": range(4),
+    "objects": [["dog"], [], None, ["car"]],
+    "kind": pyarrow.array(["x", "y", "x", None]).dictionary_encode(),
+  }
+  parquet.write_table(pyarrow.table(table), path)
+  loaded = prompts.load_file(str(path))
+  assert list(loaded) == [
+    Prompt("a dog", {"id": 0, "objects": ["dog"], "kind": "x"}),
+    Prompt("a car", {"id": 3, "objects": ["car"], "kind": None}),
+  ]
+  whole = path.read_bytes()
+  path.unlink()
+  assert loaded[1].text == "a car"  # It was unpacked.
+  for damaged in (whole[:-20], whole[: len(whole) // 2], b"no parquet", b"PAR1"):
+    assert "cannot be read" in refusal(write(path, damaged))
   parquet.write_table(pyarrow.table({"text": ["a dog"]}), path)
-  assert "has no column 'prompt' (it has text)" in refusal(path)
-  write(path, "no parquet")
-  assert "cannot be read" in refusal(path)
+  assert "has no column 'prompt' (it has text): rename the one to use, or name it" in refusal(path)
+  assert prompts.load_file(f"{path}?column=text")[0] == Prompt("a dog")
+  for column in (["", None], pyarrow.array([], pyarrow.string())):
+    parquet.write_table(pyarrow.table({"prompt": column}), path)
+    assert "has no prompts" in refusal(path)
+  bad = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+  parquet.write_table(pyarrow.table({"prompt": bad}), path)
+  assert "is not UTF-8 text" in refusal(path)
+
+
+def test_rows_of_many_batches(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = str(tmp_path / "p.parquet")
+  texts = [f"prompt {i}" if i % 3 else None for i in range(9_000)]
+  parquet.write_table(pyarrow.table({"prompt": texts, "id": range(9_000)}), path)
+  loaded = prompts.load_file(path)
+  ids = [i for i in range(9_000) if i % 3]
+  assert len(loaded) == len(ids)
+  places = [0, 5_999, 2_730, 2_731, 17, 17, 4_000]
+  expected = [Prompt(f"prompt {ids[place]}", {"id": ids[place]}) for place in places]
+  assert loaded.take(places) == expected
+  first = loaded.digest()
+  texts[1] = "prompt x"
+  parquet.write_table(pyarrow.table({"prompt": texts, "id": range(9_000)}), path)
+  assert prompts.load_file(path).digest() != first
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
@@ -148,7 +254,11 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     ("p.jsonl", '{"prompt": null}\n', "line 1 is not of the form"),
     ("p.jsonl", '{"prompt": "\\u0000"}\n', "line 1 has a NUL character"),
     ("p.jsonl", '\n{"prompt": "\\ud83d"}\n', "line 2 has half of a character"),
-    ("p.doc", "a dog", "has no known suffix: use one of .txt, .jsonl, .csv, .tsv, .parquet"),
+    (
+      "p.doc",
+      "a dog",
+      "has no known suffix: use one of .txt, .jsonl, .csv, .tsv, .parquet, .",
+    ),
   ],
 )
 def test_a_bad_file_is_refused(tmp_path, name, content, message):
@@ -187,6 +297,7 @@ def test_tensorflow_datasets(tmp_path):
   loaded = prompts.load_tfds(builder.data_dir, "train")
   assert sorted(prompt.text for prompt in loaded) == [f"emoji number {i} ä" for i in range(5)]
   assert loaded[np.int64(2)] == loaded[2]
+  assert loaded.take([4, 2]) == [loaded[4], loaded[2]]
   for name, split in ((builder.data_dir, "test"), ("rlft_no_such_data_set", "train")):
     with pytest.raises(UserError, match="cannot be read"):
       prompts.load_tfds(name, split)

@@ -54,3 +54,21 @@ def test_the_order_is_the_same_in_every_version():
 def test_an_empty_list_is_refused():
   with pytest.raises(ValueError, match="at least one entry"):
     order.batch_indices(0, 0, 0, count=1, size=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1_000])
+def test_a_permutation_that_is_not_held_has_every_entry_once(monkeypatch, size):
+  monkeypatch.setattr(order, "_HELD", 0)
+  first, second = (order.batch_indices(3, 1, i, count=size, size=size) for i in (0, 1))
+  assert sorted(first) == sorted(second) == list(range(size))
+  if size > 60:
+    assert first.tolist() != second.tolist()
+    assert abs(np.corrcoef(first, np.arange(size))[0, 1]) < 0.4
+  # Cut in another way, it is the same.
+  ones = [order.batch_indices(3, 1, i, count=1, size=size) for i in range(min(size, 70))]
+  assert np.concatenate(ones).tolist() == first[:70].tolist()
+
+
+def test_a_list_beyond_any_memory():
+  drawn = order.batch_indices(0, 0, 5, count=4, size=10**12)
+  assert drawn.tolist() == [992146287285, 415419357654, 625015981539, 503086024482]
