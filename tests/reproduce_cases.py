@@ -32,6 +32,7 @@ CONTENT: dict[str, Any] = {
   ],
   "guidance_scales": "1,3",
   "rater_noise": 0.1,
+  "best_of": 3,
   "cpu_devices": 0,
   "tasks": {
     name: {
@@ -105,6 +106,10 @@ class Protocol:
   def base(self, guidances):
     assert list(guidances) == [3.0]
     return base()
+
+  def best_of(self, choice, guidance, names):
+    assert (choice.best_of, choice.best_of_reward, guidance) == (3, "emoji-objects", 3.0)
+    return {name: result for name, result in measured(0.65).items() if name in names}
 
   def of_run(self, run):
     name = pathlib.Path(run.path).name

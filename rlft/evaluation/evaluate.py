@@ -115,7 +115,7 @@ def evaluate(
   _check(specs)
   measured = {}
   for group in sharing(specs):
-    first, prompts = group[0], _prompts_of(group[0])
+    first, prompts = group[0], prompts_of(group[0])
     kept = dict.fromkeys(keep.choose(prompts) if keep else ())
     batches = _watched(sample(prompts, seed), kept)
     found = score([spec.metric for spec in group], batches, prompts, first.images_per_prompt)
@@ -131,7 +131,7 @@ def sharing(specs: Sequence[EvalSpec]) -> list[list[EvalSpec]]:
   shared: dict[tuple[Any, ...], list[EvalSpec]] = {}
   for spec in specs:
     # Metadata may hold lists, which have no hash; their representation tells them apart as well.
-    key = (spec.images, spec.images_per_prompt, repr(_prompts_of(spec)))
+    key = (spec.images, spec.images_per_prompt, repr(prompts_of(spec)))
     shared.setdefault(key, []).append(spec)
   return list(shared.values())
 
@@ -163,7 +163,7 @@ def _check(specs: Sequence[EvalSpec]) -> None:
       )
 
 
-def _prompts_of(spec: EvalSpec) -> list[Prompt]:
+def prompts_of(spec: EvalSpec) -> list[Prompt]:
   """The prompt of each of the N images."""
   return [
     spec.prompts[place % len(spec.prompts)]

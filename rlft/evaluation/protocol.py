@@ -205,7 +205,7 @@ def table(comparisons: Sequence[Comparison]) -> Table:
   """The comparisons of one method, guards last."""
   rows = []
   for one in sorted(comparisons, key=lambda one: one.guard):
-    marks = " (trained on)" if one.trained_on else " (guard)" if one.guard else ""
+    marks = " (trained on)" * one.trained_on + " (guard)" * one.guard
     rows.append(
       (
         one.measure + marks,

@@ -23,7 +23,8 @@ from rlft.evaluation import metric as metric_lib
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.protocol import Base, Results
 from rlft.evaluation.results import EvalResult
-from rlft.inference import measure
+from rlft.inference import best_of, measure
+from rlft.inference.best_of import BestOfSettings
 from rlft.inference.draw import Drawer, Drawing
 from rlft.inference.runs import TrainedRun
 from rlft.models import stable_diffusion
@@ -35,6 +36,7 @@ from rlft.types import UserError
 
 # How images are drawn, but for what methods may differ in.
 DRAWN_BY = ("scheduler", "image_size", "sampling_steps", "eta")
+_NO_CHOICE = BestOfSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +163,25 @@ class Protocol:
     guidance = run.config.policy.guidance_scale
     return self._measured("test", file, guidance, {"checkpoint": run.checkpoint}, run=run)
 
+  def best_of(self, choice: BestOfSettings, guidance: float, names: Sequence[str]) -> Results:
+    """The best of several of the base model's images by a reward, on the test prompts.
+
+    Args:
+      choice: of how many, by which reward.
+      guidance: of the base model.
+      names: of evaluations.
+    """
+    file = _file_of_base(self._settings.output, "test", guidance)
+    file = file.with_name(f"{file.stem}-best-of-{choice.best_of}.json")
+    about = {**self._about_base(), **dataclasses.asdict(choice)}
+    return self._measured("test", file, guidance, about, names=names, choice=choice)
+
   def _base(self, split: str, guidance: float, names: Sequence[str] | None = None) -> Results:
     file = _file_of_base(self._settings.output, split, guidance)
-    about = {"model": self.base_model, "files": stamp(self.base_model)}
-    return self._measured(split, file, guidance, about, names=names)
+    return self._measured(split, file, guidance, self._about_base(), names=names)
+
+  def _about_base(self) -> dict[str, Any]:
+    return {"model": self.base_model, "files": stamp(self.base_model)}
 
   def _measured(
     self,
@@ -175,6 +192,7 @@ class Protocol:
     *,
     run: TrainedRun | None = None,
     names: Sequence[str] | None = None,
+    choice: BestOfSettings = _NO_CHOICE,
   ) -> Results:
     """The results of a model: kept ones, and what is missing measured and kept."""
     seed = self._settings.noise_seed + (split == "test")
@@ -187,12 +205,14 @@ class Protocol:
     if missing:
       specs = [self._specs[split][name] for name in missing]
       where = run.path if run else self.base_model
-      self._say(f"measuring {where}: guidance {guidance:g}, {split}, {images(specs):,} images")
+      drawn = images(specs) * choice.best_of
+      self._say(f"measuring {where}: guidance {guidance:g}, {split}, {drawn:,} images")
       drawer = self._drawer(guidance, run)
       # Some pictures beside the figures: the same prompts and noise of every model.
       keep = samples.Keeper(_pictures(file), 0)
       score = self._scorer(drawer)
-      found = measure.of_drawer(drawer, specs, score=score, seed=seed, keep=keep)
+      how = best_of.make(choice, specs)
+      found = measure.of_drawer(drawer, specs, score=score, seed=seed, how=how, keep=keep)
       for name, result in found.items():
         kept[name] = result
         content[name] = {"asked": asked[name], **result.to_json()}
@@ -202,8 +222,8 @@ class Protocol:
 
   def _asked(self, split: str, entry: EvalConfig) -> dict[str, Any]:
     """What an evaluation measures, so that it can be told from another of its name."""
-    source = self._specs[split][entry.name].prompts
-    prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in source])
+    drawn_for = evaluate.prompts_of(self._specs[split][entry.name])
+    prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in drawn_for])
     return {
       "metric": entry.metric,
       "images": entry.images,

@@ -9,7 +9,7 @@ from rlft.evaluation.results import Difference
 from rlft.evaluation.tables import Table
 from rlft.inference.protocol import pictures_of
 from rlft.performance.reproduce.findings import Findings, Trained
-from rlft.performance.reproduce.paper import Column, Row
+from rlft.performance.reproduce.paper import BASE, Column, Row
 from rlft.performance.reproduce.scale import evaluation
 from rlft.performance.reproduce.tables import Section
 from rlft.report import figures, samples
@@ -113,7 +113,7 @@ def with_pictures(
     rows: of the table.
     findings: all of it.
   """
-  shown = [row for row in rows.values() if not row.method or findings.of(row)]
+  shown = [row for name, row in rows.items() if name == BASE or findings.of(row)]
   sheets = [_sheet(row, column, findings) for row in shown]
   found = [(row, sheet) for row, sheet in zip(shown, sheets, strict=True) if sheet]
   if not found:

@@ -9,6 +9,7 @@ import numpy as np
 from rlft.config.settings import Config, EvalConfig
 from rlft.evaluation import protocol, raters, results, seeds
 from rlft.evaluation.protocol import Base, Results
+from rlft.performance.reproduce import paper
 from rlft.performance.reproduce.paper import Column, PaperTable, Row
 from rlft.performance.reproduce.scale import Scale
 from rlft.report import metrics
@@ -59,6 +60,7 @@ class Findings:
     evals: of the protocol, by name.
     runs: by method and tasks, then by seed.
     measured: directory of what the base model was measured.
+    chosen: of the best of several of the base model's images; None if there is no such row.
   """
 
   scale: Scale
@@ -66,6 +68,7 @@ class Findings:
   evals: Mapping[str, EvalConfig]
   runs: Mapping[tuple[str, tuple[str, ...]], Mapping[int, Trained]]
   measured: files.Path
+  chosen: Results | None = None
 
   def of(self, row: Row) -> list[Trained]:
     """The runs of a row, by seed."""
@@ -78,7 +81,11 @@ class Findings:
       for name, method in self.scale.methods.items()
       if table.name in method.tables
     }
-    return {**table.rows, **added}
+    rows = {**table.rows, **added}
+    if table is paper.T1 and self.chosen is not None:
+      best = Row(f"base, best of {self.scale.best_of} by the trained reward", chosen=True)
+      rows = {paper.BASE: rows.pop(paper.BASE), paper.BEST_OF: best, **rows}
+    return rows
 
   def guidance(self, column: Column) -> float:
     """The base model's best for a column's measure."""
@@ -92,7 +99,12 @@ class Findings:
   def scores(self, column: Column, row: Row) -> np.ndarray | None:
     """`[S, P]`, see `seeds`; None if nothing of the row is there."""
     entry, at_best = self._entry(column), self._at_best(column)
-    found = [run.results[column.measure] for run in self.of(row)] if row.method else [at_best]
+    if row.chosen:
+      found = [self.chosen[column.measure]]
+    elif row.method:
+      found = [run.results[column.measure] for run in self.of(row)]
+    else:
+      found = [at_best]
     if not found:
       return None
     if column.rated:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 
 BASE = "base"  # the row of the model that all are trained from
+BEST_OF = "best-of"  # that of the best of several of its images, which the paper has not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Row:
     title: of the row.
     method: its name in the scale; '' for the base model.
     tasks: their names; several are trained jointly.
+    chosen: the best of several of the base model's images.
   """
 
   title: str
   method: str = ""
   tasks: tuple[str, ...] = ()
+  chosen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rlft.config.fields import option
 from rlft.config.settings import Config, ScoringSettings
 from rlft.evaluation import results
 from rlft.evaluation.tables import Table
+from rlft.inference.best_of import BestOfSettings
 from rlft.inference.protocol import Protocol, ProtocolSettings
 from rlft.inference.runs import open_run
 from rlft.parallel import cpu
@@ -127,7 +128,7 @@ def reproduce(
     return _listed(runs, scale)
   failed = _train(runs, say, start)
   done = [run for run in runs if runner.finished(run.config)]
-  findings = _measure(done, runs, scale, workdir / _PROTOCOL, say)
+  findings = _measure(done, runs, scale, workdir / _PROTOCOL, say, chosen="T1" in sections)
   text = _write(pathlib.Path(settings.output), sections, findings)
   if failed:
     raise UserError(
@@ -184,6 +185,8 @@ def _measure(
   scale: Scale,
   output: pathlib.Path,
   say: Callable[[str], None],
+  *,
+  chosen: bool,
 ) -> Findings:
   """Measures what is finished, and the base model, as far as that is not done yet."""
   cpu.split_host(scale.cpu_devices)
@@ -204,7 +207,14 @@ def _measure(
       trained = Trained(run.config, measured.of_run(open_run(run.config.output.workdir)))
       found.setdefault((experiment.method, experiment.tasks), {})[experiment.seed] = trained
     evals = {entry.name: entry for entry in measured.evals}
-  return Findings(scale, base, evals, found, output)
+    findings = Findings(scale, base, evals, found, output)
+    if chosen and scale.best_of > 1:
+      columns = paper.T1.columns
+      names = list(dict.fromkeys(column.measure for column in columns))
+      choice = BestOfSettings(scale.best_of, scale.reward(paper.T1.on[0]))
+      best = measured.best_of(choice, findings.guidance(columns[0]), names)
+      findings = dataclasses.replace(findings, chosen=best)
+  return findings
 
 
 def _section(name: str, findings: Findings) -> Section:

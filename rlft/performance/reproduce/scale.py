@@ -74,6 +74,8 @@ class Scale:
     evals: of the protocol, as after `--eval=`.
     guidance_scales: for the base model, as after `--guidance_scales=`.
     rater_noise: of the simulated raters, see `raters.preferred`.
+    best_of: how many of the base model's images the best is taken of, by the reward of the task
+      'preference', for a row of T1; 1 for no such row.
     cpu_devices: into which the host is split for measuring.
     tasks: by name.
     methods: by name.
@@ -85,6 +87,7 @@ class Scale:
   evals: Sequence[str]
   guidance_scales: str
   rater_noise: float
+  best_of: int
   cpu_devices: int
   tasks: Mapping[str, TaskPlan]
   methods: Mapping[str, MethodPlan]
@@ -92,6 +95,10 @@ class Scale:
   def protocol(self) -> list[EvalConfig]:
     """The evaluations of the protocol."""
     return [entry for text in self.evals for entry in tasks.parse_eval(text)]
+
+  def reward(self, task: str) -> str:
+    """The name of a task's reward."""
+    return tasks.parse_task(_of(self.tasks, task, f"{self.name}.toml: tasks").task)[0].reward
 
 
 def load(name: str) -> Scale:

@@ -132,7 +132,7 @@ def _numbers(
           f"{findings.guidance(one.column):g}",
           *(str(count if row.method else 0), str(prompts)),
           *_plain(mean),
-          *(_plain(one.gain(name)) if row.method else [""] * 3),
+          *(_plain(one.gain(name)) if name != BASE else [""] * 3),
           one.verdict(name),
           str(one.column.values.get(name, "")),
         )

@@ -117,7 +117,8 @@ def test_figures_of_a_table(tmp_path, measured):
   start, _ = starting()
   text, _ = run(tmp_path, start, only="T1")
   rows = list(csv.DictReader((tmp_path / "results" / "T1.csv").open()))
-  assert len(rows) == 6 * 8
+  assert len(rows) == 7 * 8
+  assert "| base, best of 3 by the trained reward |  | 1.150 ±0.128 ▲ |" in text
   (rl,) = (r for r in rows if (r["row"], r["measure"]) == ("RL", "reward-seen"))
   # The base is at 0.5 + 0.5 (the mean of the prompts), RL 0.4 above it; seeds do not move the mean.
   assert (float(rl["mean"]), float(rl["gain"])) == (1.4, 0.4)
