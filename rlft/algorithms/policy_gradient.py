@@ -132,7 +132,8 @@ class PolicyGradient:
     if seen < self.prompt_history_min:
       raise UserError(
         f"{where}: {prompts} prompts are seen {seen:.2g} times each, fewer than"
-        f" --prompt_history_min={self.prompt_history_min}: use --advantage=batch"
+        f" --prompt_history_min={self.prompt_history_min}: lower it, draw as many for each prompt,"
+        " or use --advantage=batch"
       )
 
   def compared(self, images_per_prompt: int) -> int | None:

@@ -41,6 +41,7 @@ VARIANTS = {
   }
   | _RL_ONLY,
   "reward-weighted": {"algorithm": "reward-weighted", "train_timesteps": 5} | _RL_ONLY,
+  "raft": {"algorithm": "raft?one_in=2", "train_timesteps": 5} | _RL_ONLY,
 }
 
 
