@@ -62,6 +62,7 @@ ORACLES: Mapping[str, str] = {
 # Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
 PROMPTS: Mapping[str, str] = {
   "emoji": "rlft.emoji.prompts:prompts",
+  "paper": "rlft.data.compose:load",
   "records": "rlft.data.records:load",
   "tfds": "rlft.data.prompts:load_tfds",
 }

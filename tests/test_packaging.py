@@ -227,6 +227,7 @@ def test_readme_commands(parsed):
       "export",
       "compile",
       "benchmark",
+      "prepare_prompts",
       "reproduce",
     )
   }

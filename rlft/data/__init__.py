@@ -1,4 +1,4 @@
 """Prompts and pairs of images with captions, from files, and the order in which they are drawn.
 
-May import types and storage.
+May import types, config and storage.
 """

@@ -69,21 +69,22 @@ def read_parquet(path: str, column: str) -> Source:
         raise no_column(path, column, names)
       if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path} has two columns '{repeated[0]}': rename one of them")
-      with _unpacked(path) as unpacked:
-        kept = 0
-        with contextlib.ExitStack() as stack:
-          writer = None
-          for batch in _with_text(file, column):
-            if writer is None:
-              writer = stack.enter_context(pyarrow.ipc.new_file(unpacked, batch.schema))
-            writer.write_batch(batch)
-            kept += batch.num_rows
-        lines.warn_of_empty(path, kept, file.metadata.num_rows)
-        if writer is None:
-          return Columns([], column, "")
-        reader = pyarrow.ipc.open_file(pyarrow.memory_map(unpacked))
-        batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
-        return Columns(batches, column, _footer_digest(path))
+      with _unpacked(path) as unpacked, contextlib.ExitStack() as stack:
+        writer = None
+        for batch in _with_text(file, column):
+          if writer is None:
+            writer = stack.enter_context(pyarrow.ipc.new_file(unpacked, batch.schema))
+          writer.write_batch(batch)
+        stack.close()  # The file is whole.
+        batches = []
+        if writer is not None:
+          reader = pyarrow.ipc.open_file(pyarrow.memory_map(unpacked))
+          batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
+      count = file.metadata.num_rows
+    found = Columns(batches, column, _footer_digest(path))
+    found.left_out = count - len(found)
+    lines.warn_of_empty(path, len(found), count)
+    return found
   except pyarrow.ArrowException as error:
     reason = " ".join(str(error).split())
     raise UserError(f"prompt file {path} cannot be read ({reason}): write it anew") from error

@@ -121,9 +121,11 @@ def with_text(
     count += 1
     if text.strip():
       places.extend((start, size))
-  warn_of_empty(path, len(places) // 2, count)
   starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
-  return Lines(path, starts, sizes, parse)
+  found = Lines(path, starts, sizes, parse)
+  found.left_out = count - len(found)
+  warn_of_empty(path, len(found), count)
+  return found
 
 
 def warn_of_empty(path: str, kept: int, count: int) -> None:

@@ -4,7 +4,7 @@ A data set is a directory with `manifest.json` and a file SPLIT.array_record for
 record is a prompt as a JSON object: its text under `prompt`, and its metadata.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import hashlib
 import json
@@ -125,24 +125,29 @@ class Writer:
       UserError: array-record is not installed, or nothing can be written there.
     """
     self._path = os.path.join(folder, split + _SUFFIX)
-    self._temporary = f"{self._path}.{os.getpid()}.tmp"
+    self._temporary = f"{self._path}.tmp"
     self._hashed, self._rows = hashlib.sha256(), 0
     with self._writing():
       self._writer = _library(self._path).ArrayRecordWriter(self._temporary, _WRITING)
 
-  def add(self, prompts: Iterable[Prompt]) -> None:
-    """Adds prompts in their order."""
+  def add(self, prompt: Prompt) -> None:
+    """Adds a prompt."""
+    record = as_json(prompt)
+    self._hashed.update(record + b"\n")
+    self._rows += 1
     with self._writing():
-      for prompt in prompts:
-        record = as_json(prompt)
-        self._hashed.update(record + b"\n")
-        self._rows += 1
-        self._writer.write(record)
+      self._writer.write(record)
 
   def close(self) -> Mapping[str, Any]:
-    """Ends the split and gives what the manifest says of it."""
+    """Ends the split, reads it again, and gives what the manifest says of it.
+
+    Raises:
+      UserError: it cannot be written, or not everything is there.
+    """
     with self._writing():
       self._writer.close()
+      if _hash_of_file(self._temporary) != (self._rows, self._hashed.hexdigest()):
+        raise OSError("what was written is not what is there")
       with open(self._temporary, "rb+") as file:
         os.fsync(file.fileno())
       os.replace(self._temporary, self._path)
@@ -150,9 +155,10 @@ class Writer:
     return {"rows": self._rows, "bytes": size, "sha256": self._hashed.hexdigest()}
 
   def discard(self) -> None:
-    """Leaves nothing behind of a split that was not closed."""
-    with contextlib.suppress(OSError):
-      os.unlink(self._temporary)
+    """Leaves nothing behind of a split."""
+    for path in (self._temporary, self._path):
+      with contextlib.suppress(OSError):
+        os.unlink(path)
 
   @contextlib.contextmanager
   def _writing(self):
@@ -161,6 +167,15 @@ class Writer:
         yield
       except RuntimeError as error:  # The library has no other of its own.
         raise OSError(str(error)) from error
+
+
+def _hash_of_file(path: str) -> tuple[int, str]:
+  """How many records a file has, and the hash of them all, each with a line break."""
+  reader, hashed = _library(path).ArrayRecordReader(path, ""), hashlib.sha256()
+  count = reader.num_records()
+  for _ in range(count):
+    hashed.update(reader.read() + b"\n")
+  return count, hashed.hexdigest()
 
 
 def _library(path: str) -> Any:

@@ -22,7 +22,13 @@ _PART = 2**32  # between the streams of a mixture's parts; those of tasks and pa
 
 
 class Source(Sequence[Prompt]):
-  """N prompts that are not held in memory. Subclasses have `__len__` and `take`."""
+  """N prompts that are not held in memory. Subclasses have `__len__` and `take`.
+
+  Attributes:
+    left_out: how many rows without a prompt are not among them.
+  """
+
+  left_out: int = 0
 
   def take(self, rows: Sequence[int]) -> list[Prompt]:
     """The prompts in these places, each in [0, N); one call is faster than one for each."""

@@ -1,8 +1,10 @@
 """Data sets of prompts as ArrayRecord files."""
 
+import hashlib
 import json
 import os
 import sys
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ PROMPTS = [
 @pytest.fixture
 def folder(tmp_path):
   writer = records.Writer(str(tmp_path), "train")
-  writer.add(PROMPTS)
+  for prompt in PROMPTS:
+    writer.add(prompt)
   manifest = {"splits": {"train": writer.close()}}
   (tmp_path / records.MANIFEST).write_text(json.dumps(manifest))
   return tmp_path
@@ -43,20 +46,26 @@ def test_what_is_written_is_read(folder):
   assert sorted(os.listdir(folder)) == [records.MANIFEST, "train.array_record"]
 
 
-def test_the_digest_is_that_of_the_content(folder, tmp_path_factory):
-  other = tmp_path_factory.mktemp("other")
-  writer = records.Writer(str(other), "train")
-  writer.add(PROMPTS[:50])
-  writer.add(PROMPTS[50:])
-  told = json.loads((folder / records.MANIFEST).read_text())["splits"]["train"]
-  assert writer.close()["sha256"] == told["sha256"] == records.load(str(folder), "train").digest()
+def test_the_digest_is_that_of_the_content(folder):
+  expected = hashlib.sha256()
+  for prompt in PROMPTS:
+    expected.update(json.dumps({**prompt.metadata, "prompt": prompt.text}).encode() + b"\n")
+  assert records.load(str(folder), "train").digest() == expected.hexdigest()
 
 
 def test_a_split_that_was_not_closed_leaves_nothing(tmp_path):
   writer = records.Writer(str(tmp_path), "train")
-  writer.add(PROMPTS)
+  writer.add(PROMPTS[0])
   writer.discard()
   assert not os.listdir(tmp_path)
+
+
+def test_a_split_that_is_not_whole_on_the_disk_is_no_split(tmp_path, monkeypatch):
+  writer = records.Writer(str(tmp_path), "train")
+  writer.add(PROMPTS[0])
+  monkeypatch.setattr(writer, "_writer", unittest.mock.Mock(wraps=writer._writer, write=str))
+  writer.add(PROMPTS[1])
+  assert "what was written is not what is there; free some space" in refusal(writer.close)
 
 
 def test_a_damaged_data_set_is_refused(folder):
