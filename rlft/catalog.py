@@ -55,9 +55,13 @@ ALGORITHMS: Mapping[str, str] = {
 # Ground truth of the emoji world: metrics that nothing should be trained on.
 ORACLES: Mapping[str, str] = {
   "oracle-both": "rlft.emoji.oracles:both",
+  "oracle-distance": "rlft.emoji.guards:distance",
+  "oracle-diversity": "rlft.emoji.guards:diversity",
+  "oracle-likeness": "rlft.emoji.guards:likeness",
   "oracle-parity": "rlft.emoji.oracles:parity",
   "oracle-preference": "rlft.emoji.oracles:preference",
   "oracle-presence": "rlft.emoji.oracles:presence",
+  "oracle-skin": "rlft.emoji.guards:skin",
 }
 # Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
 PROMPTS: Mapping[str, str] = {
