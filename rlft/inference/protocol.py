@@ -161,7 +161,8 @@ class Protocol:
         )
     file = _file_of_run(run.path)
     guidance = run.config.policy.guidance_scale
-    return self._measured("test", file, guidance, {"checkpoint": run.checkpoint}, run=run)
+    about = {"checkpoint": run.checkpoint, "base": stamp(self.base_model)}
+    return self._measured("test", file, guidance, about, run=run)
 
   def best_of(self, choice: BestOfSettings, guidance: float, names: Sequence[str]) -> Results:
     """The best of several of the base model's images by a reward, on the test prompts.

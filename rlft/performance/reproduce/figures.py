@@ -33,8 +33,8 @@ def curves_section(tasks: Mapping[str, Sequence[Row]], findings: Findings) -> Se
       panels.append((f"reward in training: {task}", series))
   text = (
     "## Curves\n\nThe reward on the prompts of training, over the images drawn for it; lines are"
+    " means over seeds, bands their least and their most.\n"
   )
-  text += " means over seeds, bands their least and their most.\n"
   if not panels:
     return Section("curves", f"{text}\nNo run is finished.\n", {})
   figure = figures.svg(panels, x_label="images", smooth=True)
@@ -80,8 +80,8 @@ def hacking_section(task: str, rows: Sequence[Row], findings: Findings) -> Secti
     return Section("hacking", text, {})
   text += (
     "\n![Trained score and oracle](hacking.svg)\n\nChanges since the start, in standard deviations"
+    " over prompts of the scores at the start; means over seeds.\n"
   )
-  text += " over prompts of the scores at the start; means over seeds.\n"
   figure = figures.svg(panels, x_label="iterations")
   return Section("hacking", text, {"hacking.csv": table.csv(), "hacking.svg": figure})
 

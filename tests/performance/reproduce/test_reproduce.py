@@ -5,12 +5,15 @@ import pathlib
 import re
 from xml.etree import ElementTree
 
+import numpy as np
+import PIL.Image
 import pytest
 import reproduce_cases as cases
 
 from rlft.performance.reproduce import reproduce as reproduce_lib
 from rlft.performance.reproduce.reproduce import ReproduceSettings, reproduce
-from rlft.types import UserError
+from rlft.report import samples
+from rlft.types import Prompt, UserError
 
 
 @pytest.fixture
@@ -185,6 +188,34 @@ def test_a_hacked_run_is_called_hacked(tmp_path, measured):
   root = ElementTree.fromstring((tmp_path / "results" / "hacking.svg").read_text())
   words = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
   assert {"ReFL", "trained reward", "oracle"} <= set(words)
+
+
+def test_pictures_stand_side_by_side(tmp_path, measured):
+  start, _ = starting()
+  run(tmp_path, start, only="ablation", seeds=1)
+  assert not (tmp_path / "results" / "ablation.png").exists()
+  # What the protocol keeps: of the base at its best guidance, and of each run. They share images
+  # with an evaluation of another name.
+  runs = tmp_path / "runs"
+  folders = [
+    runs / "protocol" / "base" / "test-guidance-3",
+    *(runs / f"{name}-preference-0" / "measured" / "test" for name in ("rl", "rl-alone")),
+  ]
+  for level, folder in enumerate(folders):
+    images = [np.full((8, 8, 3), 80 * level + 10 * place, np.uint8) for place in range(2)]
+    prompts = [Prompt("a dog"), Prompt("a cat")]
+    samples.Keeper(folder, 0).save("both-seen", images, prompts)
+  text, _ = run(tmp_path, start, only="ablation", seeds=1)
+  with PIL.Image.open(tmp_path / "results" / "ablation.png") as picture:
+    pixels = np.asarray(picture)
+  # Cells of 10 pixels, 9 times as large, with 2 pixels between them: two rows of three.
+  assert pixels.shape == (2 * 122 + 2, 3 * 122 + 2, 3)
+  found = [
+    [int(pixels[62 + 122 * row, 62 + 122 * column, 0]) for column in range(3)] for row in (0, 1)
+  ]
+  assert found == [[0, 80, 160], [10, 90, 170]]
+  assert "From left to right: base, RL, RL without the pretraining loss." in text
+  assert "From top to bottom: a dog; a cat." in text
 
 
 def test_mistakes(tmp_path, measured):
