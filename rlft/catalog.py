@@ -47,8 +47,10 @@ REWARDS: Mapping[str, str] = {
 ALGORITHMS: Mapping[str, str] = {
   "ddpo": "rlft.algorithms.policy_gradient:ddpo",
   "dpok": "rlft.algorithms.policy_gradient:dpok",
+  "draft": "rlft.algorithms.reward_gradient:DRaFT",
   "policy-gradient": "rlft.algorithms.policy_gradient:PolicyGradient",
   "raft": "rlft.algorithms.weighted_denoising:Raft",
+  "refl": "rlft.algorithms.reward_gradient:ReFL",
   "reward-weighted": "rlft.algorithms.weighted_denoising:RewardWeighted",
 }
 

@@ -11,7 +11,10 @@ Everything random is a pure function of (seed, iteration, task), so a run that w
 bit for bit from its last checkpoint, on any number of devices up to the order of float32 sums.
 """
 
+from collections.abc import Sequence
 import contextlib
+import dataclasses
+import functools
 import logging
 import shlex
 import sys
@@ -39,7 +42,7 @@ from rlft.run.preemption import Stop, Stopped
 from rlft.run.resume import Cursor, resume, save
 from rlft.run.scored import check_scores
 from rlft.storage import files
-from rlft.types import Drawn, Moment, Prompt, TrainState, UserError
+from rlft.types import Drawn, Moment, Prompt, Slope, TrainState, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -190,7 +193,14 @@ def run_task(
   judged = time.perf_counter()
   check_scores(run.config, task.config, metrics, iteration)
   stop.check()
-  batch = Batch(prompts, task.config.images_per_prompt, drawn, scored.scores.values, moment)
+  batch = Batch(
+    prompts,
+    task.config.images_per_prompt,
+    drawn,
+    scored.scores.values,
+    moment,
+    slope=functools.partial(slope, run, task, prompts),
+  )
   try:
     state, learnt = run.programs.learning.learn(state, run.frozen, batch, task.memory)
   except UserError as error:
@@ -217,6 +227,17 @@ def draw(run: Run, state: TrainState, task: Task, moment: Moment) -> tuple[list[
     image_keys(moment.key(), 0, size),
   )
   return [prompt for prompt in prompts for _ in range(group)], drawn
+
+
+def slope(run: Run, task: Task, prompts: Sequence[Prompt], latents: jax.Array) -> Slope:
+  """Scores final latents `[B, h, w, C]` of a task's prompts, with the gradient with respect to them.
+
+  Raises:
+    RewardError: the task's reward failed.
+  """
+  decoder, vae = run.programs.decoder, run.frozen["vae"]
+  found = task.scorer.slope(decoder.decode(vae, latents), prompts)
+  return dataclasses.replace(found, gradient=decoder.pull(vae, latents, found.gradient))
 
 
 def run_pretrain(

@@ -184,6 +184,22 @@ class Scores:
   found: Any = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slope:
+  """Scores, and the way in which they rise.
+
+  Attributes:
+    scores: `[B]` float32; NaN where an image could not be scored.
+    gradient: `[B, ...]` float32, of the sum of the scores with respect to what was scored: images,
+      or the latents that they are decoded from. 0 where the score is NaN. The score of a set counts
+      once for each of its images.
+  """
+
+  scores: jax.Array
+  gradient: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class JaxReward:
   """Scores images where they are: a pure function, jitted, on the sharded global batch.

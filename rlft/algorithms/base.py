@@ -7,11 +7,12 @@ rewards, the pretraining loss, evaluations, checkpoints, devices) is the same fo
 
     collects    what of the way to an image it learns from
     draws_with  whose weights draw
+    slopes      whether it needs the gradient of the reward
     bind        makes its jitted programs, once in a run
     learn       scored images -> another state
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 from typing import Any, Literal, Protocol
 
@@ -24,7 +25,7 @@ from rlft.diffusion.policy import Policy
 from rlft.models.lora import Weights
 from rlft.models.precision import cast
 from rlft.parallel import gradients
-from rlft.types import Collect, Drawn, Moment, Prompt, TrainState
+from rlft.types import Collect, Drawn, Moment, Prompt, Slope, TrainState
 
 
 class Memory(Protocol):
@@ -47,6 +48,8 @@ class Batch:
     drawn: the images, and what was collected of them.
     scores: `[B]` float32, sharded like the images; NaN where an image could not be scored.
     moment: makes what is random.
+    slope: scores other final latents `[B, H, W, C]` of these prompts, with the gradient with respect
+      to them. An algorithm that calls it says so by `slopes`.
   """
 
   prompts: Sequence[Prompt]
@@ -54,6 +57,7 @@ class Batch:
   drawn: Drawn
   scores: jax.Array
   moment: Moment
+  slope: Callable[[jax.Array], Slope]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +68,15 @@ class Call:
     program: it.
     args: trees of `jax.ShapeDtypeStruct` with shardings.
     times: calls for a task in an iteration.
+    name: of the program.
+    is_update: whether it makes a gradient of the trained parameters.
   """
 
   program: Any
   args: tuple[Any, ...]
   times: int
+  name: str = "update"
+  is_update: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +113,29 @@ class Learner:
       rows: a tree of `[K, B, ...]`: K steps of B images.
     """
     return gradients.over_devices(
-      loss,
-      state.params,
-      frozen.get("unet", {}),
-      rows,
-      mesh=self.mesh,
-      cast=cast,
-      dtype=self.policy.unet.dtype,
-      microbatch=self.microbatch,
+      loss, state.params, frozen.get("unet", {}), rows, **self._over_devices
     )
+
+  def values(
+    self, function: Callable[..., Any], state: TrainState, frozen: Any, rows: Any
+  ) -> Any:
+    """What `(trained, base, rows [n, ...]) -> outputs [n, ...]` returns for each row.
+
+    Other arguments are as of `gradient`.
+    """
+    return gradients.values_over_devices(
+      function, state.params, frozen.get("unet", {}), rows, **self._over_devices
+    )
+
+  @property
+  def _over_devices(self) -> dict[str, Any]:
+    """How the devices share the rows of a batch."""
+    return {
+      "mesh": self.mesh,
+      "cast": cast,
+      "dtype": self.policy.unet.dtype,
+      "microbatch": self.microbatch,
+    }
 
   def step(self, state: TrainState, gradient: Any) -> TrainState:
     """One step of the optimizer."""
@@ -154,11 +176,14 @@ class Algorithm(Protocol):
     collects: what of the way to an image `learn` is given.
     draws_with: whose weights draw the images: the 'current' ones, or the 'base' model's.
     needs_base: whether `learn` needs the base model's weights.
+    slopes: how often `learn` asks for the reward's gradient, see `Batch.slope`; if at all, rewards
+      must have one.
   """
 
   collects: Collect
   draws_with: Literal["current", "base"]
   needs_base: bool
+  slopes: int
 
   def check(self, policy: PolicySettings, tasks: Sequence[TaskConfig]) -> None:
     """Raises UserError where settings contradict the algorithm's."""

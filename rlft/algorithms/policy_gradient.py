@@ -70,6 +70,7 @@ class PolicyGradient:
 
   collects: ClassVar[Collect] = "trajectory"
   draws_with: ClassVar[Literal["current", "base"]] = "current"
+  slopes: ClassVar[int] = 0
 
   @property
   def needs_base(self) -> bool:

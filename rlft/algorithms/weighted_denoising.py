@@ -51,6 +51,7 @@ class RewardWeighted:
   updates: int = 1
 
   collects: ClassVar[Collect] = "latents"
+  slopes: ClassVar[int] = 0
 
   def __post_init__(self):
     for name in ("temperature", "updates"):
@@ -256,6 +257,7 @@ class Raft:
   collects: ClassVar[Collect] = "latents"
   draws_with: ClassVar[Literal["current", "base"]] = "current"
   needs_base: ClassVar[bool] = False
+  slopes: ClassVar[int] = 0
 
   def __post_init__(self):
     for name, least in (("one_in", 2), ("updates", 1)):

@@ -101,7 +101,9 @@ _PRESETS = {
     "learning_rate": 1e-5,
   },
   "dpok": {"kl_weight": 0.01},
+  "draft": {"learning_rate": 5e-5, "lora_rank": 32, "pretrain_weight": 0.0},
   "raft": {"learning_rate": 3e-6},
+  "refl": {"learning_rate": 1e-5, "sampling_steps": 40},
   "reward-weighted": {"learning_rate": 1e-5, "pretrain_weight": 0.5},
 }
 
@@ -119,7 +121,8 @@ class AlgorithmSettings:
     "how scored images change the model, with options of its own as 'NAME?key=value&key=value':"
     " policy-gradient (the paper), ddpo (statistics for each prompt, one update on all timesteps),"
     " dpok (KL divergence to the base model), reward-weighted (denoising loss on images, weighted"
-    " by reward) or raft (denoising loss on the best images)",
+    " by reward), raft (denoising loss on the best images), refl or draft (the reward's own"
+    " gradient, through one of the last steps or the last)",
     "policy-gradient",
     fixed=True,
     presets=_PRESETS,

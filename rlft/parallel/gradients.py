@@ -1,4 +1,4 @@
-"""The gradient of a loss over the images of all devices: what is gathered, computed and sent."""
+"""Functions of the images of all devices, and their gradients: what is gathered and sent."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,9 +47,7 @@ def over_devices(
   where, base_where = sharding.specs(mesh, (params, base))
 
   def local(params, base, rows):
-    steps, images = jax.tree.leaves(rows)[0].shape[:2]
-    part = microbatch_lib.size(microbatch, images, mesh, dtype)
-    part = part or images * cpu.steps_at_once(images, steps, mesh, dtype)
+    shape, part = _rows(rows, mesh, dtype, microbatch)
     params, base = (
       sharding.gather(cast(tree, dtype), specs)
       for tree, specs in ((params, where), (base, base_where))
@@ -60,7 +58,7 @@ def over_devices(
       jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows),
       part,
     )
-    outputs = jax.tree.map(lambda x: x.reshape(steps, images, *x.shape[1:]), outputs)
+    outputs = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), outputs)
     return sharding.scatter(gradient, where), outputs
 
   return sharding.on_each(
@@ -69,3 +67,50 @@ def over_devices(
     in_specs=(where, base_where, sharding.COLUMNS),
     out_specs=(where, sharding.COLUMNS),
   )(params, base, rows)
+
+
+def values_over_devices(
+  function: Callable[..., Any],
+  params: Any,
+  base: Any,
+  rows: Any,
+  *,
+  mesh: Mesh,
+  cast: Callable[[Any, Any], Any],
+  dtype: Any,
+  microbatch: int,
+) -> Any:
+  """What a function returns for each row, without a gradient.
+
+  Args:
+    function: `(params, base, rows [n, ...]) -> outputs [n, ...]`; the parameters are whole.
+    params, base, rows, mesh, cast, dtype, microbatch: as in `over_devices`.
+
+  Returns:
+    The outputs `[K, B, ...]`.
+  """
+  where = sharding.specs(mesh, (params, base))
+
+  def local(params, base, rows):
+    shape, part = _rows(rows, mesh, dtype, microbatch)
+    params, base = (
+      sharding.gather(cast(tree, dtype), specs)
+      for tree, specs in zip((params, base), where, strict=True)
+    )
+    outputs = microbatch_lib.mapped(
+      lambda part: function(params, base, part),
+      jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows),
+      part,
+    )
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), outputs)
+
+  return sharding.on_each(
+    mesh, local, in_specs=(*where, sharding.COLUMNS), out_specs=sharding.COLUMNS
+  )(params, base, rows)
+
+
+def _rows(rows: Any, mesh: Mesh, dtype: Any, microbatch: int) -> tuple[tuple[int, int], int]:
+  """(Steps, images) of a device's rows `[K, b, ...]`, and how many rows it takes at once."""
+  steps, images = jax.tree.leaves(rows)[0].shape[:2]
+  part = microbatch_lib.size(microbatch, images, mesh, dtype)
+  return (steps, images), part or images * cpu.steps_at_once(images, steps, mesh, dtype)

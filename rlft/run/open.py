@@ -25,7 +25,7 @@ from rlft.models import stable_diffusion
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
-from rlft.rewards.scoring import trial
+from rlft.rewards.scoring import gradient, trial
 from rlft.rewards.scoring.task import TaskScorer, task_reward, uses
 from rlft.run import checks
 from rlft.run.programs import Programs, kept_parameters, make_programs
@@ -131,6 +131,8 @@ def open_run(config: Config, devices: int = 0) -> Run:
       iterations=config.iterations,
       same_in_set=reward.same_in_set,
     )
+    if algorithm.slopes:
+      gradient.check_kind(task, reward, config.algorithm.algorithm)
   evals = catalog.make_specs(config.eval, trained_on=config.task, make=made_once)
 
   def place(path, shape):
@@ -160,6 +162,10 @@ def open_run(config: Config, devices: int = 0) -> Run:
     image_shape=(*stable_diffusion.image_size(model), 3),
     timeout_s=config.scoring.reward_timeout_s,
   )
+  if algorithm.slopes:
+    shape = (*stable_diffusion.image_size(model), 3)
+    for task, reward, entries in zip(config.task, rewards, prompts, strict=True):
+      gradient.check_path(task, reward, config.algorithm.algorithm, entries, shape)
 
   frozen = kept_parameters(config, algorithm, model.params)
   rows = sharding.batch(mesh)

@@ -13,6 +13,7 @@ from rlft.algorithms import pretraining
 from rlft.algorithms.base import Algorithm, Learner, Learning
 from rlft.algorithms.optimizer import full_precision
 from rlft.config.settings import Config
+from rlft.diffusion.decoder import Decoder
 from rlft.diffusion.policy import make_policy
 from rlft.diffusion.sampler import Sampler
 from rlft.models import lora
@@ -30,6 +31,7 @@ class Programs:
     algorithm: of the run.
     learner: the policy and the optimizer.
     sampler: draws.
+    decoder: of final latents that were not drawn.
     learning: the algorithm's own.
     pretrain: see `pretraining.make_pretrain`.
     average: `state -> state`, with an updated average of the weights.
@@ -38,6 +40,7 @@ class Programs:
   algorithm: Algorithm
   learner: Learner
   sampler: Sampler
+  decoder: Decoder
   learning: Learning
   pretrain: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   average: Callable[[TrainState], TrainState]
@@ -120,6 +123,7 @@ def make_programs(
     algorithm=algorithm,
     learner=learner,
     sampler=sampler,
+    decoder=Decoder(model, mesh, chunk=config.devices.decode_chunk),
     learning=algorithm.bind(learner),
     pretrain=sharding.jit(pretrain, donate_argnums=0),
     average=sharding.jit(average, donate_argnums=0),

@@ -94,7 +94,7 @@ class AbstractRun:
       encoded = self._encode(size)
       sampled, drawn = self._sample(encoded, size)
       count = sum(task.batch_size == size for task in config.task)
-      for call in (encoded, sampled, *self._learning(drawn, size)):
+      for call in (encoded, sampled, *self._grading(drawn, size), *self._learning(drawn, size)):
         name = f"{call.name} {size}" if len(sizes) > 1 else call.name
         calls.append(dataclasses.replace(call, name=name, times=count * call.times))
     if config.pretraining.pretrain_weight:
@@ -135,9 +135,22 @@ class AbstractRun:
 
   def _learning(self, drawn: Drawn, size: int) -> Iterator[Call]:
     gathered = self._computed((self.state.params, self.frozen.get("unet", {})))
-    theory = self._theory(gathered, self.state.params)
     for call in self.programs.learning.calls(self.state, self.frozen, drawn):
-      yield Call("update", call.program, call.args, call.times, size, theory)
+      theory = self._theory(gathered, self.state.params if call.is_update else ())
+      yield Call(call.name, call.program, call.args, call.times, size, theory)
+
+  def _grading(self, drawn: Drawn, size: int) -> Iterator[Call]:
+    """What an algorithm that follows the reward's gradient takes beside the reward's own program."""
+    if times := self.programs.algorithm.slopes:
+      latents = self._rows((size, *stable_diffusion.latent_shape(self.model)), jnp.float32)
+      vae, decoder = self.frozen["vae"], self.programs.decoder
+      gathered = _without(vae, "encoder")
+      theory, sparable = self._theory(gathered, ()), communication.sparable(self.mesh, gathered)
+      for name, program, args in (
+        ("decode", decoder.decode, (vae, latents)),
+        ("pull", decoder.pull, (vae, latents, drawn.images)),
+      ):
+        yield Call(name, program, args, times, size, theory, sparable)
 
   def _pretrain(self) -> Call:
     count, state = self.config.pretraining.pretrain_batch_size, self.state

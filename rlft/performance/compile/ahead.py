@@ -45,7 +45,9 @@ class CompileConfig:
     "sd1.5, sd2-base, sd2.1 or sdxl-base, in the place of --pretrained: needs no weights", ""
   )
   programs: str = option(
-    "only these, with commas between: encode, sample, update, pretrain, average", ""
+    "only these, with commas between: encode, sample, update, pretrain, average; of refl and draft"
+    " also decode, pull (the decoder's gradient) and predict",
+    "",
   )
   json: str = option("file for the results", "")
   cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", _CACHE)

@@ -15,7 +15,7 @@ import numpy as np
 from rlft.parallel import sharding as sharding_lib
 from rlft.rewards.scoring import errors, host
 from rlft.rewards.scoring.errors import RewardError
-from rlft.types import JaxReward, Prompt, Reward, Scores, UserError
+from rlft.types import JaxReward, Prompt, Reward, Scores, Slope, UserError
 
 
 class Scorer:
@@ -97,6 +97,26 @@ class Scorer:
       A function that waits for what `score` returns: call it once, in the same order on every
       process.
     """
+    self._check(images, prompts)
+    return self._scorer.start(images, prompts)
+
+  def slope(self, images: jax.Array, prompts: Sequence[Prompt]) -> Slope:
+    """Scores a batch by a JAX reward, with the gradient with respect to the images.
+
+    Args:
+      images, prompts: as in `score`.
+
+    Returns:
+      Arrays that are sharded like the batch; see `slope` below.
+
+    Raises:
+      RewardError: the reward failed.
+    """
+    self._check(images, prompts)
+    return self._scorer.slope(images, prompts)
+
+  def _check(self, images: jax.Array, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError if that is no batch, or one whose sets are mixed."""
     if not len(images) == len(prompts) == self._batch_size:
       raise ValueError(
         f"{len(images)} images and {len(prompts)} prompts for a batch of {self._batch_size}"
@@ -104,11 +124,10 @@ class Scorer:
     first = prompts[:: self._group]  # One prompt for each score.
     if any(prompt.text != first[i // self._group].text for i, prompt in enumerate(prompts)):
       raise ValueError(f"the {self._group} images of a set must have the same prompt")
-    return self._scorer.start(images, prompts)
 
 
 class _JaxScorer:
-  """Applies a JAX reward; its program is compiled once."""
+  """Applies a JAX reward; each of its two programs is compiled once."""
 
   def __init__(
     self, reward: JaxReward, batch_size: int, group: int, batch_sharding: jax.sharding.NamedSharding
@@ -120,6 +139,10 @@ class _JaxScorer:
       lambda params, images, features: apply(reward, group, params, images, features),
       out_shardings=batch_sharding,
     )
+    self._slope = sharding_lib.jit(
+      lambda params, images, features: slope(reward, group, params, images, features),
+      out_shardings=batch_sharding,
+    )
 
   def free(self) -> None:
     self._params = None
@@ -128,12 +151,18 @@ class _JaxScorer:
     pass
 
   def start(self, images: jax.Array, prompts: Sequence[Prompt]) -> Callable[[], Scores]:
+    scores = self._apply(*self._arguments(images, prompts))
+    return lambda: scores
+
+  def slope(self, images: jax.Array, prompts: Sequence[Prompt]) -> Slope:
+    return self._slope(*self._arguments(images, prompts))
+
+  def _arguments(self, images: jax.Array, prompts: Sequence[Prompt]) -> tuple[Any, jax.Array, Any]:
     if self._params is None:
       self._params = self._placed_params()
     found = prepared(self._reward, prompts)
     features = jax.tree.map(lambda x: host.place(x, self._sharding), found)
-    scores = self._apply(self._params, images, features)
-    return lambda: scores
+    return self._params, images, features
 
   def _placed_params(self) -> Any:
     replicated = sharding_lib.replicated(self._sharding.mesh)
@@ -191,3 +220,20 @@ def apply(reward: JaxReward, group: int, params: Any, images: jax.Array, feature
   scores = errors.scores_of_images(reward, returned, num_scores, group)
   scores = jax.tree.map(lambda x: x.astype(jnp.float32), scores)
   return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.nan), scores)
+
+
+def slope(reward: JaxReward, group: int, params: Any, images: jax.Array, features: Any) -> Slope:
+  """Scores B images, with the gradient of the sum of the scores; pure, arguments as of `apply`.
+
+  With it the gradient of any sum of functions of each score is known: a score depends on its own
+  image alone, or on the images of its set, which all have that score.
+  """
+
+  def total(images):
+    scores = apply(reward, group, params, images, features).values
+    return jnp.sum(jnp.where(jnp.isfinite(scores), scores, 0.0)), scores
+
+  gradient, scores = jax.grad(total, has_aux=True)(images)
+  # What made a score NaN may have made its gradient NaN: 0 times infinity.
+  known = jnp.isfinite(scores)[:, None, None, None]
+  return Slope(scores, jnp.where(known, gradient, 0.0))

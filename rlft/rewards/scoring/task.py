@@ -22,7 +22,7 @@ from rlft.rewards import grammar
 from rlft.rewards.scoring import errors, trial
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.rewards.scoring.statistics import EPSILON, mean_std, normalise
-from rlft.types import HostReward, Prompt, Reward, Scores, UserError
+from rlft.types import HostReward, Prompt, Reward, Scores, Slope, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,3 +277,7 @@ class TaskScorer:
       vetoed=vetoed if reward.veto else None,
       watch=watch,
     )
+
+  def slope(self, images: jax.Array, prompts: Sequence[Prompt]) -> Slope:
+    """Scores a batch with the gradient, by a reward that `gradient.check` has let pass."""
+    return self._scorers[0].slope(images, prompts)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,7 @@ def _try(use: Use, image_shape: tuple[int, ...], timeout_s: float) -> None:
   reward, group = use.reward, use.images_per_prompt if use.reward.is_set else 1
   _check_metadata(reward, use.prompts)
   if isinstance(reward, JaxReward):
-    prompts = [prompt for prompt in use.prompts[:_PROMPTS] for _ in range(group)]
-    features = scorer.prepared(reward, prompts)
-    images = jax.ShapeDtypeStruct((len(prompts), *image_shape), jnp.float32)
+    images, features = example(reward, use.prompts, group, image_shape)
     jax.eval_shape(
       lambda params, images, features: scorer.apply(reward, group, params, images, features),
       reward.params,
@@ -78,6 +77,22 @@ def _try(use: Use, image_shape: tuple[int, ...], timeout_s: float) -> None:
     )
   else:
     _call(reward, use.prompts, group, image_shape, timeout_s)
+
+
+def example(
+  reward: JaxReward, prompts: Sequence[Prompt], group: int, image_shape: tuple[int, ...]
+) -> tuple[jax.ShapeDtypeStruct, Any]:
+  """What a JAX reward is traced with: the shape of images of the first prompts, and features.
+
+  Args:
+    reward: whose features they are.
+    prompts: of which the first are taken.
+    group: images of each; G of a reward on sets, else 1.
+    image_shape: `(H, W, 3)`.
+  """
+  prompts = [prompt for prompt in prompts[:_PROMPTS] for _ in range(group)]
+  images = jax.ShapeDtypeStruct((len(prompts), *image_shape), jnp.float32)
+  return images, scorer.prepared(reward, prompts)
 
 
 def _check_metadata(reward: Reward, prompts: Sequence[Prompt]) -> None:

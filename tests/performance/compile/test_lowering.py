@@ -42,6 +42,8 @@ VARIANTS = {
   | _RL_ONLY,
   "reward-weighted": {"algorithm": "reward-weighted", "train_timesteps": 5} | _RL_ONLY,
   "raft": {"algorithm": "raft?one_in=2", "train_timesteps": 5} | _RL_ONLY,
+  "refl": {"algorithm": "refl?last=3", "train_timesteps": 5, "decode_chunk": 1} | _RL_ONLY,
+  "draft": {"algorithm": "draft", "train_timesteps": 5, "lora_rank": 2} | _RL_ONLY,
 }
 
 
@@ -67,11 +69,12 @@ def test_every_program_lowers_for_every_platform(mesh, variant):
   config = fields.replace(CONFIG, **VARIANTS[variant])
   calls = AbstractRun.of(config, mesh, model(config)).calls()
   others = ["pretrain", "average"] if config.pretraining.pretrain_weight else []
-  assert [call.name for call in calls] == ["encode", "sample", "update", *others]
+  graded = ["decode", "pull", "predict"] if variant in ("refl", "draft") else []
+  assert [call.name for call in calls] == ["encode", "sample", *graded, "update", *others]
   for call in calls:
     traced = call.program.trace(*call.args)
     for platform in ("tpu", "cuda"):
       text = traced.lower(lowering_platforms=(platform,)).as_text()
       assert "callback" not in text
-      runs_unet = call.name in ("sample", "update", "pretrain")
-      assert ("tpu_custom_call" in text) == (platform == "tpu" and runs_unet), call.name
+      attends = call.name not in ("encode", "average")  # To as many places as the kernel takes.
+      assert ("tpu_custom_call" in text) == (platform == "tpu" and attends), call.name
