@@ -230,7 +230,7 @@ def draw(run: Run, state: TrainState, task: Task, moment: Moment) -> tuple[list[
 
 
 def slope(run: Run, task: Task, prompts: Sequence[Prompt], latents: jax.Array) -> Slope:
-  """Scores final latents `[B, h, w, C]` of a task's prompts, with the gradient with respect to them.
+  """Scores final latents `[B, h, w, C]` of a task's prompts, with their gradient.
 
   Raises:
     RewardError: the task's reward failed.

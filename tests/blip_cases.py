@@ -198,7 +198,16 @@ def torch_outputs(case: str) -> dict[str, np.ndarray]:
   """The same as `flax_outputs` with transformers' networks and PyTorch's resampling."""
   import torch
 
-  name = CASES[case][0]
+  given = torch.from_numpy(images(case)).requires_grad_()
+  scores = torch_reward(CASES[case][0])(given)
+  scores.sum().backward()
+  return {"score": scores.detach().numpy(), "gradient": given.grad.numpy()}
+
+
+def torch_reward(name: str) -> Callable[[Any], Any]:
+  """The reward of `MODULES[name]`: `[4, H, W, 3]` tensor in [0, 1], of `PROMPTS`, to `[4]`."""
+  import torch
+
   config = MODULES[name].config
   models = torch_models(config)
   state = torch_layout.to_torch(params(name))
@@ -211,29 +220,30 @@ def torch_outputs(case: str) -> dict[str, np.ndarray]:
     model.eval().requires_grad_(False)
   vision, text, head = models.values()
 
-  given = torch.from_numpy(images(case)).requires_grad_()
-  size = config.vision.image_size
-  height, width = given.shape[1:3]
-  short = min(height, width)
-  shape = (size * height // short, size * width // short)
-  y = given.permute(0, 3, 1, 2)
-  if shape != (height, width):
-    y = torch.nn.functional.interpolate(y, shape, mode="bicubic", antialias=True).clamp(0, 1)
-  # As torchvision's CenterCrop.
-  top, left = (int(round((n - size) / 2.0)) for n in shape)
-  y = y[:, :, top : top + size, left : left + size]
-  mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-  y = (y - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
   words = image_reward_reward.tokenize(tokenizer(name), PROMPTS)
-  states = text(
-    input_ids=torch.from_numpy(words["ids"]).long(),
-    attention_mask=torch.from_numpy(words["mask"]),
-    encoder_hidden_states=vision(y).last_hidden_state,
-    is_decoder=False,
-  ).last_hidden_state
-  scores = (head(states[:, 0])[:, 0] - config.mean) / config.std
-  scores.sum().backward()
-  return {"score": scores.detach().numpy(), "gradient": given.grad.numpy()}
+  size = config.vision.image_size
+
+  def score(given):
+    height, width = given.shape[1:3]
+    short = min(height, width)
+    shape = (size * height // short, size * width // short)
+    y = given.permute(0, 3, 1, 2)
+    if shape != (height, width):
+      y = torch.nn.functional.interpolate(y, shape, mode="bicubic", antialias=True).clamp(0, 1)
+    # As torchvision's CenterCrop.
+    top, left = (int(round((n - size) / 2.0)) for n in shape)
+    y = y[:, :, top : top + size, left : left + size]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    y = (y - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    states = text(
+      input_ids=torch.from_numpy(words["ids"]).long(),
+      attention_mask=torch.from_numpy(words["mask"]),
+      encoder_hidden_states=vision(y).last_hidden_state,
+      is_decoder=False,
+    ).last_hidden_state
+    return (head(states[:, 0])[:, 0] - config.mean) / config.std
+
+  return score
 
 
 def torch_tree(config: image_reward.ImageRewardConfig) -> dict[str, tuple[int, ...]]:

@@ -48,8 +48,8 @@ class Batch:
     drawn: the images, and what was collected of them.
     scores: `[B]` float32, sharded like the images; NaN where an image could not be scored.
     moment: makes what is random.
-    slope: scores other final latents `[B, H, W, C]` of these prompts, with the gradient with respect
-      to them. An algorithm that calls it says so by `slopes`.
+    slope: scores other final latents `[B, H, W, C]` of these prompts, with the gradient with
+      respect to the latents. An algorithm that calls it says so by `slopes`.
   """
 
   prompts: Sequence[Prompt]
@@ -116,9 +116,7 @@ class Learner:
       loss, state.params, frozen.get("unet", {}), rows, **self._over_devices
     )
 
-  def values(
-    self, function: Callable[..., Any], state: TrainState, frozen: Any, rows: Any
-  ) -> Any:
+  def values(self, function: Callable[..., Any], state: TrainState, frozen: Any, rows: Any) -> Any:
     """What `(trained, base, rows [n, ...]) -> outputs [n, ...]` returns for each row.
 
     Other arguments are as of `gradient`.
@@ -201,7 +199,7 @@ class Algorithm(Protocol):
     """
 
   def compared(self, images_per_prompt: int) -> int | None:
-    """How many images that follow each other are compared by their scores; None: the batch."""
+    """How many images that follow each other are compared by their scores; None: all; 0: none."""
 
   def memory(self) -> Memory | None:
     """A new memory of a task; None if the algorithm needs none."""

@@ -7,8 +7,8 @@ evaluation of the network makes of a noisy latent that it cannot change. All ear
 sampled without a gradient.
 
   - ReFL, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"
-    (arXiv 2304.05977, algorithm 1): x_0 is the prediction at a step j, which is drawn uniformly from
-    the last ones, and phi(r) = scale * relu(target - r).
+    (arXiv 2304.05977, algorithm 1): x_0 is the prediction at a step j, which is drawn uniformly
+    from the last ones, and phi(r) = scale * relu(target - r).
   - DRaFT-K and DRaFT-LV, "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (arXiv
     2309.17400): x_0 is what the last K steps lead to, and phi(r) = -r. DRaFT-LV (K = 1) adds noise
     to the image's x_0 again, n times, and takes its gradient at these predictions, too: less
@@ -46,7 +46,6 @@ from rlft.types import (
   Process,
   Slope,
   TrainState,
-  Trajectory,
   UserError,
 )
 
@@ -66,8 +65,9 @@ class _RewardGradient:
   ) -> None:
     """Nothing is compared, so every task with a reward that has a gradient will do."""
 
-  def compared(self, images_per_prompt: int) -> None:
+  def compared(self, images_per_prompt: int) -> int:
     """No image is compared with another."""
+    return 0
 
   def memory(self) -> None:
     """Nothing is remembered from one iteration to the next."""
@@ -84,9 +84,9 @@ class ReFL(_RewardGradient):
   Attributes:
     last: the step is drawn from so many last ones; never the very last alone, at which the network
       can change little more than the texture.
-    target: a reward from which on an image is good enough: it has no gradient. 2 is for rewards with
-      a mean of 0 and a deviation of 1, as ImageReward has over pictures of all kinds. Where no image
-      can reach it, it has no effect.
+    target: a reward from which on an image is good enough, and has no gradient. 2 is for rewards
+      with a mean of 0 and a deviation of 1, as ImageReward has over pictures of all kinds. One that
+      no image can reach has no effect; one that all have reached leaves nothing to learn.
     scale: of the loss; it matters beside the pretraining loss and to --max_grad_norm alone.
     guidance: whether the prediction is guided as the policy is, as in the paper's comparison (arXiv
       2401.12244). The original has no guidance there; --guidance_scale=1 has none anywhere.
@@ -147,7 +147,7 @@ class ReFL(_RewardGradient):
 class DRaFT(_RewardGradient):
   """The settings of DRaFT-LV, and of DRaFT-K with `truncate=K&noises=0`.
 
-  The paper (arXiv 2401.12244) and DRaFT's own train LoRA (--lora_rank=32) without a pretraining loss
+  The paper (arXiv 2401.12244) trains LoRA with it (--lora_rank=32), without a pretraining loss
   (--pretrain_weight=0); neither is asked for here.
 
   Attributes:
@@ -165,9 +165,9 @@ class DRaFT(_RewardGradient):
         raise UserError(f"--algorithm=draft?{name}={value}: {name} must be at least {least}")
     if self.truncate > 1 and self.noises:
       raise UserError(
-        f"--algorithm=draft?truncate={self.truncate}: noise is added again (noises={self.noises}) to"
-        " differentiate the last step only (DRaFT-LV): give noises=0 with it (DRaFT-K), or"
-        " truncate=1"
+        f"--algorithm=draft?truncate={self.truncate}: noise is added again (noises={self.noises})"
+        " where the last step alone is differentiated (DRaFT-LV): give noises=0 with it (DRaFT-K),"
+        " or truncate=1"
       )
 
   @property
@@ -231,7 +231,7 @@ def final_latents(
   is_drawn: jax.Array,
   text: Guidance,
 ) -> jax.Array:
-  """x_0 as a function of the weights: its derivative is right, the noise of the last step is left out.
+  """x_0 as a function of the weights, up to the noise of the last step, which is a constant.
 
   Args:
     policy: what draws.

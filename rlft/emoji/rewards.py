@@ -10,15 +10,18 @@ from rlft.rewards import image_reward, named, owlvit, parity, sets
 from rlft.types import JaxReward
 
 
-def tone_parity(credit: sets.Credit = "set") -> JaxReward:
+def tone_parity(credit: sets.Credit = "set", shares: parity.Shares = "hard") -> JaxReward:
   """'emoji-tone-parity': minus the statistical parity of four skin tones, on sets of images.
 
   Args:
     credit: one of `rlft.rewards.sets.CREDITS`.
+    shares: 'soft' has a gradient, see `parity.parity_reward`.
   """
   from rlft.emoji import tone
 
-  return parity.parity_reward(tone.classify, "emoji-tone-parity", tone.load(), credit=credit)
+  return parity.parity_reward(
+    tone.classify, "emoji-tone-parity", tone.load(), credit=credit, shares=shares
+  )
 
 
 def objects() -> JaxReward:

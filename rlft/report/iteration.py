@@ -15,6 +15,7 @@ _OF_TASKS = {
   "approx_kl": np.mean,
   "kl_to_base": np.mean,
   "loss/denoising": np.mean,
+  "graded/over_target": np.mean,
   "grad_norm": np.mean,
 }
 
@@ -33,13 +34,13 @@ def of_task(
   Each with `mean`, `std`, `min`, `max` of the images that could be scored, `unscored`, the share of
   the others, and `found`, the share of the images that show what is measured, where that is known.
   `reward/<task>/constant` is the share of the groups, or 1 for the whole batch, in which all scores
-  are the same, so that nothing is learned from them.
+  are the same, so that nothing is learned from them; left out where none are compared.
 
   Args:
     name: of the task.
     scored: its images.
     fetch: gets a whole array from the devices.
-    group: images that are compared with each other; None compares all of the batch.
+    group: images that are compared with each other; None compares all of the batch, 0 none.
   """
   parts = {f"{name}/{label}": scores for label, scores in scored.terms.items()}
   parts = {f"reward/{key}": scores for key, scores in {name: scored.scores, **parts}.items()}
@@ -56,8 +57,9 @@ def of_task(
     metrics |= _statistics(prefix, values)
     if scores.found is not None:
       metrics[f"{prefix}/found"] = float(fetch(scores.found).mean())
-  values = fetch(scored.scores.values)
-  metrics[f"reward/{name}/constant"] = constant_share(values, group)
+  if group != 0:
+    values = fetch(scored.scores.values)
+    metrics[f"reward/{name}/constant"] = constant_share(values, group)
   if scored.vetoed is not None:
     metrics[f"veto/{name}/share"] = float(fetch(scored.vetoed).mean())
   return metrics

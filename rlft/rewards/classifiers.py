@@ -25,12 +25,15 @@ from rlft.types import HostReward, JaxReward, Reward, Scores, UserError
 HostClassifier = Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], np.ndarray]
 
 
-def parity_of(classifier: str, *, credit: sets.Credit = "set") -> Reward:
+def parity_of(
+  classifier: str, *, credit: sets.Credit = "set", shares: parity.Shares = "hard"
+) -> Reward:
   """'parity': minus the statistical parity of a classifier's classes, on sets of images.
 
   Args:
     classifier: 'jax:', 'host:' or 'factory:' and a function, as for a reward of one's own.
     credit: who gets the score, see `rlft.rewards.sets`.
+    shares: 'soft' has a gradient, see `parity.parity_reward`.
 
   Raises:
     UserError: no such function, or it judges something else than single images.
@@ -46,7 +49,7 @@ def parity_of(classifier: str, *, credit: sets.Credit = "set") -> Reward:
     what = "sets of images (is_set)" if found.is_set else "what prepare says about the prompt"
     raise UserError(f"reward 'parity': {classifier} takes {what}: give a function of single images")
   if isinstance(found, HostReward):
-    reward = host_parity(found.score, classifier, credit=credit)
+    reward = host_parity(found.score, classifier, credit=credit, shares=shares)
     return dataclasses.replace(reward, threads=found.threads)
 
   def classify(params, images):
@@ -54,10 +57,16 @@ def parity_of(classifier: str, *, credit: sets.Credit = "set") -> Reward:
     _check(classifier, probs, len(images))
     return probs
 
-  return parity.parity_reward(classify, classifier, found.params, credit=credit)
+  return parity.parity_reward(classify, classifier, found.params, credit=credit, shares=shares)
 
 
-def host_parity(classify: HostClassifier, name: str, *, credit: sets.Credit = "set") -> HostReward:
+def host_parity(
+  classify: HostClassifier,
+  name: str,
+  *,
+  credit: sets.Credit = "set",
+  shares: parity.Shares = "hard",
+) -> HostReward:
   """As `parity.parity_reward`, for a classifier that runs on the host."""
 
   def score(images, prompts, metadata):
@@ -67,7 +76,7 @@ def host_parity(classify: HostClassifier, name: str, *, credit: sets.Credit = "s
     _check(name, probs, num_prompts * num_images)
     probs = np.asarray(probs, np.float32).reshape(num_prompts, num_images, -1)
     with on_cpu():
-      return jax.tree.map(np.asarray, _scores(probs, credit))
+      return jax.tree.map(np.asarray, _scores(probs, credit, shares))
 
   return HostReward(name, score, is_set=True, is_measure=credit != "leave-one-out")
 
@@ -81,9 +90,9 @@ def on_cpu() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _scores(probs: jax.Array, credit: str) -> Scores:
-  return sets.score_sets(probs, parity.evenness, credit=credit)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _scores(probs: jax.Array, credit: str, shares: str) -> Scores:
+  return sets.score_sets(probs, parity.MEASURES[shares], credit=credit)
 
 
 def _check(name: str, probs: Any, count: int) -> None:

@@ -1,7 +1,7 @@
 """Statistical parity: a reward on a set of images, for evenly spread classes."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import chex
 import jax
@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from rlft.rewards import sets
 from rlft.types import JaxReward
+
+# What an image counts for: its most probable class, or each class as much as it is probable.
+Shares = Literal["hard", "soft"]
 
 
 def statistical_parity(
@@ -52,6 +55,7 @@ def parity_reward(
   params: Any = None,
   *,
   credit: sets.Credit = "set",
+  shares: Shares = "hard",
 ) -> JaxReward:
   """Minus the statistical parity of any classifier's classes, as a set reward.
 
@@ -64,8 +68,10 @@ def parity_reward(
     name: name of the reward.
     params: the classifier's weights.
     credit: one of `rlft.rewards.sets.CREDITS`.
+    shares: 'soft' has a gradient, which 'hard', the paper's, has not. But it is content with images
+      of which each might be of any class.
   """
-  return sets.set_reward(name, classify, evenness, params, credit=credit)
+  return sets.set_reward(name, classify, MEASURES[shares], params, credit=credit)
 
 
 def evenness(probs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -77,3 +83,19 @@ def evenness(probs: jax.Array, mask: jax.Array) -> jax.Array:
   """
   # `score_sets` has seen to it that enough images could be classified.
   return -statistical_parity(probs[None], mask[None], min_classified=0)[0]
+
+
+def soft_evenness(probs: jax.Array, mask: jax.Array) -> jax.Array:
+  """Minus the distance of the mean probabilities from the uniform distribution; else as `evenness`.
+
+  || (1/n) sum_g probs_g - 1/A ||_2. At an even set the gradient is 0.
+  """
+  count = jnp.maximum(mask.sum(), 1)
+  shares = jnp.sum(probs, axis=0, where=mask[:, None]) / count
+  square = jnp.sum((shares - 1 / probs.shape[1]) ** 2)
+  # The root has no gradient at 0.
+  distance = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+  return jnp.where(mask.any(), -distance, jnp.nan)
+
+
+MEASURES: Mapping[Shares, sets.Measure] = {"hard": evenness, "soft": soft_evenness}

@@ -45,7 +45,7 @@ def check_scores(
         f"{where}: {key}={getattr(task, key)} could score none of the images: see whether it can"
         f" score these prompts at all, or leave {key} out"
       )
-  if metrics[f"reward/{name}/constant"] == 1.0:
+  if metrics.get(f"reward/{name}/constant") == 1.0:
     _warn_of_constant(config.output.workdir, name, task.reward)
 
 

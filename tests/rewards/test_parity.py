@@ -69,3 +69,22 @@ def test_the_reward_is_minus_the_parity_of_any_classifier():
   expected = -math.sqrt((3 / 4 - 1 / 3) ** 2 + (1 / 4 - 1 / 3) ** 2 + 1 / 9)
   np.testing.assert_allclose(scored.values, [expected, 0], atol=1e-6)
   np.testing.assert_array_equal(scored.found, [[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+def test_soft_shares_have_a_gradient_and_can_be_cheated():
+  # Shares 1 and 0: at a distance of sqrt(1/2), with hard classes or soft.
+  certain, mask = one_set(2, 0)[0], jnp.ones(2, bool)
+  for measure in parity.MEASURES.values():
+    np.testing.assert_allclose(measure(certain, mask), -math.sqrt(0.5), rtol=1e-6)
+  # d -|s - 1/2| / d s_a = -(s_a - 1/2) / |s - 1/2| = -+ sqrt(1/2), half of it for each image.
+  gradient = jax.grad(parity.soft_evenness)(jnp.asarray(certain), mask)
+  np.testing.assert_allclose(gradient, np.array([[-1, 1]] * 2) * math.sqrt(0.5) / 2, rtol=1e-6)
+  assert not jax.grad(parity.evenness)(jnp.asarray(certain), mask).any()
+  # Two images that might be either: even to the soft shares alone; the gradient is 0, not NaN.
+  doubtful = jnp.array([[0.5, 0.5], [0.5, 0.5]])
+  assert parity.soft_evenness(doubtful, mask) == 0
+  np.testing.assert_allclose(parity.evenness(doubtful, mask), -math.sqrt(0.5), rtol=1e-6)
+  assert not jax.grad(parity.soft_evenness)(doubtful, mask).any()
+  # Of two images one is left out.
+  one = parity.soft_evenness(jnp.array([[0.8, 0.2], [9.0, 9.0]]), jnp.array([True, False]))
+  np.testing.assert_allclose(one, -math.sqrt(2 * 0.3**2), rtol=1e-6)

@@ -140,7 +140,7 @@ class AbstractRun:
       yield Call(call.name, call.program, call.args, call.times, size, theory)
 
   def _grading(self, drawn: Drawn, size: int) -> Iterator[Call]:
-    """What an algorithm that follows the reward's gradient takes beside the reward's own program."""
+    """What the reward's gradient takes, where an algorithm follows it, beside the reward's own."""
     if times := self.programs.algorithm.slopes:
       latents = self._rows((size, *stable_diffusion.latent_shape(self.model)), jnp.float32)
       vae, decoder = self.frozen["vae"], self.programs.decoder
