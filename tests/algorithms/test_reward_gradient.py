@@ -1,4 +1,4 @@
-"""ReFL and DRaFT: on literals, against finite differences and PyTorch, and as whole runs."""
+"""ReFL and DRaFT: on literals, in a whole run, against finite differences and PyTorch."""
 
 import functools
 
@@ -13,7 +13,6 @@ import pytest
 import train_cases as cases
 
 from rlft import catalog
-from rlft.algorithms import reward_gradient
 from rlft.algorithms.base import Batch, Learner
 from rlft.algorithms.reward_gradient import DRaFT, ReFL
 from rlft.config.settings import AlgorithmSettings, PolicySettings
@@ -22,11 +21,11 @@ from rlft.diffusion.ddim import DDIM
 from rlft.diffusion.decoder import Decoder
 from rlft.diffusion.policy import Policy, make_policy
 from rlft.models import stable_diffusion
-from rlft.models.files import torch_layout
+from rlft.models.files import pretrained, torch_layout
 from rlft.models.lora import Weights
 from rlft.parallel import sharding
-from rlft.rewards.scoring import scorer
 from rlft.rewards.scoring.scorer import Scorer
+from rlft.run import state as state_lib
 from rlft.types import (
   Conditioning,
   Drawn,
@@ -295,48 +294,6 @@ def chain(name):
     return learn(learning, model().params["unet"], given()[1], slope, text=given()[0])
 
 
-@functools.cache
-def loss(name):
-  """The algorithm's loss as one function of the weights, of which only values are asked."""
-  algorithm = ALGORITHMS[name]
-  made, (text, path, noise) = algorithm.policy(policy()), given()
-  step = algorithm.step(STEPS, Moment(0, 0, 0))
-  key = jax.random.fold_in(Moment(0, 0, 0).key(), 2**31)
-  noisy = algorithm.noisy(made.process, jnp.asarray(path), step, key)
-  features = scorer.prepared(REWARD, PROMPTS)
-
-  @functools.partial(jax.jit, compiler_options=models_cases.FAST_COMPILER)
-  def value(params):
-    weights, finals = Weights(params), []
-    if algorithm.truncate:
-      latents = path[step]
-      for index in range(step, STEPS):
-        output = made.output(weights, index, latents, made.conditioned(weights, text))
-        latents = made.process.mean(index, latents, output)
-        latents += made.process.std[index] * noise[index]
-      finals.append(latents)
-    finals += [reward_gradient.prediction(made, weights, step, x, text) for x in noisy]
-    images = [stable_diffusion.decode(model(), model().params["vae"], x) for x in finals]
-    scores = [scorer.apply(REWARD, 1, REWARD.params, x, features).values for x in images]
-    return jnp.mean(algorithm.loss(jnp.stack(scores)))
-
-  return value
-
-
-# The others are compared with PyTorch, where that is.
-@pytest.mark.parametrize("name", ["refl", "draft_2"])
-def test_gradients_are_the_slopes_of_the_loss(fast, name):
-  """Along the gradient itself, where all of it counts."""
-  gradient, metrics = chain(name)
-  norm, step = metrics["grad_norm"], 2e-2
-
-  def at(way):
-    params = jax.tree.map(lambda p, g: p + way / norm * g, model().params["unet"], gradient)
-    return float(loss(name)(params))
-
-  assert (at(step) - at(-step)) / (2 * step) == pytest.approx(norm, rel=0.01) and norm > 0
-
-
 def by_torch(name):
   """The same gradient by diffusers' UNet, VAE and scheduler and PyTorch's ImageReward."""
   import diffusers
@@ -465,6 +422,46 @@ def test_a_run_learns_and_says_what_it_did(run):
   assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after))) > 0
 
 
+def test_the_gradient_is_the_slope_of_the_loss(folder, run, tmp_path):
+  """By finite differences along itself, where all of it counts, with the loss written out."""
+  _, path, noisy, text, step, slopes = run[1][0].args
+  state, metrics = run[1][0].result
+  # Adam's first mean is a tenth of the gradient, whose norm is within its bound.
+  gradient = jax.tree.map(lambda mean: 10 * mean, optax.tree.get(state.opt, "mu"))
+  norm = float(metrics["grad_norm"])
+  assert norm == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5) and 0 < norm < 1
+  base = pretrained.load(folder / "model")
+  adapter = state_lib.make_trained(config(folder, tmp_path), base.params["unet"])
+  policy = make_policy(base, sampling_steps=3, guidance_scale=2.0, lora_scale=1.0)
+  before, drawn = path.latents[2:]
+  assert int(step) == 2 and noisy.shape == (2, *drawn.shape)
+  scored = np.isfinite(slopes[0].scores)[::2]
+  assert 0 < scored.sum() < 4
+
+  @jax.jit
+  def finals(adapter):
+    def output(latents):
+      weights = Weights(base.params["unet"], adapter)
+      return policy.output(weights, 2, latents, policy.conditioned(weights, text))
+
+    predicted = [policy.process.clean(2, latents, output(latents)) for latents in noisy]
+    return policy.process.mean(2, before, output(before)), *predicted
+
+  noise = drawn - finals(adapter)[0]
+
+  @jax.jit
+  def loss(way):
+    mean, *predicted = finals(jax.tree.map(lambda a, g: a + way / norm * g, adapter, gradient))
+    scores = []
+    for latents in (mean + noise, *predicted):
+      images = stable_diffusion.decode(base, base.params["vae"], latents)
+      scores.append(jnp.log(jnp.var(images.reshape(4, -1), axis=1))[scored])
+    return -jnp.mean(jnp.stack(scores))
+
+  way = 0.05
+  assert (loss(way) - loss(-way)) / (2 * way) == pytest.approx(norm, rel=0.02)
+
+
 def test_sets_may_be_spread_over_devices(folder, run, tmp_path):
   """On eight devices each has one image, half a set."""
   calls = []
@@ -488,7 +485,10 @@ def test_a_run_goes_on_bit_for_bit(folder, run, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"task": ("green", "host:green")}, "is computed on the host, .* and --algorithm=refl.last=2 follows"),
+    (
+      {"task": ("green", "host:green")},
+      "is computed on the host, .* and --algorithm=refl.last=2 follows",
+    ),
     ({"reward": "jax:bright"}, "gradient_rewards.py:bright has no gradient: its score changes in"),
   ],
 )

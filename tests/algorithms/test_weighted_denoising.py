@@ -187,7 +187,7 @@ def test_an_update_of_raft(devices, microbatch):
   text = Guidance(Conditioning(place(np.zeros((16, 1, 1), np.float32))))
   moment = Moment(seed=3, iteration=1, task=0)
   drawn = Drawn(place(np.zeros((16, 1, 1, 3), np.float32)), text, place(latents))
-  batch = Batch([Prompt("a")] * 16, 4, drawn, place(scores), moment)
+  batch = Batch([Prompt("a")] * 16, 4, drawn, place(scores), moment, slope=None)
   state = TrainState({"w": jnp.float32(0.5)}, learner.optimizer.init({"w": 0.5}), None)
   state, metrics = learning.learn(state, {}, batch, None)
 
