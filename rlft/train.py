@@ -176,7 +176,7 @@ def run_task(
     The new state and the task's metrics.
 
   Raises:
-    RewardError: the task's reward failed; nothing has changed.
+    RewardError: the task's reward failed, also while learning; nothing has changed.
     Stopped: the run was told to stop; nothing has changed.
   """
   task, moment = run.tasks[number], Moment(run.config.seed, iteration, number)
@@ -204,7 +204,7 @@ def run_task(
   try:
     state, learnt = run.programs.learning.learn(state, run.frozen, batch, task.memory)
   except UserError as error:
-    raise UserError(f"{where}: {error}") from error
+    raise type(error)(f"{where}: {error}") from error
   metrics |= {f"{key}/{name}": value for key, value in learnt.items()}
   metrics |= {
     f"time/sample_s/{name}": seen - start,

@@ -49,7 +49,8 @@ class Batch:
     scores: `[B]` float32, sharded like the images; NaN where an image could not be scored.
     moment: makes what is random.
     slope: scores other final latents `[B, H, W, C]` of these prompts, with the gradient with
-      respect to the latents. An algorithm that calls it says so by `slopes`.
+      respect to the latents. An algorithm that calls it says so by `slopes`, and does it before it
+      gives the state up, as the reward may fail.
   """
 
   prompts: Sequence[Prompt]
