@@ -1,6 +1,7 @@
 """ReFL and DRaFT: on literals, in a whole run, against finite differences and PyTorch."""
 
 import functools
+import shutil
 
 import blip_cases
 from flax import linen as nn
@@ -358,20 +359,31 @@ def test_gradients_are_those_of_pytorch(fast, name):
 
 # ---------------------------------------------------------------------------- a run
 
-# On sets of two images; the prompt "two cats" cannot be scored.
+# On sets of two images; the prompt "two cats" cannot be scored. FAILS_AT is a call of `prepare`:
+# after two before the run, an iteration has one to score and three to learn.
 _REWARDS = """
+import os
+
 import jax.numpy as jnp
 import numpy as np
+
+calls = 0
 
 
 def contrast(images, features):
   return jnp.log(jnp.var(images, axis=(1, 2, 3, 4)) * features[:, 0])
 
 
+def prepare(prompts, metadata):
+  global calls
+  calls += 1
+  if calls == int(os.environ.get("FAILS_AT", 0)):
+    raise ValueError("no luck")
+  return np.array([-1.0 if prompt == "two cats" else 1.0 for prompt in prompts], np.float32)
+
+
 contrast.is_set = True
-contrast.prepare = lambda prompts, metadata: np.array(
-  [-1.0 if prompt == "two cats" else 1.0 for prompt in prompts], np.float32
-)
+contrast.prepare = prepare
 
 
 def bright(images):
@@ -480,6 +492,21 @@ def test_a_run_goes_on_bit_for_bit(folder, run, tmp_path):
   cases.run(config(folder, tmp_path, iterations=1))
   cases.run(config(folder, tmp_path))
   cases.assert_same_run(tmp_path, run[0])
+
+
+def test_a_reward_that_fails_while_it_is_learnt_from_loses_nothing(
+  folder, run, tmp_path, monkeypatch
+):
+  # A copy, for its own count of calls: those of the first iteration are 3 to 6.
+  rewards = shutil.copy(folder / "gradient_rewards.py", tmp_path)
+  task = cases.task(folder, "t", "jax:contrast", rewards, images_per_prompt=2)
+  settings = config(folder, tmp_path / "run", task=(task,))
+  monkeypatch.setenv("FAILS_AT", "9")
+  with pytest.raises(UserError, match="task t, iteration 1: .* raised ValueError: no luck"):
+    cases.run(settings)
+  assert len(cases.metrics(tmp_path / "run")) == 1
+  cases.run(settings)
+  cases.assert_same_run(tmp_path / "run", run[0])
 
 
 @pytest.mark.parametrize(
