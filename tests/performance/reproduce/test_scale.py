@@ -9,6 +9,7 @@ from rlft.performance.reproduce import paper
 from rlft.performance.reproduce import reproduce as reproduce_lib
 from rlft.performance.reproduce import scale as scale_lib
 from rlft.performance.reproduce.scale import Experiment
+from rlft.run import checks
 from rlft.types import UserError
 
 WORKDIR = pathlib.Path("runs")
@@ -88,6 +89,7 @@ def test_the_miniature_has_all_that_the_tables_need():
   configs = {one.name: one.config(scale, WORKDIR) for one in found}
   assert len(configs) >= 14
   for config in configs.values():
+    checks.validate_settings(config)
     # Decided by development prompts alone, while it is trained.
     assert config.eval and all("/development" in entry.prompts for entry in config.eval)
     assert config.evaluation.eval_every and all(task.watch for task in config.task)
