@@ -12,6 +12,18 @@ import pytest
 from rlft.run.preemption import Stop, Stopped
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+  """The handlers of a terminal: what starts in the background of a shell ignores SIGINT."""
+  names = (signal.SIGINT, signal.SIGHUP)
+  before = {number: signal.getsignal(number) for number in names}
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_is_noted(name):
   number = getattr(signal, name)
