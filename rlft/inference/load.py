@@ -106,6 +106,6 @@ def _load_base(
 
 
 def _full_precision(state: dict[str, Any]) -> Any:
-  """As `optimizer.full_precision`, of a state without its types."""
+  """What `optimizer.full_precision` gives, of a state without its types."""
   opt = state["opt"]
   return opt["master"] if isinstance(opt, dict) and "master" in opt else state["params"]

@@ -67,7 +67,7 @@ def host_parity(
   credit: sets.Credit = "set",
   shares: parity.Shares = "hard",
 ) -> HostReward:
-  """As `parity.parity_reward`, for a classifier that runs on the host."""
+  """`parity.parity_reward` for a classifier that runs on the host."""
 
   def score(images, prompts, metadata):
     num_prompts, num_images = images.shape[:2]

@@ -1,6 +1,7 @@
 """Whether rewards could score what they were given.
 
-Who scores nothing is an error before the first update; who says nothing is said to.
+A reward that scores nothing stops the run before its first update; one whose scores are all the
+same gets a warning.
 """
 
 from collections.abc import Mapping

@@ -61,7 +61,7 @@ def _matrix(lines: Sequence[Sequence[float]]) -> Matrix:
 
 
 def _sums(matrix: Sequence[Sequence[float]], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-  """For each line of the matrix the sum of the arrays with its coefficients."""
+  """The sums of the arrays with the coefficients of each line of the matrix."""
   return [sum(f * x for f, x in zip(line, arrays, strict=True) if f) for line in matrix]
 
 

@@ -38,7 +38,7 @@ def mean_std(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _centred(groups: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Of `[N, G]` rewards: r - mean `[N, G]`, 0 for NaN; mean `[N, 1]`; deviation `[N, 1]`."""
+  """r - mean `[N, G]` (0 for NaN), mean `[N, 1]` and deviation `[N, 1]` of `[N, G]` rewards."""
   valid = jnp.isfinite(groups)
   count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
   known = jnp.where(valid, groups, 0.0)
