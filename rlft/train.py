@@ -140,13 +140,14 @@ def _report(run: Run) -> None:
   history = results.read_history(run.workdir)
   if history:
     before, after = history[0][1], history[-1][1]
-    results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config))
+    best = results.read_base(run.workdir)
+    results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config), best)
   judges = [judge for task in run.tasks if (judge := task.scorer.judge)]
   lower = [judge.name for judge in judges if judge.lower_is_better]
   command = shlex.join(["python", *sys.argv])
   written = page.write_report(run.workdir, command=command, lower_is_better=lower)
   if history:
-    print(summary.table(before, after))
+    print(summary.table(before, after, best))
   for call in hacking.of_run(run.workdir, stored.to_dict(run.config), lower_is_better=lower):
     if call.found.hacked:
       print(call.sentence)

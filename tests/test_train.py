@@ -59,10 +59,20 @@ def without_pretraining(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight_devices(folder, tmp_path_factory):
-  """As `without_pretraining`; also evaluates."""
+  """As `without_pretraining`; also evaluates, one of two metrics at another guidance, too."""
   evals = tuple(
-    EvalConfig(task.name, task.prompts, task.reward, images=16, images_per_prompt=2)
-    for task in (cases.task(folder), cases.task(folder, "spread", "host:spread"))
+    EvalConfig(
+      task.name,
+      task.prompts,
+      task.reward,
+      images=16,
+      images_per_prompt=2,
+      base_guidance=guidance,
+    )
+    for task, guidance in (
+      (cases.task(folder), cases.GUIDANCE),
+      (cases.task(folder, "spread", "host:spread"), 4.0),
+    )
   )
   workdir = tmp_path_factory.mktemp("eight")
   return Run(folder, workdir, devices=8, eval=evals, pretrain_weight=0.0)
@@ -116,6 +126,12 @@ def test_what_a_run_leaves(eight_devices):
     assert red["images"] == 16 and red["low"] < red["mean"] < red["high"]
     assert found[when]["spread"]["unscored"] == 2  # of 8 sets, with 5 prompts
   assert found["before"]["red"]["mean"] != found["after"]["red"]["mean"]
+  # The base at its best: where that is the run's own guidance it is what was measured before.
+  best = found["best_base"]
+  assert (best["red"]["guidance"], best["spread"]["guidance"]) == (cases.GUIDANCE, 4.0)
+  assert best["red"]["mean"] == found["before"]["red"]["mean"]
+  assert best["spread"]["mean"] != found["before"]["spread"]["mean"]
+  assert found["difference_to_best_base"]["red"] == found["difference"]["red"]
   assert json.loads((workdir / "config.json").read_text())["learning_rate"] == 1e-2
   page = (workdir / "report.html").read_text()
   assert "Reward: red" in page and "data:image/png;base64," in page
@@ -126,8 +142,9 @@ def test_what_a_run_leaves(eight_devices):
 
 def test_each_program_is_compiled_once(eight_devices, sharded):
   for run in (eight_devices, sharded):
-    assert run.compiled.count("jit(update)") == 1
-    assert run.compiled.count("jit(sample)") == run.compiled.count("jit(normalise)") == 1
+    assert run.compiled.count("jit(update)") == run.compiled.count("jit(normalise)") == 1
+  # The base model at another guidance is another program.
+  assert [run.compiled.count("jit(sample)") for run in (eight_devices, sharded)] == [2, 1]
   assert sharded.compiled.count("jit(pretrain)") == 1
 
 

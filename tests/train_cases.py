@@ -36,6 +36,7 @@ from rlft.storage.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH = 8
+GUIDANCE = 2.0
 PRETRAIN_WEIGHT = 0.1
 PROMPTS = (*models_cases.PROMPTS, "a dog", "a cat", "dogs")
 
@@ -177,7 +178,7 @@ def config(folder: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> Confi
     "task": (task(folder), task(folder, "green", "host:green")),
     "iterations": 2,
     "sampling_steps": 3,
-    "guidance_scale": 2.0,
+    "guidance_scale": GUIDANCE,
     "train_timesteps": 2,
     "pretrain_data": str(folder / "pairs"),
     "pretrain_batch_size": BATCH,

@@ -53,6 +53,13 @@ class EvalConfig:
     free=True,
   )
   guard: bool = option("not to be improved, but not to become worse", False, free=True)
+  base_guidance: float = option(
+    "guidance at which the base model is best in this metric, chosen on development prompts; a run"
+    " measures it there, too, as the row to beat; 0 leaves that out",
+    0.0,
+    least=0,
+    free=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
+import types
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rlft.types import UserError
 
 EVAL_FILE = "eval.json"
 HISTORY_FILE = "eval_history.jsonl"
+BASE_FILE = "eval_base.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,14 @@ class Difference:
   verdict: str
 
 
+@dataclasses.dataclass(frozen=True)
+class BestBase:
+  """The base model in one metric, at the guidance at which it is best."""
+
+  guidance: float
+  result: EvalResult
+
+
 History = Sequence[tuple[int, Mapping[str, EvalResult]]]
 
 
@@ -223,6 +233,38 @@ def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, E
   return history
 
 
+def write_base(workdir: str | os.PathLike[str], best: Mapping[str, BestBase]) -> None:
+  """Writes `eval_base.json`: the base model at its best guidance, by evaluation, with all scores.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  content = {
+    name: {"guidance": base.guidance, **base.result.to_json()} for name, base in best.items()
+  }
+  files.write_atomic(files.path_of(workdir) / BASE_FILE, json.dumps(content) + "\n")
+
+
+def read_base(workdir: str | os.PathLike[str]) -> dict[str, BestBase]:
+  """What `write_base` wrote; empty if nothing.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = files.path_of(workdir) / BASE_FILE
+  if not path.exists():
+    return {}
+  with files.reading(path):
+    text = path.read_text()
+  try:
+    return {
+      name: BestBase(content["guidance"], EvalResult.from_json(name, content))
+      for name, content in json.loads(text).items()
+    }
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{path} holds no evaluations ({error!r}): move the file away") from error
+
+
 def _nan_if_none(value: float | None) -> float:
   return float("nan") if value is None else value
 
@@ -233,6 +275,7 @@ def write_eval_json(
   after: Mapping[str, EvalResult],
   history: History = (),
   config: Mapping[str, Any] | None = None,
+  best: Mapping[str, BestBase] = types.MappingProxyType({}),
 ) -> None:
   """Writes `eval.json`: results before and after, their difference, and how they developed.
 
@@ -242,24 +285,15 @@ def write_eval_json(
     after: of the fine-tuned model, by name.
     history: as `read_history` returns it; only means are written.
     config: the run's settings, for the reader.
+    best: the base model at its best guidance, by name; the difference to it is written as well.
 
   Raises:
     UserError: the results cannot be compared, or the file cannot be written.
   """
-  differences = {n: paired_difference(before[n], after[n]) for n in before if n in after}
   content = {
     "before": {name: result.summary() for name, result in before.items()},
     "after": {name: result.summary() for name, result in after.items()},
-    "difference": {
-      name: {
-        "mean": files.finite(d.mean),
-        "low": files.finite(d.low),
-        "high": files.finite(d.high),
-        "relative": files.finite(d.relative),
-        "verdict": d.verdict,
-      }
-      for name, d in differences.items()
-    },
+    "difference": _differences(before, after),
     "level": statistics.LEVEL,
     "history": [
       {"iteration": iteration, "means": {n: files.finite(r.mean) for n, r in results.items()}}
@@ -267,5 +301,28 @@ def write_eval_json(
     ],
     "config": dict(config or {}),
   }
+  if best:
+    content["best_base"] = {
+      name: {"guidance": base.guidance, **base.result.summary()} for name, base in best.items()
+    }
+    beaten = {name: base.result for name, base in best.items()}
+    content["difference_to_best_base"] = _differences(beaten, after)
   path = files.path_of(workdir) / EVAL_FILE
   files.write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def _differences(
+  before: Mapping[str, EvalResult], after: Mapping[str, EvalResult]
+) -> dict[str, dict[str, Any]]:
+  """The paired differences of what both have, for JSON."""
+  found = {name: paired_difference(before[name], after[name]) for name in before if name in after}
+  return {
+    name: {
+      "mean": files.finite(one.mean),
+      "low": files.finite(one.low),
+      "high": files.finite(one.high),
+      "relative": files.finite(one.relative),
+      "verdict": one.verdict,
+    }
+    for name, one in found.items()
+  }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from rlft.evaluation import results, statistics
-from rlft.evaluation.results import EvalResult
+from rlft.evaluation.results import BestBase, EvalResult
 
 
 def mean(result: EvalResult) -> str:
@@ -17,25 +17,37 @@ def mean(result: EvalResult) -> str:
   return text if np.isnan(half) else f"{text} ±{half:.{result.digits}f}"
 
 
-def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | None = None) -> str:
+def table(
+  before: Mapping[str, EvalResult],
+  after: Mapping[str, EvalResult] | None = None,
+  best: Mapping[str, BestBase] | None = None,
+) -> str:
   """A text table for the terminal; with `after`, also the differences and their intervals.
 
-  After a mean stands half the width of its interval.
+  After a mean stands half the width of its interval. Where the base model was also measured at its
+  best guidance, it stands beside the rest, and the difference is the one to that.
 
   Args:
     before: results by name.
     after: results of the fine-tuned model; a name that is missing is left blank.
+    best: the base model at its best guidance, by name.
   """
+  best = best or {}
   header = ["evaluation", "metric", "better", "mean" if after is None else "before"]
   if after is not None:
-    header += ["after", "change", f"{statistics.LEVEL:.0%} interval", "relative", ""]
+    header += ["base at its best"] * bool(best) + ["after", "change"]
+    header += [f"{statistics.LEVEL:.0%} interval", "relative", ""]
   rows = [[*header, "images"]]
   for name, old in before.items():
     row = [name, old.metric, "lower" if old.lower_is_better else "higher", mean(old)]
     last = old
+    if after is not None and best:
+      row.append(
+        f"{mean(best[name].result)}, guidance {best[name].guidance:g}" if name in best else ""
+      )
     if after is not None and name in after:
       last = after[name]
-      row += [mean(last), *change(old, last)]
+      row += [mean(last), *change(best[name].result if name in best else old, last)]
     row += [""] * (len(header) - len(row))
     counts = [f"{last.prompts} prompts", found(old, last)]
     counts += [f"{last.unscored} unscored"] if last.unscored else []
@@ -45,11 +57,15 @@ def table(before: Mapping[str, EvalResult], after: Mapping[str, EvalResult] | No
   for row in rows:
     # Numbers to the right, words to the left.
     cells = [
-      cell.rjust(width) if 3 <= column <= 7 and column < len(header) else cell.ljust(width)
+      cell.rjust(width) if 3 <= column < len(header) - (after is not None) else cell.ljust(width)
       for column, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     lines.append("  ".join(cells).rstrip())
   return "\n".join(lines)
+
+
+def _best(base: BestBase) -> str:
+  return f"{mean(base.result)}, guidance {base.guidance:g}"
 
 
 def change(before: EvalResult, after: EvalResult) -> tuple[str, str, str, str]:

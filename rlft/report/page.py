@@ -43,6 +43,7 @@ _PANELS = (
 _TASK = dict.fromkeys(("name", "reward", "prompts", "batch_size", "images_per_prompt"), "?")
 _TASK |= {"veto": "", "watch": ""}
 
+_BEST = "base at its best guidance"
 _VERDICTS = {"better": "▲ better", "worse": "▼ worse", "unclear": "no clear change"}
 
 
@@ -70,6 +71,7 @@ def write_report(
   rows = [row for row in files.read_jsonl(workdir / metrics.METRICS_FILE) if "iteration" in row]
   history = results.read_history(workdir)
   tasks = [_TASK | task for task in config.get("task", ()) if isinstance(task, dict)]
+  best = results.read_base(workdir)
   ends = [summary.when(iteration) for iteration, _ in [*history[:1], *history[1:][-1:]]]
   training, more = _training_charts(rows, tasks, lower_is_better)
   page = render(
@@ -80,8 +82,8 @@ def write_report(
     tasks=tasks,
     command=command,
     calls=hacking.of_run(workdir, {**config, "task": tasks}, lower_is_better=lower_is_better),
-    columns=[*ends, "change"] if len(ends) > 1 else ends,
-    evaluations=_evaluations(history),
+    columns=_columns(ends, best),
+    evaluations=_evaluations(history, best),
     found=any(not np.isnan(one.found) for _, found in history for one in found.values()),
     level=f"{statistics.LEVEL:.0%}",
     effect=f"{statistics.EFFECT:.0%}",
@@ -148,8 +150,18 @@ class _Evaluation:
   cells: tuple[_Cell, ...]
 
 
-def _evaluations(history: results.History) -> list[_Evaluation]:
-  """First against last evaluation."""
+def _columns(ends: Sequence[str], best: Mapping[str, results.BestBase]) -> list[str]:
+  """The columns of the table of evaluations, after their names."""
+  beaten = [_BEST] if best else []
+  if len(ends) < 2:
+    return [*ends, *beaten]
+  return [ends[0], *beaten, ends[1], "change from the base at its best" if best else "change"]
+
+
+def _evaluations(
+  history: results.History, best: Mapping[str, results.BestBase]
+) -> list[_Evaluation]:
+  """First against last evaluation, or the base model at its best guidance against the last."""
   if not history:
     return []
   (start, before), (end, after) = history[0], history[-1]
@@ -164,9 +176,12 @@ def _evaluations(history: results.History) -> list[_Evaluation]:
     if shown := summary.found(old, new or old):
       counts += f", {shown}"
     cells, kind = [_mean(summary.when(start), old)], ""
+    beaten = best[name].result if name in best else old
+    if best:
+      cells.append(_best_cell(best.get(name)))
     if new:
       cells.append(_mean(summary.when(end), new))
-      change, interval, relative, verdict = summary.change(old, new)
+      change, interval, relative, verdict = summary.change(beaten, new)
       if change:
         kind = verdict.replace(" ", "-")
         words = ", ".join(word for word in (relative, _VERDICTS.get(verdict, verdict)) if word)
@@ -174,6 +189,12 @@ def _evaluations(history: results.History) -> list[_Evaluation]:
     about = f"{old.metric} · {direction} is better"
     found.append(_Evaluation(name, about, counts, old.trained_on, kind, tuple(cells)))
   return found
+
+
+def _best_cell(best: results.BestBase | None) -> _Cell:
+  if best is None:
+    return _Cell(_BEST, "", "")
+  return dataclasses.replace(_mean(_BEST, best.result), verdict=f"guidance {best.guidance:g}")
 
 
 def _mean(label: str, result: results.EvalResult) -> _Cell:

@@ -12,15 +12,15 @@ import jax
 from rlft.algorithms import pretraining
 from rlft.algorithms.base import Algorithm, Learner, Learning
 from rlft.algorithms.optimizer import full_precision
-from rlft.config.settings import Config
+from rlft.config.settings import Config, PolicySettings
 from rlft.diffusion.decoder import Decoder
-from rlft.diffusion.policy import make_policy
+from rlft.diffusion.policy import Policy, make_policy
 from rlft.diffusion.sampler import Sampler
 from rlft.models import lora
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.parallel import sharding
 from rlft.run import state as state_lib
-from rlft.types import TrainState
+from rlft.types import Collect, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,39 @@ def kept_parameters(config: Config, algorithm: Algorithm, params: Any) -> dict[s
   return {name: tree for name, tree in params.items() if name != "unet" or base}
 
 
+def make_run_policy(settings: PolicySettings, model: StableDiffusion) -> Policy:
+  """The policy that the settings say."""
+  return make_policy(
+    model,
+    sampling_steps=settings.sampling_steps,
+    guidance_scale=settings.guidance_scale,
+    eta=settings.eta,
+    lora_scale=lora.scale(settings.lora_rank, settings.lora_alpha),
+  )
+
+
+def make_sampler(
+  config: Config,
+  model: StableDiffusion,
+  policy: Policy,
+  mesh: jax.sharding.Mesh,
+  frozen: Any,
+  *,
+  collect: Collect,
+) -> Sampler:
+  """The program that draws a run's images with some policy; arguments as of `make_programs`."""
+  return Sampler(
+    model,
+    policy,
+    batch_size=max(task.batch_size for task in config.task),
+    mesh=mesh,
+    frozen={name: tree for name, tree in frozen.items() if name != "unet"},
+    collect=collect,
+    microbatch=config.devices.microbatch,
+    decode_chunk=config.devices.decode_chunk,
+  )
+
+
 def make_programs(
   config: Config,
   algorithm: Algorithm,
@@ -81,31 +114,15 @@ def make_programs(
   Raises:
     UserError: a process that cannot be learnt from, or a batch that does not divide.
   """
-  settings = config.policy
-  policy = make_policy(
-    model,
-    sampling_steps=settings.sampling_steps,
-    guidance_scale=settings.guidance_scale,
-    eta=settings.eta,
-    lora_scale=lora.scale(settings.lora_rank, settings.lora_alpha),
-  )
+  policy = make_run_policy(config.policy, model)
   learner = Learner(
     policy,
     state_lib.optimizer_of(config.optimizer),
     mesh,
-    trains_adapter=bool(settings.lora_rank),
+    trains_adapter=bool(config.policy.lora_rank),
     microbatch=config.devices.microbatch,
   )
-  sampler = Sampler(
-    model,
-    policy,
-    batch_size=max(task.batch_size for task in config.task),
-    mesh=mesh,
-    frozen={name: tree for name, tree in frozen.items() if name != "unet"},
-    collect=algorithm.collects,
-    microbatch=config.devices.microbatch,
-    decode_chunk=config.devices.decode_chunk,
-  )
+  sampler = make_sampler(config, model, policy, mesh, frozen, collect=algorithm.collects)
   pretrain = pretraining.make_pretrain(
     learner,
     model,

@@ -110,6 +110,25 @@ def test_a_damaged_history_is_a_user_error(tmp_path):
     results.read_history(tmp_path)
 
 
+def test_the_base_at_its_best_is_kept(tmp_path):
+  assert results.read_base(tmp_path) == {}
+  results.write_base(tmp_path, {"a": results.BestBase(3.0, result([1, NAN, 0.1]))})
+  back = results.read_base(tmp_path)["a"]
+  assert back.guidance == 3.0 and back.result.metric == "m"
+  np.testing.assert_array_equal(back.result.scores, np.float32([1, NAN, 0.1]))
+  results.write_eval_json(
+    tmp_path, {"a": result([0, 0, 0])}, {"a": result([2, 2, 2])}, best={"a": back}
+  )
+  got = json.loads((tmp_path / "eval.json").read_text())
+  assert got["best_base"]["a"]["guidance"] == 3.0
+  assert got["difference"]["a"]["mean"] == 2.0
+  # Of the two pairs that were scored: 2 - (1 + 0.1) / 2.
+  assert got["difference_to_best_base"]["a"]["mean"] == pytest.approx(1.45)
+  (tmp_path / "eval_base.json").write_text("{}x")
+  with pytest.raises(UserError, match="holds no evaluations"):
+    results.read_base(tmp_path)
+
+
 def test_eval_json(tmp_path):
   before = {"a": result([1, 2, 3, NAN]), "b": result([NAN, NAN], name="b")}
   after = {"a": result([2, 3, 4, 9])}

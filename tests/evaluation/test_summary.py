@@ -1,6 +1,7 @@
 from evaluation_cases import result
 
 from rlft.evaluation import summary
+from rlft.evaluation.results import BestBase
 
 NAN = float("nan")
 
@@ -26,6 +27,22 @@ def test_table():
     "evaluation  metric  better            mean  images",
     "a           m       higher  1.5000 ±0.5000  32 (16 prompts, 1 unscored)",
   ]
+
+
+def test_table_with_the_base_at_its_best():
+  before, after = (
+    {"a": result([1, 2]), "b": result([1, 2])},
+    {"a": result([4, 5]), "b": result([4, 5])},
+  )
+  best = {"a": BestBase(3.0, result([2, 3]))}
+  (
+    header,
+    first,
+    second,
+  ) = summary.table(before, after, best).splitlines()
+  assert "before            base at its best           after   change" in header
+  assert "1.5000 ±0.5000  2.5000 ±0.5000, guidance 3  4.5000 ±0.5000  +2.0000" in first
+  assert "1.5000 ±0.5000                              4.5000 ±0.5000  +3.0000" in second
 
 
 def test_table_without_scores():

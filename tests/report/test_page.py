@@ -112,6 +112,24 @@ def test_table_shows_direction_and_significance(workdir):
   assert "<th>at the start</th><th>after 4 iterations</th><th>change</th>" in page
 
 
+def test_the_base_at_its_best_stands_in_the_table(workdir):
+  results.write_base(workdir, {"up": results.BestBase(3.0, result("up", np.arange(20) + 3.0))})
+  page = report.write_report(workdir).read_text()
+  labels = re.findall("<th>(.*?)</th>", page)
+  change = "change from the base at its best"
+  assert labels[:5] == [
+    "evaluation",
+    "at the start",
+    "base at its best guidance",
+    "after 4 iterations",
+    change,
+  ]
+  assert re.search(r"12\.5000<small>\[[\d., ]+\]</small><b>guidance 3</b>", page)
+  assert "+1.0000<small>[+1.0000, +1.0000]</small><b>+8.0%, ▲ better</b>" in page  # 1 / 12.5
+  rows = re.findall(r'<tr class="[\w-]+">.*?</tr>', page, re.DOTALL)
+  assert [row.count("<td") for row in rows] == [5, 5, 5]
+
+
 def test_pictures_of_every_evaluation(workdir):
   page = report.write_report(workdir).read_text()
   assert page.count("<img ") == 2 * 3
