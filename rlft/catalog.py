@@ -178,7 +178,7 @@ def load_prompts(spec: str) -> Sequence[Prompt]:
     return sources.Mixture([load_prompts(name) for name in names], weights)
   source, part = _parted(spec)
   kind = source.partition(":")[0]
-  whole = _load_named(kind, source) if kind in PROMPTS else prompts_lib.load_file(source)
+  whole = _load_named(kind, source) if kind in PROMPTS else _load_file(source)
   return splits.take_part(spec, whole, part) if part else whole
 
 
@@ -203,9 +203,7 @@ def check_prompts(spec: str) -> None:
 
 
 def prompts_from(spec: str, folder: str) -> str:
-  """The same source, with files that are not here taken from `folder`."""
-  if terms := _mixed(spec):
-    return " + ".join(f"{weight!r}*{prompts_from(name, folder)}" for weight, name in terms)
+  """The same source, with a file that is not here taken from `folder`; `spec` is no mixture."""
   source, _ = _parted(spec)
   kind, colon, rest = spec.partition(":")
   if colon and kind in PROMPTS:
@@ -226,6 +224,19 @@ def _parted(spec: str) -> tuple[str, str]:
   """A source, and what is asked of it; TFDS cuts its own splits by places."""
   source, part = splits.split_part(spec)
   return (spec, "") if spec.startswith("tfds:") and splits.is_slice(part) else (source, part)
+
+
+def _load_file(spec: str) -> Sequence[Prompt]:
+  """The prompts of a file, read once for all of its parts while it stays as it is."""
+  path, _ = prompts_lib.check_file(spec)
+  status = os.stat(path)
+  return _load_once(os.path.abspath(path), spec, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _load_once(path: str, spec: str, *stamp: int) -> Sequence[Prompt]:
+  del path, stamp
+  return prompts_lib.load_file(spec)
 
 
 @functools.cache

@@ -44,6 +44,11 @@ class Columns(Source):
     found = pyarrow.Table.from_batches(single).combine_chunks().to_pylist()
     return [Prompt(row.pop(self._column).strip(), row) for row in found]
 
+  def __iter__(self) -> Iterator[Prompt]:
+    for batch in self._batches:
+      for row in batch.to_pylist():
+        yield Prompt(row.pop(self._column).strip(), row)
+
   def digest(self) -> str:
     return self._digest
 

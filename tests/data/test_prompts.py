@@ -208,6 +208,7 @@ def test_rows_of_many_batches(tmp_path):
   places = [0, 5_999, 2_730, 2_731, 17, 17, 4_000]
   expected = [Prompt(f"prompt {ids[place]}", {"id": ids[place]}) for place in places]
   assert loaded.take(places) == expected
+  assert [prompt.metadata["id"] for prompt in loaded] == ids
   first = loaded.digest()
   texts[1] = "prompt x"
   parquet.write_table(pyarrow.table({"prompt": texts, "id": range(9_000)}), path)
