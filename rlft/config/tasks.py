@@ -97,15 +97,16 @@ def parse_task(text: str) -> tuple[TaskConfig, ...]:
   Raises:
     UserError: an unknown preset or key, a missing key, or a value of the wrong type.
   """
-  return _parse("task", text, TaskConfig, TASK_PRESETS)
+  return parse("task", text, TaskConfig, TASK_PRESETS)
 
 
 def parse_eval(text: str) -> tuple[EvalConfig, ...]:
   """The evaluations that one `--eval=text` stands for; see `parse_task`."""
-  return _parse("eval", text, EvalConfig, EVAL_PRESETS)
+  return parse("eval", text, EvalConfig, EVAL_PRESETS)
 
 
-def _parse(flag: str, text: str, kind: type, presets: Mapping[str, Sequence[Any]]) -> tuple:
+def parse(flag: str, text: str, kind: type, presets: Mapping[str, Sequence[Any]]) -> tuple:
+  """The entries of a `kind` that one `--flag=text` stands for; see `parse_task`."""
   fields = {field.name: field for field in dataclasses.fields(kind)}
   where = f"--{flag}={text}"
   values: dict[str, Any] = {}

@@ -1,5 +1,7 @@
 """Simulated people who are shown two pictures of one prompt, and say which one they prefer."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.special
 
@@ -7,7 +9,12 @@ _SEED = 0  # of their luck
 
 
 def preferred(
-  liked: np.ndarray, other: np.ndarray, *, noise: float, raters: int = 5, seed: int = _SEED
+  liked: np.ndarray,
+  other: np.ndarray,
+  *,
+  noise: float,
+  raters: int = 5,
+  seed: int | Sequence[int] = _SEED,
 ) -> np.ndarray:
   """The share of raters who prefer the first of two pictures, for each prompt.
 

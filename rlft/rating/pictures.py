@@ -1,0 +1,199 @@
+"""The pictures that are compared: drawn by models, or copied from folders."""
+
+from collections.abc import Sequence
+import pathlib
+import sys
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from rlft import catalog
+from rlft.config import fields
+from rlft.config.settings import Config
+from rlft.data import lines
+from rlft.inference import runs
+from rlft.inference.draw import Drawer, Drawing
+from rlft.rating.settings import PromptSet
+from rlft.rating.study import Contender, Item, Study
+from rlft.storage import images
+from rlft.types import Prompt, UserError
+
+_LISTING = "metadata.jsonl"
+_DRAWN_BY = ("guidance_scale", "sampling_steps", "eta")
+
+
+def is_folder(source: str) -> bool:
+  """Whether this is a folder of pictures, not a run or a model."""
+  return (pathlib.Path(source).expanduser() / _LISTING).is_file()
+
+
+def prompts_of(entry: PromptSet, contenders: Sequence[Contender]) -> list[Prompt]:
+  """The prompts of a set.
+
+  Raises:
+    UserError: they cannot be read, or there is no folder to take them from.
+  """
+  if entry.prompts:
+    source = catalog.load_prompts(entry.prompts)
+  else:
+    folders = [one for one in contenders if is_folder(one.source)]
+    if not folders:
+      raise UserError(f"--set=name={entry.name} has no prompts: add prompts=...")
+    source = [Prompt(text) for text in _listed(folders[0].source)]
+  count = min(len(source), entry.count)
+  return [source[place * len(source) // count] for place in range(count)]
+
+
+def collect(study: Study, *, batch_size: int) -> list[str]:
+  """Draws or copies the pictures that are not there yet.
+
+  Args:
+    study: saved.
+    batch_size: images drawn at once.
+
+  Returns:
+    A line for each contender, on how it drew.
+
+  Raises:
+    UserError: a model or a picture cannot be read, or a folder lacks a prompt.
+  """
+  said = []
+  # What costs nothing comes first: its mistakes are found before anything is drawn.
+  order = sorted(range(len(study.contenders)), key=lambda k: not is_folder(_source(study, k)))
+  for contender in order:
+    source = _source(study, contender)
+    missing = [place for place in range(len(study.sets)) if _is_missing(study, contender, place)]
+    if is_folder(source):
+      for place in missing:
+        _copy(study, contender, place)
+      said.append(f"{source}: pictures as they are")
+      continue
+    drawing = _drawing(study, contender, batch_size)
+    how = ", ".join(f"{name} {getattr(drawing, name):g}" for name in (*_DRAWN_BY, "seed"))
+    said.append(f"{source}: {how}")
+    if missing:
+      print(f"drawing with {said[-1]}", file=sys.stderr, flush=True)
+      draw = Drawer(drawing)
+      for place in missing:
+        _draw(study, contender, place, draw)
+  return said
+
+
+def _source(study: Study, contender: int) -> str:
+  return study.contenders[contender].source
+
+
+def _items(study: Study, place: int) -> list[tuple[int, Item]]:
+  """The items of a set with their places among all."""
+  return [(number, item) for number, item in enumerate(study.items) if item.set == place]
+
+
+def _is_missing(study: Study, contender: int, place: int) -> bool:
+  paths = (path for item, _ in _items(study, place) for path in study.pictures(item, contender))
+  return not all(path.exists() for path in paths)
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def _drawing(study: Study, contender: int, batch_size: int) -> Drawing:
+  """How a model draws: as is said for it, for all, by itself, or as the first run does."""
+  one, settings = study.contenders[contender], study.settings
+  like = config_of(one.source)
+  is_run = like is not None
+  if not is_run:
+    configs = (config_of(other.source) for other in study.contenders)
+    like = next((config for config in configs if config is not None), None)
+  own = fields.flat(like.policy if like else Config().policy)
+  given = {name: getattr(settings, name) for name in _DRAWN_BY}
+  how = {name: own[name] if value is None else value for name, value in given.items()}
+  drawing = Drawing(
+    one.source,
+    pretrained=settings.pretrained if is_run else "",
+    seed=settings.seed,
+    image_size=settings.image_size,
+    batch_size=batch_size,
+    **{**how, **one.drawing},
+  )
+  fields.check(drawing, f"--models={one.source}: ")
+  return drawing
+
+
+def config_of(source: str) -> Config | None:
+  """The settings of a run; None if this is none."""
+  if is_folder(source) or not (pathlib.Path(source) / "checkpoints").is_dir():
+    return None
+  return runs.open_run(source).config
+
+
+def _draw(study: Study, contender: int, place: int, draw: Drawer) -> None:
+  """Draws the pictures of a set of prompts; image i has the same noise from every model."""
+  items = _items(study, place)
+  paths = [path for item, _ in items for path in study.pictures(item, contender)]
+  texts = [item.text for _, item in items for _ in range(study.sets[place].images)]
+  drawn = draw.batches(texts, seed=study.settings.seed, progress=study.sets[place].name)
+  todo = iter(paths)
+  for batch in drawn:
+    for image in np.asarray(batch):
+      images.save_png(next(todo), image)
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def _listed(source: str) -> dict[str, list[pathlib.Path]]:
+  """The files of each prompt, in the order of a folder's list.
+
+  Raises:
+    UserError: the list cannot be read, or names a file that is not in the folder.
+  """
+  folder = pathlib.Path(source).expanduser().resolve()
+  listing = folder / _LISTING
+  found: dict[str, list[pathlib.Path]] = {}
+  with lines.reading(str(listing)):
+    for _, _, row in lines.json_rows(str(listing), ("file_name", "text")):
+      path = (folder / row["file_name"]).resolve()
+      # Raters see these pictures: a list from elsewhere must not show what else is on the machine.
+      if not path.is_relative_to(folder):
+        raise UserError(f"{listing} names {row['file_name']}, which is outside: remove its line")
+      found.setdefault(row["text"], []).append(path)
+  if not found:
+    raise UserError(f"{listing} is empty: add a line for each picture")
+  return found
+
+
+def _copy(study: Study, contender: int, place: int) -> None:
+  """Copies a folder's pictures of a set of prompts, the first that it has of each."""
+  source, entry = _source(study, contender), study.sets[place]
+  listed = _listed(source)
+  for number, item in _items(study, place):
+    paths = listed.get(item.text, [])
+    if len(paths) < entry.images:
+      raise UserError(
+        f"{source} has {len(paths)} pictures of {item.text!r}, of which set {entry.name} needs"
+        f" {entry.images}: add them to {_LISTING}, or give other prompts"
+      )
+    for target, path in zip(study.pictures(number, contender), paths, strict=False):
+      images.save_png(target, _decode(path))
+
+
+def _decode(path: pathlib.Path) -> np.ndarray:
+  """An image file as `[H, W, 3]` uint8, upright, on white where it is transparent.
+
+  Only its pixels: what else is in a file may name the model that drew it.
+  """
+  try:
+    with PIL.Image.open(path) as file:
+      image = PIL.ImageOps.exif_transpose(file).convert("RGBA")
+  except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    raise UserError(
+      f"picture {path} cannot be decoded ({error}): replace it, or remove its line from {_LISTING}"
+    ) from error
+  white = PIL.Image.new("RGBA", image.size, "white")
+  return np.asarray(PIL.Image.alpha_composite(white, image).convert("RGB"))
+
+
+def read(paths: Sequence[pathlib.Path]) -> np.ndarray:
+  """Pictures of one size `[N, H, W, 3]` float32 in [0, 1]."""
+  return np.stack([_decode(path) for path in paths]).astype(np.float32) / 255

@@ -1,0 +1,148 @@
+"""Compares pictures by people: makes the pictures, asks, counts."""
+
+from collections.abc import Sequence
+import importlib.util
+import pathlib
+import signal
+
+from rlft.config import fields
+from rlft.config.settings import EMOJI_SD
+from rlft.rating import pictures, results, simulate
+from rlft.rating import study as study_lib
+from rlft.rating.links import Links
+from rlft.rating.settings import PRESETS, QUALITY, PageSettings, PromptSet, StudySettings
+from rlft.rating.study import Contender, Item, Study
+from rlft.rating.votes import Plan, Votes
+from rlft.storage import files
+from rlft.types import UserError
+
+_VOTES, _SIMULATED = "votes.sqlite", "simulated.sqlite"
+_NEEDED = ("starlette", "uvicorn", "krippendorff")
+
+
+def rate(
+  models: Sequence[str],
+  sets: Sequence[PromptSet],
+  settings: StudySettings,
+  page: PageSettings,
+) -> str:
+  """Draws what is missing, then serves the page until it is stopped, or simulates raters.
+
+  Args:
+    models: as `study.parse_models` reads them; none to go on with what is in the directory.
+    sets: of prompts; none for what `default_sets` says.
+    settings: fixed ones.
+    page: how it is served and who rates.
+
+  Returns:
+    The results.
+
+  Raises:
+    UserError: something cannot be read, drawn, served or written.
+  """
+  fields.check(page)
+  for name in _NEEDED:
+    if importlib.util.find_spec(name) is None:
+      raise UserError(f"comparing pictures needs {name}: pip install 'rlft[rating]'")
+  files.check_local(page.output)
+  directory = pathlib.Path(page.output).expanduser()
+  study = open_study(directory, models, sets, settings)
+  how = pictures.collect(study, batch_size=page.batch_size)
+  plan = Plan(
+    pairs=len(study.pairs),
+    raters=page.simulate or page.raters,
+    raters_per_pair=study.settings.raters_per_pair,
+    checks=study.settings.checks,
+    seed=study.settings.seed,
+  )
+  # Votes of people are never among those of oracles.
+  votes = Votes(directory / (_SIMULATED if page.simulate else _VOTES), plan)
+  try:
+    if page.simulate:
+      simulate.rate(study, votes, count=page.simulate, noise=page.noise, seed=study.settings.seed)
+    elif not page.results:
+      _serve(study, votes, plan, page, how)
+    answered = votes.answered()
+    found = results.find(study, answered, min_consistency=page.min_consistency)
+    name = "simulated" if page.simulate else "results"
+    return results.write(study, answered, found, name=name)
+  finally:
+    votes.close()
+
+
+def open_study(
+  directory: pathlib.Path,
+  models: Sequence[str],
+  sets: Sequence[PromptSet],
+  settings: StudySettings,
+) -> Study:
+  """A new comparison, or the one in the directory if it is the same.
+
+  Raises:
+    UserError: there is another one in the directory, or something given cannot be used.
+  """
+  kept = Study.load(directory)
+  if kept is not None and not models:
+    if sets or settings not in (StudySettings(), kept.settings):
+      raise UserError(
+        f"{directory} holds a comparison, whose prompts and settings are fixed: give --output alone"
+        " to go on with it, or another --output and --models for a new one"
+      )
+    return kept
+  contenders = study_lib.parse_models(models)
+  sets = tuple(sets) or default_sets(contenders)
+  _check(sets, settings)
+  items = [
+    Item(place, prompt.text)
+    for place, entry in enumerate(sets)
+    for prompt in pictures.prompts_of(entry, contenders)
+  ]
+  given = Study(directory, settings, tuple(contenders), sets, tuple(items))
+  if kept is not None:
+    study_lib.check_same(kept, given)
+    return kept
+  with files.writing(directory):
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+  given.save()
+  return given
+
+
+def default_sets(contenders: Sequence[Contender]) -> tuple[PromptSet, ...]:
+  """Prompts where none are given: those of a folder of pictures, or of the emoji world.
+
+  Raises:
+    UserError: there is neither a folder nor a model of the emoji world.
+  """
+  if any(pictures.is_folder(one.source) for one in contenders):
+    return (PromptSet("pictures"),)
+  bases = [one.source for one in contenders]
+  bases += [config.pretrained for one in contenders if (config := pictures.config_of(one.source))]
+  if EMOJI_SD in bases:
+    return tuple(PRESETS["emoji"])
+  raise UserError(
+    "there are no prompts: give --set=name=NAME,prompts=FILE, or --set=emoji for the emoji world"
+  )
+
+
+def _check(sets: Sequence[PromptSet], settings: StudySettings) -> None:
+  fields.check(settings)
+  names = [entry.name for entry in sets]
+  for entry in sets:
+    fields.check(entry, f"--set=name={entry.name},...,")
+    if names.count(entry.name) > 1 or entry.name == results.ALL:
+      raise UserError(f"--set=name={entry.name}: the name is taken: give another")
+    if entry.ask != QUALITY and entry.images == 1:
+      raise UserError(f"--set=name={entry.name}: ask={entry.ask} is about groups: add images=6")
+
+
+def _serve(study: Study, votes: Votes, plan: Plan, page: PageSettings, how: Sequence[str]) -> None:
+  from rlft.rating import serve
+
+  def say(line: str) -> None:
+    print(line, flush=True)
+
+  for line in how:
+    say(line)
+  # The server stops for both, and what is after it is still to be done.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  serve.serve(study, votes, Links(study.directory), plan, page, say)

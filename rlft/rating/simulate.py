@@ -1,0 +1,89 @@
+"""Raters whom oracles simulate, so that the whole way can be shown without people."""
+
+import numpy as np
+
+from rlft import catalog
+from rlft.config.settings import ScoringSettings
+from rlft.evaluation import raters, statistics
+from rlft.inference import measure
+from rlft.rating import pictures
+from rlft.rating.study import Study
+from rlft.rating.votes import SIDES, TIE, Question, Votes
+from rlft.types import UserError
+
+
+def scores(study: Study) -> np.ndarray:
+  """What the oracles say of the pictures of each item, more being better.
+
+  Returns:
+    `[items, contenders]`; NaN where an oracle says nothing.
+
+  Raises:
+    UserError: a set has no oracle, or one that cannot score it.
+  """
+  found = np.full((len(study.items), len(study.contenders)), np.nan)
+  with measure.scorer(ScoringSettings()) as score:
+    for place, entry in enumerate(study.sets):
+      if not entry.oracle:
+        raise UserError(
+          f"--set=name={entry.name} has no oracle to simulate raters by: add oracle=NAME"
+        )
+      metric = catalog.make_reward(entry.oracle)
+      if metric.is_set and entry.images == 1:
+        raise UserError(
+          f"oracle {entry.oracle} of --set=name={entry.name} is of sets: add images=6"
+        )
+      rows = [row for row, item in enumerate(study.items) if item.set == place]
+      prompts = pictures.prompts_of(entry, study.contenders)
+      drawn_for = [prompt for prompt in prompts for _ in range(entry.images)]
+      for column in range(len(study.contenders)):
+        paths = [path for row in rows for path in study.pictures(row, column)]
+        (measured,) = score([metric], [pictures.read(paths)], drawn_for, entry.images)
+        each = measured.scores if metric.is_set else measured.scores.reshape(-1, entry.images)
+        each = each if metric.is_set else each.mean(axis=1)
+        found[rows, column] = -each if metric.lower_is_better else each
+  return found
+
+
+def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0) -> None:
+  """Lets simulated raters answer whatever the study asks them.
+
+  Args:
+    study: with all its pictures.
+    votes: of the study.
+    count: of raters.
+    noise: see `raters.preferred`; in standard deviations of the differences within a set.
+    seed: of their luck.
+
+  Raises:
+    UserError: as `scores`.
+  """
+  liked = scores(study)
+  pairs = study.pairs
+  items = np.array([pair.item for pair in pairs])
+  first = liked[items, [pair.first for pair in pairs]]
+  second = liked[items, [pair.second for pair in pairs]]
+  sets = np.array([study.items[item].set for item in items])
+  # Divided by what a set's differences are, so that one noise serves all oracles.
+  units = np.array([statistics.spread((second - first)[sets == k]) for k in range(len(study.sets))])
+  unit = np.where(units > 0, units, 1.0)[sets]
+  # First everybody's share, then what that leaves.
+  for more in (False, True):
+    for number in range(1, count + 1):
+      # Luck of its own when a pair comes again.
+      opinions = [
+        raters.preferred(second / unit, first / unit, noise=noise, raters=1, seed=[seed, number, k])
+        for k in range(2)
+      ]
+      coin = np.random.default_rng([seed, number])
+      while question := votes.next(number, more=more):
+        answer = _answer(question, opinions[question.again], study.settings.ties, coin)
+        votes.answer(number, question.id, answer)
+
+
+def _answer(question: Question, opinion: np.ndarray, ties: bool, coin: np.random.Generator) -> str:
+  """A tie, if allowed, where the oracle says nothing; a coin decides otherwise."""
+  second = opinion[question.pair]
+  if np.isnan(second):
+    return TIE if ties else SIDES[coin.integers(2)]
+  return SIDES[int(bool(second) != question.flipped)]

@@ -1,0 +1,199 @@
+"""The whole way from folders or models to tables, and mistakes of users."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import rating_cases
+
+from rlft.rating import pictures, rate, simulate
+from rlft.rating.settings import PRESETS, PageSettings, PromptSet, StudySettings, parse_set
+from rlft.rating.study import Contender, Study, parse_models
+from rlft.rating.votes import Votes
+from rlft.storage import images
+from rlft.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+BRIGHT = "def bright(images, prompts, metadata):\n  return images.mean((1, 2, 3))\n"
+
+
+def test_models():
+  assert parse_models(["emoji-sd", "runs/joint?guidance_scale=3&name=ours"]) == [
+    Contender("emoji-sd", "emoji-sd", {}),
+    Contender("ours", "runs/joint", {"guidance_scale": 3.0}),
+  ]
+  (one, _) = parse_models(["m.safetensors?tokenizer=folder", "other"])
+  assert one.source == "m.safetensors?tokenizer=folder"
+
+
+@pytest.mark.parametrize(
+  ("specs", "said"),
+  [
+    (["a"], "1 models are given: give --models=... twice or more"),
+    (["a/x", "b/x"], "two of the name x: add [?]name=..."),
+    (["a", "b?name=c&guidance=3"], "unknown option guidance, did you mean guidance_scale[?]"),
+    (["a", "b?eta=much"], "eta=much is not a number: give one"),
+  ],
+)
+def test_mistakes_in_models(specs, said):
+  with pytest.raises(UserError, match=said):
+    parse_models(specs)
+
+
+def test_sets():
+  assert parse_set("emoji,count=4")[2] == PromptSet(
+    "skintone", "emoji:portrait/test", 4, 6, "variety", "oracle-parity"
+  )
+  (one,) = parse_set("name=mine,prompts=p.txt,count=10")
+  assert one == PromptSet("mine", "p.txt", 10)
+
+
+@pytest.mark.parametrize(
+  ("sets", "settings", "said"),
+  [
+    ([PromptSet("a"), PromptSet("a")], {}, "name=a: the name is taken"),
+    ([PromptSet("all")], {}, "name=all: the name is taken"),
+    ([PromptSet("a", ask="variety")], {}, "is about groups: add images=6"),
+    ([PromptSet("a", images=2)], {}, "has 1 pictures of 'a picture of thing 0', of which set a"),
+    ([PromptSet("a", count=0)], {}, "--set=name=a,...,count=0 is out of range"),
+    ([], {"checks": 2.0}, "--checks=2.0 is out of range"),
+  ],
+)
+def test_mistakes_in_settings(tmp_path, sets, settings, said):
+  with pytest.raises(UserError, match=said):
+    rating_cases.write_folder(tmp_path / "a", 1)
+    rating_cases.write_folder(tmp_path / "b", 2)
+    models = [str(tmp_path / "a"), str(tmp_path / "b")]
+    study = rate.open_study(tmp_path / "out", models, sets, StudySettings(**settings))
+    pictures.collect(study, batch_size=1)
+
+
+def test_prompts_must_come_from_somewhere(tmp_path):
+  with pytest.raises(UserError, match="there are no prompts: give --set=name=NAME,prompts=FILE"):
+    rate.open_study(tmp_path / "out", ["org/one@1", "org/two@1"], [], StudySettings())
+  assert rate.default_sets(parse_models(["emoji-sd", "org/two@1"])) == tuple(PRESETS["emoji"])
+
+
+def test_a_comparison_goes_on_as_it_was(tmp_path):
+  study = rating_cases.make_study(tmp_path)
+  again = [str(tmp_path / name) for name in ("base", "tuned")]
+  sets = [PromptSet("things")]
+  assert Study.load(study.directory) == study
+  assert rate.open_study(study.directory, [], [], StudySettings()) == study
+  assert rate.open_study(study.directory, again, sets, StudySettings()) == study
+  for models, other, settings, said in (
+    (again, sets, {"ties": False}, r"with settings \{'ties': True\} instead of \{'ties': False\}"),
+    (again, [PromptSet("other")], {}, "with sets PromptSet"),
+    (again[::-1], sets, {}, "with contenders Contender"),
+    ([], [], {"seed": 3}, "whose prompts and settings are fixed: give --output alone"),
+  ):
+    with pytest.raises(UserError, match=said):
+      rate.open_study(study.directory, models, other, StudySettings(**settings))
+
+
+def test_pictures_keep_their_pixels_and_nothing_else(tmp_path):
+  rating_cases.write_folder(tmp_path / "a", 10, prompts=["x"])
+  rating_cases.write_folder(tmp_path / "b", 20, prompts=["x"])
+  picture = PIL.Image.fromarray(np.full((4, 6, 3), 99, np.uint8))
+  exif = PIL.Image.Exif()
+  exif[0x0110] = "model of mine"
+  picture.save(tmp_path / "b" / "0-0.jpg", quality=100, exif=exif)
+  rating_cases.write_listing(tmp_path / "b", [{"file_name": "0-0.jpg", "text": "x"}])
+  models = [str(tmp_path / "a"), str(tmp_path / "b")]
+  study = rate.open_study(tmp_path / "out", models, [], StudySettings())
+  pictures.collect(study, batch_size=1)
+  copied = study.picture(0, 1, 0)
+  assert b"model of mine" not in copied.read_bytes()
+  assert pictures.read([copied]).shape == (1, 4, 6, 3)
+
+
+@pytest.mark.parametrize(
+  "name", ["../secret.png", "/etc/passwd", "inside/../../secret.png", "link"]
+)
+def test_a_list_names_nothing_outside_of_its_folder(tmp_path, name):
+  images.save_png(tmp_path / "secret.png", np.zeros((4, 4, 3), np.uint8))
+  for folder in ("a", "b"):
+    rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
+  (tmp_path / "b" / "link").symlink_to(tmp_path / "secret.png")
+  rating_cases.write_listing(tmp_path / "b", [{"file_name": name, "text": "x"}])
+  models = [str(tmp_path / "a"), str(tmp_path / "b")]
+  study = rate.open_study(tmp_path / "out", models, [], StudySettings())
+  with pytest.raises(UserError, match="which is outside: remove its line"):
+    pictures.collect(study, batch_size=1)
+
+
+def test_a_picture_that_is_none(tmp_path):
+  for folder in ("a", "b"):
+    rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
+  (tmp_path / "b" / "0-0.png").write_text("<svg onload=alert(1)>")
+  models = [str(tmp_path / "a"), str(tmp_path / "b")]
+  study = rate.open_study(tmp_path / "out", models, [], StudySettings())
+  with pytest.raises(UserError, match=r"b/0-0.png cannot be decoded .*: replace it"):
+    pictures.collect(study, batch_size=1)
+
+
+def simulated(study, *, noise, count=5):
+  """Votes of simulated raters who like bright pictures."""
+  votes = Votes(study.directory / "s.sqlite", rating_cases.make_plan(study, raters=count))
+  simulate.rate(study, votes, count=count, noise=noise)
+  answered = votes.answered()
+  votes.close()
+  return answered
+
+
+def test_simulated_raters_follow_the_oracle_with_noise(tmp_path, monkeypatch):
+  study = rating_cases.make_study(tmp_path, checks=0.5)
+  # The first four prompts are better of the first model; nothing is known of the last.
+  gap = np.array([1.0, 1, 1, 1, -1, -1, -1, np.nan])
+  monkeypatch.setattr(simulate, "scores", lambda _: np.stack([gap, 0 * gap], axis=1))
+  votes = simulated(study, noise=1e-3)
+  assert len(votes) == 5 * (8 + 4)
+  assert all(vote.value == (0 if vote.pair < 4 else 1) for vote in votes if vote.pair < 7)
+  assert {vote.answer for vote in votes if vote.pair == 7} == {"tie"}
+  (tmp_path / "study" / "s.sqlite").unlink()
+  noisy = [vote.value for vote in simulated(study, noise=100.0) if vote.pair < 4]
+  assert 0.2 < np.mean(noisy) < 0.8
+
+
+def test_from_folders_to_tables_by_simulated_raters(tmp_path):
+  """The launch script, in a process of its own, with an oracle from a file."""
+  for name in ("base", "tuned"):
+    rating_cases.write_folder(tmp_path / name, rating_cases.BRIGHTNESS[name], images_per_prompt=6)
+  (tmp_path / "bright.py").write_text(BRIGHT)
+  done = subprocess.run(
+    [
+      sys.executable,
+      ROOT / "launch" / "rate.py",
+      "--models=base",
+      "--models=tuned",
+      "--set=name=one,oracle=host:bright.py:bright",
+      "--set=name=six,images=6,count=4,oracle=host:bright.py:bright",
+      "--simulate=5",
+      "--noise=0.001",
+      "--output=out",
+    ],
+    cwd=tmp_path,
+    env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "tuned is preferred to base in 100.0 % of 60 votes" in done.stdout
+  found = json.loads((tmp_path / "out" / "simulated.json").read_text())
+  assert [(row["set"], row["wins"]) for row in found["rates"]] == [
+    ("one", 40),
+    ("six", 20),
+    ("all", 60),
+  ]
+  assert {rater["consistent"] for rater in found["raters"]} == {1.0}
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(rate, "_NEEDED", ("starlette", "rlft_none"))
+  with pytest.raises(UserError, match=r"needs rlft_none: pip install 'rlft\[rating\]'"):
+    rate.rate([], [], StudySettings(), PageSettings(output=str(tmp_path)))
