@@ -27,7 +27,7 @@ import numpy as np
 from rlft.config import flags as cli
 from rlft.config import tasks
 from rlft.config.settings import TaskConfig
-from rlft.evaluation import results
+from rlft.evaluation import convergence, results
 from rlft.report import charts
 from rlft.rewards import sets
 from rlft.storage import files
@@ -121,27 +121,6 @@ def run_flags(
   return [*kept, *(f"--{key}={value}" for key, value in ours.items())], task, judge.name
 
 
-def images_to_reach(images: np.ndarray, parity: np.ndarray, target: float) -> float | None:
-  """Images until a curve first is at `target` or below, on straight lines between measurements.
-
-  Args:
-    images: `[N]`, increasing.
-    parity: `[N]`.
-    target: a value of parity.
-
-  Returns:
-    A number of images; None if the curve never comes so low.
-  """
-  (below,) = np.nonzero(parity <= target)
-  if not len(below):
-    return None
-  i = below[0]
-  if i == 0:
-    return float(images[0])
-  share = (parity[i - 1] - target) / (parity[i - 1] - parity[i])
-  return float(images[i - 1] + share * (images[i] - images[i - 1]))
-
-
 def write(workdir: pathlib.Path, runs: Runs, targets: Sequence[float], *, batch_size: int) -> None:
   """Writes the measurements, the summary and the picture, and prints the summary.
 
@@ -172,8 +151,10 @@ def write(workdir: pathlib.Path, runs: Runs, targets: Sequence[float], *, batch_
   for credit, curve in curves.items():
     reached = []
     for target in [*targets, common]:
-      each = [images_to_reach(images, one, target) for one in curve]
-      mean = images_to_reach(images, means[credit], target)
+      mean, *each = (
+        convergence.first_at(images, one, target, lower_is_better=True)
+        for one in (means[credit], *curve)
+      )
       reached.append({"parity": target, "images": mean, "each": each})
       words = ["-" if n is None else f"{n:,.0f}" for n in (mean, *each)]
       lines.append([credit, f"{target:.3f}", words[0], "  ".join(words[1:])])

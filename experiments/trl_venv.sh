@@ -1,9 +1,10 @@
 #!/bin/sh
-# The environment of the TRL rows of launch/benchmark.py: the last release with DDPOTrainer, which
-# wants other packages than rlft does. A few minutes; 2 GB with the CPU's build of torch.
+# The environment of the TRL rows of launch/benchmark.py and of experiments/trl_curves.py: the last
+# release with DDPOTrainer, which wants other packages than rlft does. A few minutes; 2 GB with the CPU's build of torch.
 #
 #   experiments/trl_venv.sh DIRECTORY
 #   python launch/benchmark.py --what=iteration --trl_python=DIRECTORY/bin/python
+#   python experiments/trl_curves.py --trl_python=DIRECTORY/bin/python --sweep
 #
 # TORCH chooses another build, e.g. TORCH=torch==2.13.0+cpu where pip is told of an index that has it.
 set -eu

@@ -1,5 +1,7 @@
 """When a run had learnt nearly all that it was to learn."""
 
+import numpy as np
+
 from rlft.evaluation import results
 
 SHARE = 0.95  # of the gain at the end
@@ -25,3 +27,27 @@ def converged(history: results.History, name: str, *, share: float = SHARE) -> i
   needed = share * (end.mean - start.mean)
   sign = 1 if needed > 0 else -1
   return next(i for i, found in points if sign * (found.mean - start.mean) >= sign * needed)
+
+
+def first_at(
+  x: np.ndarray, y: np.ndarray, level: float, *, lower_is_better: bool = False
+) -> float | None:
+  """Where a curve is first at a level or better, on straight lines between measurements.
+
+  Args:
+    x: `[N]`, increasing.
+    y: `[N]`.
+    level: a value of `y`.
+    lower_is_better: less of `y` is better; else more is.
+
+  Returns:
+    A value of `x`; None if the curve is never so good.
+  """
+  (there,) = np.nonzero(y <= level if lower_is_better else y >= level)
+  if not len(there):
+    return None
+  i = there[0]
+  if i == 0:
+    return float(x[0])
+  share = (level - y[i - 1]) / (y[i] - y[i - 1])
+  return float(x[i - 1] + share * (x[i] - x[i - 1]))

@@ -16,24 +16,28 @@ _STYLE = (
 
 
 def svg(
-  panels: Sequence[tuple[str, Sequence[Series]]], *, x_label: str, smooth: bool = False
+  panels: Sequence[tuple[str, Sequence[Series]]],
+  *,
+  x_label: str | Sequence[str],
+  smooth: bool = False,
 ) -> str:
   """Line charts side by side, each with its legend below.
 
   Args:
     panels: titles and what is drawn under them.
-    x_label: below each.
+    x_label: below each, or a list with each one's own.
     smooth: as of `charts.line_chart`.
 
   Returns:
     The content of an SVG file.
   """
+  labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
   entries = max(len(series) for _, series in panels)
   width = charts.WIDTH * len(panels)
   height = _TITLE + charts.HEIGHT + _LABEL + _ENTRY * entries + 6
   drawn = [
-    f'<g transform="translate({i * charts.WIDTH} {_TITLE})">{_panel(*panel, x_label, smooth)}</g>'
-    for i, panel in enumerate(panels)
+    f'<g transform="translate({i * charts.WIDTH} {_TITLE})">{_panel(*panel, label, smooth)}</g>'
+    for i, (panel, label) in enumerate(zip(panels, labels, strict=True))
   ]
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'

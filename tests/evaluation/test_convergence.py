@@ -2,6 +2,7 @@
 
 from evaluation_cases import result
 import numpy as np
+import pytest
 
 from rlft.evaluation import convergence
 
@@ -26,3 +27,12 @@ def test_a_run_that_does_not_become_better_does_not_converge():
   assert converged(0, 0.0) is None
   assert converged(0, 1.0, lower=True) is None
   assert converged(0) is None
+
+
+def test_where_a_curve_is_first_at_a_level():
+  x, y = np.array([0, 100, 200, 300]), np.array([0.6, 0.5, 0.55, 0.3])
+  found = [convergence.first_at(x, y, level, lower_is_better=True) for level in (0.7, 0.6, 0.55)]
+  assert found == pytest.approx([0, 0, 50])
+  assert convergence.first_at(x, y, 0.4, lower_is_better=True) == pytest.approx(260)
+  assert convergence.first_at(x, y, 0.2, lower_is_better=True) is None
+  assert convergence.first_at(x, 1 - y, 0.6) == pytest.approx(260)

@@ -22,14 +22,6 @@ def experiment():
   return module
 
 
-def test_images_until_a_parity(experiment):
-  images, parity = np.array([0, 100, 200, 300]), np.array([0.6, 0.5, 0.55, 0.3])
-  found = [experiment.images_to_reach(images, parity, target) for target in (0.7, 0.6, 0.55, 0.5)]
-  assert found == pytest.approx([0, 0, 50, 100])
-  assert experiment.images_to_reach(images, parity, 0.4) == pytest.approx(200 + 100 * 0.15 / 0.25)
-  assert experiment.images_to_reach(images, parity, 0.2) is None
-
-
 def test_flags_of_a_run(experiment):
   base = (ROOT / "experiments" / "emoji_skintone.flags").read_text().splitlines()
   lines, task, name = experiment.run_flags(
