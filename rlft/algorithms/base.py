@@ -71,6 +71,7 @@ class Call:
     times: calls for a task in an iteration.
     name: of the program.
     is_update: whether it makes a gradient of the trained parameters.
+    moved: bytes that devices tell each other of images in a call.
   """
 
   program: Any
@@ -78,6 +79,7 @@ class Call:
   times: int
   name: str = "update"
   is_update: bool = True
+  moved: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

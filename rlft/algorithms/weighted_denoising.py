@@ -379,5 +379,8 @@ class BestLearning:
     everywhere = sharding.replicated(self._learner.mesh)
     places = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=everywhere)
     mask = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=everywhere)
-    args = (state, frozen, drawn.collected, drawn.text.prompt, places, mask, _a_key())
-    yield Call(self.update, args, self._settings.updates)
+    rows = drawn.collected, drawn.text.prompt
+    args = (state, frozen, *rows, places, mask, _a_key())
+    # What is kept may lie anywhere: its rows are summed over the devices, of which one has each.
+    moved = sum(x.dtype.itemsize * x.size // len(x) * count for x in jax.tree.leaves(rows))
+    yield Call(self.update, args, self._settings.updates, moved=moved)

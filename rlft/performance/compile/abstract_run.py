@@ -134,9 +134,10 @@ class AbstractRun:
     return Call("sample", program, args, 1, size, theory, sparable), drawn
 
   def _learning(self, drawn: Drawn, size: int) -> Iterator[Call]:
-    gathered = self._computed((self.state.params, self.frozen.get("unet", {})))
+    gathered = self._unet(with_base=self.programs.algorithm.needs_base)
     for call in self.programs.learning.calls(self.state, self.frozen, drawn):
       theory = self._theory(gathered, self.state.params if call.is_update else ())
+      theory["all-reduce"] += call.moved if self.mesh.size > 1 else 0
       yield Call(call.name, call.program, call.args, call.times, size, theory)
 
   def _grading(self, drawn: Drawn, size: int) -> Iterator[Call]:
@@ -158,8 +159,7 @@ class AbstractRun:
     sources = self._rows((count, 4), jnp.int32)
     ids = self._rows((count, *self._tokens), jnp.int32)
     others = {name: tree for name, tree in self.frozen.items() if name != "unet"}
-    unet = self._computed((state.params, self.frozen.get("unet", {})))
-    gathered = (unet, {**others, "vae": _without(others["vae"], "decoder")})
+    gathered = (self._unet(), {**others, "vae": _without(others["vae"], "decoder")})
     args = (state, self.frozen, images, sources, ids, _KEY)
     theory = self._theory(gathered, state.params)
     sparable = communication.sparable(self.mesh, gathered)
@@ -173,6 +173,11 @@ class AbstractRun:
 
   def _theory(self, gathers: Any, scatters: Any) -> dict[str, int]:
     return communication.expected(self.mesh, gathers=gathers, scatters=scatters)
+
+  def _unet(self, *, with_base: bool = False) -> Any:
+    """The shapes of the UNet's parameters that a gradient reads; of an adapter also its base's."""
+    reads_base = with_base or self.config.policy.lora_rank
+    return self._computed((self.state.params, self.frozen["unet"] if reads_base else {}))
 
   def _computed(self, tree: Any) -> Any:
     """The shapes in the type that the UNet computes in, in which they are gathered."""

@@ -113,9 +113,13 @@ def test_flops_are_multiplied_out():
 # What devices tell each other.
 
 
+@pytest.mark.parametrize("algorithm", ["policy-gradient", "reward-weighted", "raft?one_in=2"])
 def test_an_update_gathers_parameters_and_scatters_gradients_and_nothing_else(
-  run, target, little_optimisation
+  run, target, little_optimisation, algorithm
 ):
+  if algorithm != "policy-gradient":
+    config = fields.replace(CONFIG, algorithm=algorithm, train_timesteps=5)
+    run = AbstractRun.of(config, target.mesh, run.model)
   (call,) = (call for call in run.calls() if call.name == "update")
   found = ahead.compile_program(call, target)
   size = sum(x.size * 4 for x in jax.tree.leaves(run.state.params))
