@@ -74,7 +74,7 @@ def test_images_are_forgotten_once_scored(monkeypatch):
 def test_large_images_are_scored_in_smaller_batches(monkeypatch):
   # 2 x 2 x 3 values of 4 bytes; 500 bytes hold 10 images, and 16 is the next multiple of 8 devices.
   monkeypatch.setattr(metric, "_BYTES_AT_ONCE", 500)
-  sizes = [(size, len(images)) for size, images in metric._regrouped([pictures(40)[1]], 40, 8)]
+  sizes = [(size, len(images)) for size, images in metric.regrouped([pictures(40)[1]], 40, 8)]
   assert sizes == [(16, 16), (16, 16), (16, 8)]
 
 

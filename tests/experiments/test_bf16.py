@@ -1,10 +1,8 @@
 """The experiment that compares runs in bfloat16 with runs in float32: flags and table."""
 
-import functools
-import importlib.util
 import pathlib
 
-from absl import flags
+import experiment_cases
 import numpy as np
 import pytest
 
@@ -15,18 +13,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def experiment():
-  """The script, with flags of its own: other tests have defined some of the same names."""
-  path = ROOT / "experiments" / "bf16.py"
-  spec = importlib.util.spec_from_file_location("bf16", path)
-  module = importlib.util.module_from_spec(spec)
-  names = [f"DEFINE_{kind}" for kind in ("string", "integer", "boolean", "multi_enum")]
-  own = flags.FlagValues()
-  importlib.import_module("absl.app")  # Its flags go to the usual place.
-  with pytest.MonkeyPatch.context() as patch:
-    for name in names:
-      patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))
-    spec.loader.exec_module(module)
-  return module
+  with experiment_cases.script("bf16") as module:
+    yield module
 
 
 def test_flags_of_a_run(experiment):

@@ -1,9 +1,9 @@
 """The experiment that compares two ways of giving credit: flags, crossings, files."""
 
-import importlib.util
 import json
 import pathlib
 
+import experiment_cases
 import numpy as np
 import pytest
 
@@ -15,11 +15,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def experiment():
-  path = ROOT / "experiments" / "credit_assignment.py"
-  spec = importlib.util.spec_from_file_location("credit_assignment", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  with experiment_cases.script("credit_assignment") as module:
+    yield module
 
 
 def test_flags_of_a_run(experiment):

@@ -1,8 +1,8 @@
 """The exchange of models with diffusers: rlft's part, and all of it where diffusers is."""
 
-import importlib.util
 import pathlib
 
+import experiment_cases
 import numpy as np
 import pytest
 import train_cases
@@ -12,11 +12,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def experiment():
-  path = ROOT / "experiments" / "diffusers_layouts.py"
-  spec = importlib.util.spec_from_file_location("diffusers_layouts", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  with experiment_cases.script("diffusers_layouts") as module:
+    yield module
 
 
 def test_latents_are_drawn_from_its_noise(experiment):

@@ -1,9 +1,9 @@
 """The experiment that measures prompt sources, on a thousandth of its prompts."""
 
-import importlib.util
 import pathlib
 import re
 
+import experiment_cases
 import pytest
 
 pytest.importorskip("pyarrow")
@@ -14,14 +14,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def experiment(monkeypatch):
-  path = ROOT / "experiments" / "prompt_sources.py"
-  spec = importlib.util.spec_from_file_location("prompt_sources", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  monkeypatch.setattr(module, "_DRAWN", 2)
-  yield module
-  for name in ("folder", "rows", "measure"):
-    delattr(module.flags.FLAGS, name)
+  with experiment_cases.script("prompt_sources") as module:
+    monkeypatch.setattr(module, "_DRAWN", 2)
+    yield module
 
 
 def test_every_source_is_made_and_measured(experiment, tmp_path):

@@ -1,10 +1,9 @@
 """The experiment beside TRL: what both sides are told, what is chosen, what is written."""
 
-import importlib.util
 import json
 import pathlib
 
-from absl import flags
+import experiment_cases
 import numpy as np
 import pytest
 
@@ -18,14 +17,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def experiment():
-  path = ROOT / "experiments" / "trl_curves.py"
-  spec = importlib.util.spec_from_file_location("trl_curves", path)
-  module = importlib.util.module_from_spec(spec)
-  before = set(flags.FLAGS)
-  spec.loader.exec_module(module)
-  yield module
-  for name in set(flags.FLAGS) - before:
-    delattr(flags.FLAGS, name)
+  with experiment_cases.script("trl_curves") as module:
+    yield module
 
 
 def trainings(experiment, workdir, *changes):
