@@ -204,6 +204,9 @@ class Slope:
 class JaxReward:
   """Scores images where they are: a pure function, jitted, on the sharded global batch.
 
+  Whether its score has a gradient with respect to the images, which some algorithms follow, is
+  found by tracing it (rlft/rewards/scoring/gradient.py).
+
   Attributes:
     name: what the user wrote.
     score: `(params, images, features) -> scores`, where `images` are `[B, H, W, 3]` float32 in

@@ -82,8 +82,8 @@ class ReFL(_RewardGradient):
   """The settings of ReFL.
 
   Attributes:
-    last: the step is drawn from so many last ones; never the very last alone, at which the network
-      can change little more than the texture.
+    last: the step is drawn from so many last ones: in the original 10 of 40, and never the very
+      last alone. With fewer steps, give fewer.
     target: a reward from which on an image is good enough, and has no gradient. 2 is for rewards
       with a mean of 0 and a deviation of 1, as ImageReward has over pictures of all kinds. One that
       no image can reach has no effect; one that all have reached leaves nothing to learn.
@@ -103,8 +103,8 @@ class ReFL(_RewardGradient):
   def __post_init__(self):
     if self.last < 2:
       raise UserError(
-        f"--algorithm=refl?last={self.last} grades the very last prediction only, which changes"
-        " little more than the texture: give 2 or more"
+        f"--algorithm=refl?last={self.last} grades the very last prediction only, which ReFL never"
+        " does: give 2 or more, or --algorithm=draft"
       )
     if self.scale <= 0:
       raise UserError(f"--algorithm=refl?scale={self.scale:g}: scale must be greater than 0")

@@ -5,6 +5,7 @@
         threads at once: images [B, H, W, 3] float32 in [0, 1], prompts B strings, metadata B dicts.
     jax:module:function    or   jax:path/to/file.py:function
         function(images) -> scores; pure, jitted, called once on the images of all devices.
+        Algorithms that follow the reward's gradient can be used with it, if it has one.
         With an attribute `function.prepare`, `(prompts, metadata) -> features` (a tree of numpy
         arrays `[B, ...]`), it is called as function(images, features).
     factory:module:function?key=value&...   or   factory:path/to/file.py:function?key=value&...
