@@ -74,15 +74,15 @@ def _calls(target: targets.Target, method: str) -> Iterator[Call]:
 
 def main() -> None:
   target = targets.open_target(_TARGET.value, fsdp=1)
-  print("| method | program | arguments, GiB | temporary, GiB | peak, GiB | TFLOP an image |")
-  print("|" + "---|" * 6)
+  print("| method | program | arguments, GiB | temporary, GiB | TFLOP an image |")
+  print("|" + "---|" * 5)
   for method, count in _METHODS.items():
     for call in _calls(target, method):
       if call.name not in _PROGRAMS.value:
         continue
       with ahead.compilation_cache(_CACHE.value) as cache:
         found = ahead.compile_program(call, target, cache)
-      numbers = (f"{x / GIB:.2f}" for x in (found.arguments, found.temporary, found.peak))
+      numbers = (f"{x / GIB:.2f}" for x in (found.arguments, found.temporary))
       line = [
         f"{method}, {count} images",
         call.name,
