@@ -274,10 +274,10 @@ class Raft:
       if self.choose == "sets":
         name, count, step = "batch_size", sets, self.one_in * task.images_per_prompt
       if count % self.one_in:
+        other = f", or raft?one_in={count}" if count > 1 else ""
         raise UserError(
-          f"--task=name={task.name}: --algorithm=raft keeps 1 of {self.one_in} {self.choose}, and"
-          f" {count} are no multiple of that: use {name}={step}, another multiple of {step}, or"
-          f" raft?one_in={count}"
+          f"--task=name={task.name}: --algorithm=raft keeps 1 of {self.one_in} {self.choose}, which"
+          f" does not divide {count}: use {name}={step} or another multiple of {step}{other}"
         )
 
   def check_task(

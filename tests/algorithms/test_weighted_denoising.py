@@ -139,15 +139,16 @@ def test_whole_sets_are_chosen_among_those_of_the_batch():
 @pytest.mark.parametrize(
   ("algorithm", "task", "message"),
   [
-    (Raft(), {}, "keeps 1 of 24 images, and 16 are no multiple of that: use images_per_prompt=24,"),
-    (Raft(choose="sets"), {}, "keeps 1 of 24 sets, and 4 are .*: use batch_size=384, .*one_in=4$"),
-    (Raft(one_in=8), {"images_per_prompt": 4}, "another multiple of 8, or raft.one_in=4"),
+    (Raft(), {}, "1 of 24 images, which does not divide 16: use images_per_prompt=24 or another"),
+    (Raft(choose="sets"), {}, "does not divide 4: use batch_size=384 or .*, or raft.one_in=4$"),
+    (Raft(one_in=8), {"images_per_prompt": 1}, "does not divide 1: .* another multiple of 8$"),
   ],
 )
 def test_too_few_to_choose_from(algorithm, task, message):
-  task = fields.replace(TaskConfig("t", "p", "r", batch_size=64, images_per_prompt=16), **task)
+  few = TaskConfig("t", "p", "r", **{"batch_size": 64, "images_per_prompt": 16} | task)
   with pytest.raises(UserError, match=message):
-    algorithm.check(PolicySettings(), [task])
+    algorithm.check(PolicySettings(), [few])
+  task = TaskConfig("t", "p", "r", batch_size=64, images_per_prompt=16)
   Raft(one_in=4).check(PolicySettings(), [task])
   Raft(one_in=2, choose="sets").check(PolicySettings(), [task])
 
