@@ -91,7 +91,8 @@ def make_reward(spec: str) -> Reward:
     spec: a key of `REWARDS` or `ORACLES`, with options where it has any
       ('pickscore?weights=DIRECTORY'); a user's own function ('host:module:function',
       'jax:path/to/file.py:function') or factory ('factory:path/to/file.py:function?key=value'); or
-      a model on an inference server ('http://localhost:8080/v2/models/NAME?output=score').
+      a model on an inference server ('http://localhost:8080/v2/models/NAME?output=score'), or a
+      vision-language model that is asked ('vlm://localhost:8000/NAME?question=...').
 
   Returns:
     The reward; its `name` is `spec`.
@@ -107,6 +108,10 @@ def make_reward(spec: str) -> Reward:
     from rlft.rewards.remote import reward as remote
 
     return grammar.call(remote.remote_reward, spec, given, spec)
+  if name.startswith(("vlm://", "vlms://")):
+    from rlft.rewards.remote import vlm
+
+    return grammar.call(vlm.vlm_reward, spec, given, spec)
   return dataclasses.replace(grammar.call(_factory(name, spec), spec, given), name=spec)
 
 
@@ -119,8 +124,8 @@ def _factory(name: str, spec: str) -> Callable[..., Reward]:
   raise UserError(
     f"reward {spec!r}: there is none of this name{hint}: use one of {', '.join(known)}, your own"
     " function as host:module:function, host:file.py:function or jax:file.py:function, your own"
-    " factory as factory:file.py:function?key=value, or a server as"
-    " http://host:port/v2/models/NAME"
+    " factory as factory:file.py:function?key=value, a server as http://host:port/v2/models/NAME,"
+    " or a vision-language model as vlm://host:port/NAME"
   )
 
 

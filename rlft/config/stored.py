@@ -10,7 +10,8 @@ from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 from rlft.types import UserError
 
-_ADDRESS = re.compile(r"https?://\S*?(?=/v2/models/)")  # of a model on an inference server
+# Of a model on a server: what stands before its name.
+_ADDRESS = re.compile(r"https?://\S*?(?=/v2/models/)|vlms?://[^/?\s]+(?=/)")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

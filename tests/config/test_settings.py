@@ -84,6 +84,10 @@ def test_resume_permits_another_address_of_the_same_model():
   old = served("http://a:8000/v2/models/unidet?output=score")
   (change,) = stored.check_resume(old, served("https://b.org/x/v2/models/unidet?output=score"))
   assert "https://b.org" in change
+  judged = served("vlm://a:8000/org/judge?answer=no")
+  (change,) = stored.check_resume(judged, served("vlms://b.org/org/judge?answer=no"))
+  with pytest.raises(UserError):
+    stored.check_resume(judged, served("vlm://a:8000/org/other?answer=no"))
   for other in ("http://a:8000/v2/models/owl?output=score", "http://a:8000/v2/models/unidet"):
     with pytest.raises(UserError, match="was started with other settings"):
       stored.check_resume(old, served(other))

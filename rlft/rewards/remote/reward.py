@@ -14,8 +14,6 @@ and answers with
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
-import math
-import os
 import re
 from typing import Any, Literal
 import urllib.parse
@@ -23,16 +21,16 @@ import uuid
 
 import numpy as np
 
+from rlft.rewards.remote import limits as limits_lib
 from rlft.rewards.remote import protocol as open_inference
 from rlft.rewards.remote import server as remote_model
 from rlft.rewards.remote.client import Answer, Client, TryAgain
+from rlft.rewards.remote.limits import Limits
 from rlft.rewards.remote.protocol import Tensor
-from rlft.rewards.scoring import host
 from rlft.rewards.scoring.errors import RewardError
 from rlft.types import HostReward, UserError
 
 _MODEL = re.compile(r"(?P<prefix>.*)(?P<path>/v2/models/[^/]+(/versions/[^/]+)?)/?")
-_MARGIN, _LONGEST_MARGIN_S = 0.05, 2.0  # Of the batch's deadline: left to say what went wrong.
 
 
 def remote_reward(
@@ -82,19 +80,12 @@ def remote_reward(
       outputs.
   """
   address = spec.partition("?")[0]
-  for name, value, least in (
-    ("batch_size", batch_size, 1),
-    ("in_flight", in_flight, 1),
-    ("retries", retries, 0),
-    ("start_s", start_s, 0),
-  ):
-    if value < least:
-      raise UserError(f"reward {spec!r}: {name} must be {least} or more")
-  for name, value in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
-    if value is not None and value <= 0:
-      raise UserError(f"reward {spec!r}: {name} must be greater than 0")
+  if batch_size < 1:
+    raise UserError(f"reward {spec!r}: batch_size must be 1 or more")
+  limits = Limits(in_flight, timeout_s, deadline_s, retries, start_s)
+  limits.check(spec)
   server, path = _split(spec, address)
-  client = Client(server, connections=in_flight, token=_token(spec, token_env))
+  client = Client(server, connections=in_flight, token=limits_lib.token(spec, token_env))
   try:
     about = remote_model.ask(client, path, start_s)
     about.check_output(output)
@@ -109,9 +100,7 @@ def remote_reward(
     output,
     binary=binary,
     batch_size=batch_size,
-    timeout_s=timeout_s,
-    deadline_s=deadline_s or math.inf,
-    retries=retries,
+    limits=limits,
   )
   return HostReward(spec, remote.score, threads=in_flight)
 
@@ -126,17 +115,13 @@ class _Remote:
   output: str
   binary: bool
   batch_size: int
-  timeout_s: float
-  deadline_s: float
-  retries: int
+  limits: Limits
 
   def score(
     self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
   ) -> np.ndarray:
     """`[B, H, W, 3]` float32 in [0, 1] -> `[B]` float32; an image that is not finite is NaN."""
-    started, deadline = host.batch_times()
-    deadline -= min(_MARGIN * (deadline - started), _LONGEST_MARGIN_S)
-    deadline = min(deadline, started + self.deadline_s)
+    started, deadline = self.limits.times()
     scores = np.full(len(images), np.nan, np.float32)
     rows = np.flatnonzero(np.isfinite(images).all(axis=(1, 2, 3)))
     for first in range(0, len(rows), self.batch_size):
@@ -188,9 +173,9 @@ class _Remote:
 
     answer = self.client.until_answered(
       attempt,
-      timeout_s=self.timeout_s,
+      timeout_s=self.limits.timeout_s,
       deadline=deadline,
-      retries=self.retries,
+      retries=self.limits.retries,
       started=started,
       remedy="restart the server, then run the same command again to go on",
     )
@@ -220,21 +205,8 @@ def _split(spec: str, address: str) -> tuple[str, str]:
     raise UserError(
       f"reward {spec!r} is no address of a model: write http://host:port/v2/models/NAME"
     )
-  if "@" in parts.netloc:
-    raise UserError(
-      f"reward to {parts.hostname}: an address is shown and stored, so give no password in it, but"
-      " the name of an environment variable with a token: token_env=NAME"
-    )
+  limits_lib.without_password(parts.netloc, parts.hostname)
   return f"{parts.scheme}://{parts.netloc}{match['prefix']}", match["path"]
-
-
-def _token(spec: str, name: str | None) -> str:
-  if name is None:
-    return ""
-  token = os.environ.get(name, "").strip()
-  if not token or not token.isascii() or not token.isprintable() or " " in token:
-    raise UserError(f"reward {spec!r}: set the environment variable {name} to the server's token")
-  return token
 
 
 def _sizes(size: Sequence[int]) -> str:

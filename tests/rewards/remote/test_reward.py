@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+from remote_cases import dribbling, dropped, fine, hanging, scored, status, truncated
 import train_cases as cases
 
 from rlft import catalog
@@ -86,15 +87,6 @@ def batch(size):
   prompts = [Prompt("x" * (i % 7), {"bonus": i, "more": np.arange(2)}) for i in range(size)]
   expected = [image[0, 0, 0] + 10 * (i % 7 + i) for i, image in enumerate(images)]
   return images, prompts, np.array(expected, np.float32)
-
-
-def scored(reward, images, prompts, timeout_s=30.0):
-  """Scores, in threads, as a run does."""
-  caller = host.HostCaller(reward, timeout_s=timeout_s, threads=reward.threads)
-  try:
-    return caller.finish(caller.start(np.array(images), prompts)).values
-  finally:
-    caller.close()
 
 
 # A real server.
@@ -326,19 +318,6 @@ def faulty():
   running.close()
 
 
-def fine(handler, answer):
-  return None
-
-
-def status(code, message="no luck", **headers):
-  def act(handler, answer):
-    data = json.dumps({"error": message}).encode()
-    handler.answer(code, data, {key.replace("_", "-"): text for key, text in headers.items()})
-    return True
-
-  return act
-
-
 def change(**values):
   """Of the answer's only output."""
 
@@ -346,37 +325,6 @@ def change(**values):
     answer["outputs"][0].update(values)
 
   return act
-
-
-def truncated(handler, answer):
-  handler.send_response(200)
-  handler.send_header("Content-Length", "1000")
-  handler.end_headers()
-  handler.wfile.write(b'{"id":')
-  handler.close_connection = True
-  return True
-
-
-def dropped(handler, answer):
-  handler.connection.shutdown(socket.SHUT_RDWR)
-  handler.close_connection = True
-  return True
-
-
-def hanging(handler, answer):
-  time.sleep(1)
-  return True
-
-
-def dribbling(handler, answer):
-  handler.send_response(200)
-  handler.send_header("Content-Length", "1000")
-  handler.end_headers()
-  with contextlib.suppress(OSError):
-    for _ in range(40):
-      handler.wfile.write(b" ")
-      time.sleep(0.05)
-  return True
 
 
 ONE = "?in_flight=1&format=json&timeout_s=0.4"
