@@ -57,11 +57,11 @@ def train(config: Config) -> None:
   cpu.split_host(config.devices.cpu_devices)
   config = checks.with_rank(config)
   run = open_run(config)
-  state, cursor = resume(run, run.initial_state())
-  if run.writes:
-    files.write_atomic(run.workdir / "config.json", stored.to_json(config) + "\n")
   with Stop() as stop:  # Until nothing is left to be saved.
     try:
+      state, cursor = resume(run, run.initial_state())
+      if run.writes:
+        files.write_atomic(run.workdir / "config.json", stored.to_json(config) + "\n")
       _loop(run, state, cursor, stop)
     finally:
       run.close()

@@ -77,13 +77,23 @@ def test_an_image_cannot_be_read_in_the_middle(folder, tmp_path):
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
 
 
-def test_an_evaluation_fails_after_the_last_iteration(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    ("raises", "raised ValueError: no luck"),
+    (
+      "nan",
+      "--eval=name=green: metric=.* none of the 8 images after iteration 3: .*measures again",
+    ),
+  ],
+)
+def test_an_evaluation_fails_after_the_last_iteration(folder, tmp_path, monkeypatch, how, message):
   settings = config(folder, tmp_path, task=(cases.task(folder),), pretrain_weight=0.0)
   metric = f"host:{tmp_path / 'rewards.py'}:green"
   evals = (EvalConfig("green", str(folder / "prompts.txt"), metric, images=8),)
   settings = fields.replace(settings, eval=evals)
-  monkeypatch.setenv("BROKEN", "raises@2")
-  with one_line("raised ValueError: no luck"):
+  monkeypatch.setenv("BROKEN", f"{how}@2")
+  with one_line(message):
     cases.run(settings)
   monkeypatch.delenv("BROKEN")
   trained = (tmp_path / "run" / "metrics.jsonl").read_text()

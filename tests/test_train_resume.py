@@ -1,6 +1,7 @@
 """A run that was stopped and goes on is, bit for bit, the run that was not."""
 
 from concurrent import futures
+import os
 import pathlib
 import random
 import re
@@ -16,6 +17,7 @@ from rlft import train
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig
 from rlft.run import preemption
+from rlft.storage.checkpoint import Checkpointer
 
 SEED = 5  # of the moments at which processes are stopped
 ITERATIONS = 15  # of their run; a slow one takes 0.15 s
@@ -117,7 +119,15 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   # Its second call, in which it sends the signal, is in the second of three iterations.
   monkeypatch.setenv("BROKEN", "stops@2")
   handler = signal.getsignal(signal.SIGTERM)
+  close = Checkpointer.close
+
+  def stopped_again(checkpointer):  # The state is not on the disk yet.
+    os.kill(os.getpid(), signal.SIGTERM)
+    close(checkpointer)
+
+  monkeypatch.setattr(Checkpointer, "close", stopped_again)
   cases.run(config)
+  monkeypatch.setattr(Checkpointer, "close", close)
   assert signal.getsignal(signal.SIGTERM) is handler
   assert "stopped in iteration 1; the same command goes on" in capfd.readouterr().err
   assert newest(tmp_path / "run") == (1, 1)

@@ -36,15 +36,15 @@ def evaluate_run(run: Run, weights: lora.Weights, iteration: int, stop: Stop) ->
 
   Raises:
     RewardError: a metric failed.
-    UserError: a metric could score none of the base model's images.
+    UserError: a metric could score none of the images; nothing has been kept of the results.
     Stopped: the run was told to stop; nothing has been kept of the results.
   """
   keep = samples.Keeper(run.workdir, iteration, max_prompts=run.config.evaluation.report_images)
   measured = _measure(
     run, run.programs.sampler, run.evals, weights, stop, keep=keep if run.writes else None
   )
+  check_evaluations(measured, iteration)
   if iteration == 0:
-    check_evaluations(measured)
     best = _measure_best_base(run, measured, weights, stop)
     if run.writes and best:
       results.write_base(run.workdir, best)

@@ -112,12 +112,24 @@ def open_run(config: Config, devices: int = 0) -> Run:
     devices: to run on, the first of all; 0 takes all.
 
   Raises:
-    UserError: a mistake in the settings or in the files that they name.
+    UserError: a mistake in the settings or in the files that they name, or another run writes into
+      the working directory.
   """
   checks.validate(config)
   checks.validate_devices(
     config, device_count=devices or jax.device_count(), process_count=jax.process_count()
   )
+  checkpointer = Checkpointer(
+    files.path_of(config.output.workdir) / "checkpoints", keep=config.output.keep_checkpoints
+  )
+  try:
+    return _open(config, devices, checkpointer)
+  except BaseException:
+    checkpointer.close()
+    raise
+
+
+def _open(config: Config, devices: int, checkpointer: Checkpointer) -> Run:
   algorithm = catalog.make_algorithm(config.algorithm)
   mesh = sharding.make_mesh(config.devices.fsdp, devices)
   made_once = functools.cache(catalog.make_reward)
@@ -196,9 +208,7 @@ def open_run(config: Config, devices: int = 0) -> Run:
     metrics=MetricScorer(rows=rows, scoring=config.scoring),
     pairs=pairs,
     frozen=frozen,
-    checkpointer=Checkpointer(
-      files.path_of(config.output.workdir) / "checkpoints", keep=config.output.keep_checkpoints
-    ),
+    checkpointer=checkpointer,
     digests={
       entry.prompts: sources.digest(opened)
       for entry, opened in zip(

@@ -47,6 +47,7 @@ class Stop:
       raise KeyboardInterrupt
     self._flag.set()
     if self._at_once:
+      self._at_once = False  # Not once more, on the way out of the block.
       raise Stopped
 
   def check(self) -> None:

@@ -63,15 +63,22 @@ def _warn_of_constant(workdir: str, task: str, reward: str) -> None:
   )
 
 
-def check_evaluations(found: Mapping[str, EvalResult]) -> None:
-  """Checks that each metric could score any of the base model's images.
+def check_evaluations(found: Mapping[str, EvalResult], iteration: int) -> None:
+  """Checks that each metric could score any of the images.
+
+  Args:
+    found: what was measured.
+    iteration: number of iterations done; 0 is the base model.
 
   Raises:
     UserError: one could not.
   """
   for name, result in found.items():
     if result.unscored == len(result.scores):
+      where, remedy = f"after iteration {iteration}", "what it needs is there"
+      if iteration == 0:
+        where, remedy = "of the base model", "it can score these prompts at all"
       raise UserError(
         f"--eval=name={name}: metric={result.metric} could score none of the {result.images} images"
-        " of the base model: see whether it can score these prompts at all, or leave it out"
+        f" {where}: see whether {remedy}, or leave it out; the same command measures again"
       )

@@ -4,6 +4,10 @@ One module wraps Orbax, so that its traps are handled in one place: `latest_step
 that is not committed yet (only a fresh manager is asked), a save may be committed and yet not be
 readable (each is opened before an older one is deleted), a directory that a crash left unreadable
 must not stop a run that has an older good one, and restoring needs explicit shardings.
+
+Orbax believes what it finds in a file. So each checkpoint has sums of its files, written before it
+is committed and compared before anything of it is read. And Orbax takes another process's save for
+the remains of a crash: so one process, that of a run's which is first, holds the directory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,15 +20,22 @@ from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlft.storage import files
+from rlft.parallel import processes
+from rlft.storage import checksums, files, orbax_noise
+from rlft.storage.checksums import DamagedError
+from rlft.storage.lock import Lock
 from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
 
 _UNREADABLE = ".unreadable"  # at the end of the name of a directory set aside
+# What Orbax writes when it commits: nothing is restored from it.
+_LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_SUMMED = "has_checksums"  # in meta: a checkpoint without them has lost them
 _TASKS = 1000  # more than a run has; Orbax knows a checkpoint by one number
 _NAMED_BY_ITERATION = _TASKS * 2**32  # the numbers below are those of names that were plain numbers
 
@@ -45,16 +56,36 @@ class Checkpointer:
         is going on, and stays.
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: the directory cannot be written, or another process writes there.
     """
     self._shown = os.fspath(directory)
     self._keep = keep
     self._read_only = read_only
     # A save that has not been opened again, and its tree with all arrays but one left out.
     self._saved: tuple[int, Any] | None = None
-    with self._writing():
-      self._directory, self._link = _opened(self._shown, make=not read_only)
-    self._manager = self._open()
+    self._sums = ""  # as written for it, on the first process
+    orbax_noise.silence()
+    self._lock = None if read_only else self._hold()
+    try:
+      with self._writing():
+        self._directory, self._link = _opened(self._shown, make=not read_only)
+      self._manager = self._open()
+    except BaseException:
+      if self._lock:
+        self._lock.release()
+      raise
+
+  def _hold(self) -> Lock | None:
+    """Holds the directory, on the first of the run's processes."""
+    lock, error = None, None
+    if jax.process_index() == 0:
+      path = files.path_of(self._shown)
+      try:
+        lock = Lock(path.with_name(f"{path.name}.lock"))
+      except UserError as own:
+        error = own
+    processes.raise_together(error)
+    return lock
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -67,9 +98,6 @@ class Checkpointer:
       ) from error
 
   def _open(self) -> ocp.CheckpointManager:
-    # Orbax reports each phase of each save through absl, and what fails with pages of tracebacks
-    # from its threads; all of it reaches us as exceptions, and a user needs only what we say.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with self._writing():
       return ocp.CheckpointManager(
         self._directory,
@@ -84,6 +112,8 @@ class Checkpointer:
           cleanup_tmp_directories=not self._read_only,
           save_interval_steps=0 if self._read_only else 1,
           step_name_format=_Names(),
+          # Called on the first process when all of them have written, before the commit.
+          async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
         ),
       )
 
@@ -95,17 +125,21 @@ class Checkpointer:
       state: the arrays.
       meta: what else there is.
       task: tasks done of the iteration that follows.
+
+    Raises:
+      UserError: it, or the save before it, failed; or another run took the directory over.
     """
     step = _NAMED_BY_ITERATION + iteration * _TASKS + task
     if step in self._manager.all_steps():
       return
     self.wait()  # So would Orbax; here a failure has the name of the save that failed.
+    self._check_held()
     self._saved = step, _smallest_alone(state)
     try:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))
+          state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave({**meta, _SUMMED: True})
         ),
         force=True,
       )
@@ -121,12 +155,15 @@ class Checkpointer:
     """
     if self._saved is None:
       return
-    (step, probe), self._saved = self._saved, None
+    step, probe = self._saved
     try:
       self._manager.wait_until_finished()
     except (OSError, ValueError) as error:
       raise self._save_error(step, error) from error
+    finally:
+      self._saved = None
     try:
+      self._compare_sums(step)
       self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -149,6 +186,55 @@ class Checkpointer:
     except OSError as error:
       raise self._save_error(step, error) from error
 
+  def _check_held(self) -> None:
+    error = None
+    try:
+      if self._lock is not None:
+        self._lock.check()
+    except UserError as own:
+      error = own
+    processes.raise_together(error)
+
+  def _write_sums(self) -> None:
+    """Writes the sums of the files of the save that goes on; raises OSError."""
+    name = _name(self._saved[0])
+    # Orbax commits by giving the directory its name, or in a bucket by a file in it.
+    names = (path.name for path in _entries(self._directory))
+    found = next(one for one in names if one == name or one.startswith(f"{name}.orbax"))
+    self._sums = checksums.write(self._directory / found, apart_from=_LATE)
+
+  def _compare_sums(self, step: int) -> None:
+    """Raises DamagedError if the sums on the disk are not those that were written."""
+    found = (self._directory / _name(step) / checksums.FILE).read_bytes()
+    if jax.process_index() == 0 and found != self._sums.encode():
+      raise DamagedError(f"{checksums.FILE} is not as it was written")
+
+  def _check_sums(self, step: int) -> None:
+    """Returns if every file is as it was written; the processes share the work.
+
+    Raises:
+      DamagedError: one is not, on every process.
+    """
+    directory, error = self._directory / _name(step), None
+    part = jax.process_index(), jax.process_count()
+    try:
+      if (directory / checksums.FILE).exists() or self._meta(step).get(_SUMMED):
+        checksums.check(directory, apart_from=_LATE, part=part)
+      else:
+        _log.warning(
+          "checkpoint %s has no checksums, since an older version wrote it: taken as it is",
+          _name(step),
+        )
+    except Exception as own:  # Orbax raises a dozen types for what it cannot read.
+      error = UserError(_first_line(own))
+    try:
+      processes.raise_together(error)
+    except UserError as agreed:
+      raise DamagedError(str(agreed)) from agreed
+
+  def _meta(self, step: int) -> dict[str, Any]:
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
   def _save_error(self, step: int, error: Exception) -> UserError:
     return UserError(
       f"checkpoint {_name(step)} could not be written in {self._shown}"
@@ -159,10 +245,10 @@ class Checkpointer:
   def restore(
     self, template: Any, check: Callable[[dict[str, Any]], None] = lambda meta: None
   ) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest readable checkpoint, or None if there is none.
+    """The newest checkpoint that is as it was written, or None if there is none.
 
-    A directory that cannot be read (half-written by a crash, truncated by a full disk) is renamed
-    to `<name>.unreadable` with a warning, and the one before it is tried.
+    One that is not (half-written by a crash, truncated by a full disk, with a flipped bit) is
+    renamed to `<name>.unreadable` with a warning, and the one before it is tried.
 
     Args:
       template: a pytree of arrays or `jax.ShapeDtypeStruct`s with shardings.
@@ -178,8 +264,10 @@ class Checkpointer:
     failures = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        check(meta["meta"])
+        self._check_sums(step)
+        meta = self._meta(step)
+        meta.pop(_SUMMED, None)
+        check(meta)
         self._check_shapes(step, template)
         restored = self._manager.restore(
           step,
@@ -195,7 +283,7 @@ class Checkpointer:
       except Exception as error:  # Orbax raises a dozen types for what it cannot read.
         failures.append(self._set_aside(step, error))
         continue
-      return _iteration(step), restored["state"], meta["meta"]
+      return _iteration(step), restored["state"], meta
     # Also those of an earlier attempt: a run must not start afresh because it was tried twice.
     names = (path.name for path in _entries(self._directory))
     failures += sorted(name for name in names if name.endswith(_UNREADABLE))
@@ -216,6 +304,7 @@ class Checkpointer:
     if step is None:
       return None
     try:
+      self._check_sums(step)
       metadata = self._manager.item_metadata(step)["state"]
       tree = getattr(metadata, "tree", metadata)
       restored = self._manager.restore(
@@ -232,6 +321,7 @@ class Checkpointer:
         f"checkpoint {_name(step)} in {self._shown} cannot be read ({_first_line(error)});"
         " resume the run to write a new one"
       ) from error
+    restored["meta"].pop(_SUMMED, None)
     return restored["state"], restored["meta"]
 
   def _check_shapes(self, step: int, template: Any) -> None:
@@ -262,20 +352,23 @@ class Checkpointer:
     target = self._directory / f"{_name(step)}{_UNREADABLE}"
     _log.warning("%s; moved to %s", reason, target.name)
     self._manager.close()
-    if source.exists():
+    if jax.process_index() == 0:
       target.rmtree(missing_ok=True)
       source.rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("set aside")
     self._manager = self._open()
     return reason
 
   def close(self) -> None:
-    """Waits for pending saves and releases Orbax's threads."""
-    try:
-      self.wait()
-    finally:
-      self._manager.close()
+    """Waits for pending saves, releases Orbax's threads, and lets others have the directory."""
+    with contextlib.ExitStack() as stack:
+      if self._lock:
+        stack.callback(self._lock.release)
       if self._link:
-        self._link.cleanup()
+        stack.callback(self._link.cleanup)
+      stack.callback(self._manager.close)
+      self.wait()
 
 
 class _Names(ocp.path.step.NameFormat):

@@ -48,6 +48,21 @@ def test_a_signal_ends_what_waits():
     os.kill(os.getpid(), signal.SIGTERM)  # Outside of the block it is noted again.
 
 
+def test_a_block_is_ended_once():
+  left = False
+  with Stop() as stop:
+    with pytest.raises(Stopped), stop.at_once():
+      try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+      finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        left = True
+    os.kill(os.getpid(), signal.SIGUSR1)
+  assert left
+
+
 def test_a_signal_ends_the_wait_for_images():
   class Never:
     def is_ready(self):

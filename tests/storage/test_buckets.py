@@ -12,7 +12,8 @@ from rlft.inference.draw import check_output
 from rlft.models.files import pretrained
 from rlft.report import page, samples
 from rlft.report.metrics import MetricsWriter
-from rlft.storage import files
+from rlft.storage import checksums, files
+from rlft.storage.lock import Lock
 from rlft.types import Prompt, UserError
 
 RUN = "gs://bucket/run"
@@ -64,6 +65,20 @@ def test_a_run(bucket, caplog):
   names = ("eval_history.jsonl", "grids/held-out/000000.json", "grids/held-out/000000.png")
   names += ("metrics.jsonl", "report.html")
   assert sorted(bucket) == [f"{RUN}/{name}" for name in names]
+
+
+def test_sums_and_the_lock(bucket):
+  lock = Lock(files.path_of(RUN) / "checkpoints.lock")
+  lock.check()
+  lock.release()
+  assert not bucket
+  folder = files.path_of(RUN) / "checkpoint"
+  files.write_atomic(folder / "state" / "d", "1")
+  checksums.write(folder)
+  checksums.check(folder)
+  files.write_atomic(folder / "state" / "d", "2")
+  with pytest.raises(checksums.DamagedError, match="state/d is not as it was written"):
+    checksums.check(folder)
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,20 @@ def test_a_name_may_have_any_character(tmp_path, name):
   assert names(tmp_path / name) == []
 
 
-def test_older_checkpoints_stay_until_a_newer_one_was_opened(tmp_path):
+@pytest.mark.parametrize(
+  "damage",
+  [
+    # What a save looks like of which Orbax has not joined the parts.
+    lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    lambda step: flip(step / "SHA256SUMS"),
+  ],
+)
+def test_older_checkpoints_stay_until_a_newer_one_was_opened(tmp_path, damage):
   save(tmp_path, 1)
   checkpointer = Checkpointer(tmp_path, keep=1)
   checkpointer.save(2, state(2.0), {})
   checkpointer._manager.wait_until_finished()
-  # What a save looks like of which Orbax has not joined the parts.
-  (tmp_path / "iteration_2" / "state" / "manifest.ocdbt").unlink()
+  damage(tmp_path / "iteration_2")
   message = "checkpoint iteration_2 was written in .* and cannot be read .*earlier .* are intact"
   with pytest.raises(UserError, match=message) as error:
     checkpointer.wait()
@@ -180,7 +187,22 @@ def cut_arrays(step):
     cut(path)
 
 
+def flip(path):
+  """Damages the file by one bit."""
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 64
+  path.write_bytes(content)
+
+
+def largest(step):
+  return max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
 DAMAGE = {
+  "a bit of an array": lambda step: flip(largest(step)),
+  "a bit of meta": lambda step: flip(step / "meta" / "metadata"),
+  "a bit of the sums": lambda step: flip(step / "SHA256SUMS"),
+  "no sums": lambda step: (step / "SHA256SUMS").unlink(),
   "arrays": cut_arrays,
   "tree": lambda step: cut(step / "state" / "_METADATA"),
   "state": lambda step: shutil.rmtree(step / "state"),
@@ -206,6 +228,40 @@ def test_an_unreadable_one_is_set_aside_and_the_one_before_it_used(tmp_path, cap
   checkpointer.save(2, state(5.0), {"step": 2})
   checkpointer.close()
   assert_equal(restore(tmp_path)[1], state(5.0))
+
+
+def test_one_of_an_older_version_has_no_sums(tmp_path, caplog):
+  save(tmp_path, 1)
+  (tmp_path / "iteration_1" / "SHA256SUMS").unlink()
+  (tmp_path / "iteration_1" / "meta" / "metadata").write_text('{"step": 1}')
+  with caplog.at_level(logging.WARNING, "rlft"):
+    step, found, meta = restore(tmp_path)
+  assert (step, meta) == (1, {"step": 1})
+  assert_equal(found, state(1.0))
+  assert [record.getMessage() for record in caplog.records] == [
+    "checkpoint iteration_1 has no checksums, since an older version wrote it: taken as it is"
+  ]
+
+
+def test_a_reader_believes_no_damaged_one(tmp_path):
+  save(tmp_path, 1, 2)
+  flip(largest(tmp_path / "iteration_2"))
+  reader = Checkpointer(tmp_path, read_only=True)
+  with pytest.raises(UserError, match="iteration_2 in .* cannot be read .* not as it was written"):
+    reader.restore_numpy()
+  reader.close()
+  assert names(tmp_path) == ["iteration_1", "iteration_2"]
+
+
+def test_who_has_lost_the_directory_writes_no_more(tmp_path):
+  folder = tmp_path / "checkpoints"
+  checkpointer = Checkpointer(folder)
+  checkpointer.save(1, state(1.0), {})
+  (tmp_path / "checkpoints.lock").unlink()
+  with pytest.raises(UserError, match="is no longer this run's"):
+    checkpointer.save(2, state(2.0), {})
+  checkpointer.close()
+  assert names(folder) == ["iteration_1"]
 
 
 def test_a_save_that_a_crash_cut_short_is_no_checkpoint(tmp_path):
@@ -269,7 +325,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, caplog, capfd):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot write checkpoints in .*--workdir"):
+  with pytest.raises(UserError, match="cannot write .*checkpoints.lock: .* fix the directory"):
     Checkpointer(tmp_path / "file" / "checkpoints")
 
 
