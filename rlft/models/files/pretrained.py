@@ -37,7 +37,7 @@ from rlft.models.files import (
   vocabulary,
 )
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
-from rlft.models.shapes import Params
+from rlft.models.shapes import Params, param_shapes
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.storage.files import check_local
 from rlft.types import UserError
@@ -146,6 +146,7 @@ def load(
   identify: bool = False,
   scheduler: str = "",
   image_size: str = "",
+  weights: bool = True,
 ) -> StableDiffusion:
   """Reads a model in the diffusers layout, or in one file.
 
@@ -158,10 +159,11 @@ def load(
     identify: whether to set the model's `fingerprint`; all processes have to do the same.
     scheduler: options in the place of the model's own, see `scheduler_config.parse`.
     image_size: of the images to draw, see `stable_diffusion.parse_size`.
+    weights: False reads no parameters, and fetches none from the hub: they are shapes.
 
   Returns:
     the model; parameters are float32, also where the files hold half precision: numpy arrays
-    without `place`, else JAX's.
+    without `place`, else JAX's; without `weights`, `jax.ShapeDtypeStruct`s.
 
   Raises:
     UserError: something is missing, is not a Stable Diffusion that is supported, or does not fit.
@@ -170,7 +172,7 @@ def load(
   if isinstance(source, single_file.Source):
     contents = single_file.read(source, options)
   else:
-    contents = _read_directory(source, options)
+    contents = _read_directory(source, options, weights)
   modules = contents.modules
   config = stable_diffusion.sized(
     modules["unet"].config,
@@ -179,9 +181,12 @@ def load(
     what=f"{source}/unet/config.json",
   )
   network = modules["unet"].clone(config=config, dtype=dtype, remat=remat, attention=attention)
-  params, fingerprint = streaming.read(
-    modules, contents.states, what=contents.what, place=place, identify=identify
-  )
+  if weights:
+    params, fingerprint = streaming.read(
+      modules, contents.states, what=contents.what, place=place, identify=identify
+    )
+  else:
+    params, fingerprint = {name: param_shapes(module) for name, module in modules.items()}, ""
   return StableDiffusion(
     unet=diffusers_unet.make(network) if backend == "diffusers" else network,
     vae=modules["vae"],
@@ -195,9 +200,12 @@ def load(
 
 
 def _read_directory(
-  source: str | pathlib.Path, scheduler: Mapping[str, Any]
+  source: str | pathlib.Path, scheduler: Mapping[str, Any], weights: bool
 ) -> single_file.Contents:
-  """A model in the diffusers layout before its parameters are read; see `single_file.read`."""
+  """A model in the diffusers layout before its parameters are read; see `single_file.read`.
+
+  Without `weights` nothing is said of them, and their files need not be there.
+  """
   index = _read_json(source, INDEX)
   _check_class(f"{source}/{INDEX}", index.get("_class_name"), PIPELINES)
   texts = PIPELINES[index["_class_name"]]
@@ -220,7 +228,7 @@ def _read_directory(
     )
     for name in texts
   )
-  opened = {name: _open_weights(source, name) for name in modules}
+  opened = {name: _open_weights(source, name) for name in modules if weights}
   return single_file.Contents(
     modules=modules,
     states={name: state for name, (state, _) in opened.items()},

@@ -210,6 +210,7 @@ def open_model(config: Config, architecture: str = "") -> StableDiffusion:
     backend=config.devices.backend,
     scheduler=config.policy.scheduler,
     image_size=config.policy.image_size,
+    weights=False,
   )
 
 

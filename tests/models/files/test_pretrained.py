@@ -56,6 +56,17 @@ def test_what_is_saved_is_loaded(model, saved):
   assert loaded.tokenize(prompts)[0].shape == (len(prompts), 1, 16)
 
 
+def test_without_weights_their_shapes_are_known(model, copy):
+  for file in copy.rglob("*.safetensors"):
+    file.unlink()
+  loaded = pretrained.load(copy, weights=False)
+  shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), one.params) for one in (loaded, model)]
+  assert shapes[0] == shapes[1] and loaded.fingerprint == ""
+  leaves = jax.tree.leaves(loaded.params)
+  assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+  assert loaded.unet == model.unet and loaded.scheduler.items() >= model.scheduler.items()
+
+
 def test_the_computation_is_chosen_when_loading(saved):
   loaded = pretrained.load(saved, dtype=jnp.bfloat16, remat=True)
   assert loaded.unet.dtype == jnp.bfloat16 and loaded.unet.remat
