@@ -21,7 +21,7 @@ from rlft.parallel import sharding
 from rlft.performance.benchmark.ports import PORTS
 from rlft.performance.compile import ahead, targets
 from rlft.performance.compile.abstract_run import AbstractRun, Call, open_model
-from rlft.performance.compile.targets import GIB
+from rlft.performance.compile.chips import GIB
 from rlft.rewards.scoring import scorer
 from rlft.types import JaxReward
 

@@ -23,7 +23,7 @@ from rlft.config.settings import Config, TaskConfig
 from rlft.models import architectures
 from rlft.performance.compile import ahead, targets
 from rlft.performance.compile.abstract_run import AbstractRun, device_bytes, open_model
-from rlft.performance.compile.targets import GIB
+from rlft.performance.compile.chips import GIB
 
 _JSON = flags.DEFINE_string("json", "", "file for the results")
 _CACHE = flags.DEFINE_string("cache_dir", "runs/compile_cache", "directory for compiled programs")

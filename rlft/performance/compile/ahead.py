@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import tqdm
@@ -24,14 +25,15 @@ from rlft.config import stored
 from rlft.config.fields import option, suggestion
 from rlft.config.settings import Config
 from rlft.performance.compile import hlo, targets
-from rlft.performance.compile.abstract_run import AbstractRun, Call, open_model
+from rlft.performance.compile.abstract_run import AbstractRun, Call, device_bytes, open_model
+from rlft.performance.compile.chips import GIB
 from rlft.performance.compile.table import Result, Row, fits, table
-from rlft.performance.compile.targets import GIB, Target
+from rlft.performance.compile.targets import Target
 from rlft.run import checks
 from rlft.storage import files
 from rlft.types import UserError
 
-_CACHE = os.path.join("~", ".cache", "rlft", "compile")
+CACHE = os.path.join("~", ".cache", "rlft", "compile")
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -40,7 +42,11 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class CompileConfig:
   """What to compile for; the training itself is a `Config`."""
 
-  target: str = option("devices: cpu:N, or a TPU slice: v5e:8x8, v6e:8x16, v5p:4x4x8 ...", "cpu:1")
+  target: str = option(
+    "devices: cpu:N, a TPU slice (v5e:8x8, v6e:8x16, v5p:4x4x8 ...) or GPUs (a100:8, h100:8,"
+    " h200:16 ...)",
+    "cpu:1",
+  )
   architecture: str = option(
     "sd1.5, sd2-base, sd2.1 or sdxl-base, in the place of --pretrained: needs no weights", ""
   )
@@ -50,7 +56,7 @@ class CompileConfig:
     "",
   )
   json: str = option("file for the results", "")
-  cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", _CACHE)
+  cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", CACHE)
 
 
 def compile_run(config: Config, settings: CompileConfig) -> None:
@@ -60,7 +66,7 @@ def compile_run(config: Config, settings: CompileConfig) -> None:
     UserError: a mistake in the settings, or programs that do not fit (after the table).
   """
   config = checks.with_rank(config)
-  _check(config, settings)
+  check(config, settings.architecture)
   target = targets.open_target(settings.target, config.devices.fsdp)
   checks.validate_devices(config, device_count=target.mesh.size, process_count=1)
   run = AbstractRun.of(config, target.mesh, open_model(config, settings.architecture))
@@ -86,8 +92,13 @@ def compile_run(config: Config, settings: CompileConfig) -> None:
       )
 
 
-def _check(config: Config, settings: CompileConfig) -> None:
-  if bool(settings.architecture) == bool(config.pretrained):
+def check(config: Config, architecture: str) -> None:
+  """Checks that there is one model and a task, and the settings by themselves.
+
+  Raises:
+    UserError: there is not, or a value out of range, or a contradiction.
+  """
+  if bool(architecture) == bool(config.pretrained):
     raise UserError(
       "which model? give either --pretrained or --architecture, e.g. --architecture=sd2-base"
     )
@@ -108,15 +119,20 @@ def _selected(calls: Sequence[Call], names: str) -> list[Call]:
 # ---------------------------------------------------------------------------- compiling
 
 
-def compile_program(call: Call, target: Target, cache: Path | None = None) -> Result:
+def compile_program(
+  call: Call, target: Target, cache: Path | None = None, *, only_kept: bool = False
+) -> Result:
   """Compiles a program for the target, unless its result is in the cache.
 
   Args:
     call: the program with its arguments.
-    target: that the arguments are laid out on.
+    target: that the arguments are laid out on; where it has no compiler, the result is estimated.
     cache: a directory; None keeps nothing.
+    only_kept: estimates what is not in the cache, and compiles nothing.
   """
   traced = call.program.trace(*call.args)
+  if not target.compiles:
+    return _estimated(call, traced)
   lowered = traced.lower(lowering_platforms=(target.platform,))
   text = "\n".join((lowered.as_text(), target.name, jax.__version__, targets.compiler(target)))
   kept = cache and cache / "results" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
@@ -124,6 +140,8 @@ def compile_program(call: Call, target: Target, cache: Path | None = None) -> Re
     found = json.loads(kept.read_text())
     found["collectives"] = {kind: tuple(value) for kind, value in found["collectives"].items()}
     return Result(**found)
+  if only_kept:
+    return _estimated(call, traced)
   start = time.perf_counter()
   flops = hlo.flops(traced.jaxpr)
   try:
@@ -150,6 +168,13 @@ def compile_program(call: Call, target: Target, cache: Path | None = None) -> Re
   if kept:
     files.write_atomic(kept, json.dumps(dataclasses.asdict(result)))
   return result
+
+
+def _estimated(call: Call, traced: Any) -> Result:
+  """What is known of a program that is not compiled: its work, and that its arguments are there."""
+  placed = [one for one in jax.tree.leaves(call.args) if getattr(one, "sharding", None)]
+  arguments = device_bytes(placed)
+  return Result(arguments=arguments, peak=arguments, flops=hlo.flops(traced.jaxpr), estimated=True)
 
 
 @contextlib.contextmanager

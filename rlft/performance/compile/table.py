@@ -9,7 +9,13 @@ from rlft.config import fields
 from rlft.config.settings import Config
 from rlft.performance.compile import communication
 from rlft.performance.compile.abstract_run import AbstractRun, Call, device_bytes
-from rlft.performance.compile.targets import GIB, Target
+from rlft.performance.compile.chips import GIB
+from rlft.performance.compile.targets import Target
+
+ESTIMATED = (
+  "Estimated, not compiled: memory is that of arguments, without activations and gathered"
+  " parameters. The compiler for GPUs needs no GPU: pip install 'rlft[aot-cuda]'."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Result:
     xla_flops: of a device, as XLA counts: the body of a loop once.
     collectives: {kind: (count, bytes)}.
     seconds: that the compiler took.
+    estimated: it was not compiled: memory is that of the arguments alone.
   """
 
   arguments: int = 0
@@ -33,6 +40,7 @@ class Result:
   xla_flops: float = 0.0
   collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   seconds: float = 0.0
+  estimated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,7 @@ def table(run: AbstractRun, target: Target, name: str, rows: Sequence[Row]) -> s
   for row in rows:
     call, result = row.call, row.result
     share = f"{row.needed / target.memory:.0%}" if target.memory else "-"
+    share = f"at least {share}" if result.estimated else share
     share += "" if fits(row, target) else ", **does not fit**"
     moved = ", ".join(
       f"{times} {kind} {_gib(size)}" for kind, (times, size) in result.collectives.items()
@@ -95,8 +104,10 @@ def table(run: AbstractRun, target: Target, name: str, rows: Sequence[Row]) -> s
     "",
     f"An iteration: {total / 1e12:,.1f} TFLOP, {total / mesh.size / 1e12:,.1f} a device.",
   ]
+  if any(row.result.estimated for row in rows):
+    lines.append(ESTIMATED)
   for row in rows:
-    if row.result.fits:
+    if row.result.fits and not row.result.estimated:
       lines.append(f"Communication of {row.call.name}: {_verdict(run, row)}.")
   return "\n".join(lines)
 
