@@ -1,17 +1,25 @@
 """Fine-tunes a diffusion model on rewards; run it again to go on after an interruption.
 
 python launch/train.py --flagfile=experiments/emoji_joint.flags
+python launch/train.py --flagfile=experiments/emoji_joint.flags --dry_run --target=h100:8
 """
 
 from rlft.config import flags
 from rlft.config.settings import Config
+from rlft.performance.compile import plan
 from rlft.train import train
 
 flags.define(Config)
+flags.define(plan.PlanConfig)
 
 
 def main() -> None:
-  train(flags.read(Config))
+  config, settings = flags.read(Config), flags.read(plan.PlanConfig)
+  plan.check_used(settings)
+  if settings.dry_run:
+    print(plan.describe(config, settings))
+  else:
+    train(config)
 
 
 if __name__ == "__main__":

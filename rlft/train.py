@@ -91,7 +91,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
       while True:
         iteration, between = cursor.iteration, cursor.task == 0
         last = iteration >= config.iterations
-        measured = between and not cursor.evaluated and is_due(run, iteration)
+        measured = between and not cursor.evaluated and is_due(config, iteration)
         every = config.output.checkpoint_every
         if between and iteration and (last or measured or (every and iteration % every == 0)):
           save(run, state, cursor)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 
+from rlft.config.settings import Config
 from rlft.diffusion.sampler import Sampler
 from rlft.evaluation import results
 from rlft.evaluation.evaluate import EvalSpec, evaluate
@@ -15,11 +16,11 @@ from rlft.run.programs import make_run_policy, make_sampler
 from rlft.run.scored import check_evaluations
 
 
-def is_due(run: Run, iteration: int) -> bool:
+def is_due(config: Config, iteration: int) -> bool:
   """Whether there is an evaluation before this iteration: the first, the end, `eval_every`."""
-  every = run.config.evaluation.eval_every
-  due = iteration in (0, run.config.iterations) or (every and iteration % every == 0)
-  return bool(run.evals and due)
+  every = config.evaluation.eval_every
+  due = iteration in (0, config.iterations) or (every and iteration % every == 0)
+  return bool(config.eval and due)
 
 
 def evaluate_run(run: Run, weights: lora.Weights, iteration: int, stop: Stop) -> None:
