@@ -37,6 +37,11 @@ class Drawing:
   pretrained: str = option(
     "where the base model of the run is now, if it has moved", default="", path=True
   )
+  lora: str = option(
+    "a LoRA to add to the model: a safetensors file of PEFT, diffusers or Kohya",
+    default="",
+    path=True,
+  )
   ema: bool = option("the averaged weights, where the run has them", default=True)
   seed: int | None = option(
     "of the noise; if not given, that of the run's evaluations",
@@ -96,6 +101,7 @@ class Drawer:
       base=drawing.pretrained,
       scheduler=drawing.scheduler,
       image_size=drawing.image_size,
+      lora=drawing.lora,
     )
     trained = fields.flat(self.found.config or Config())
 

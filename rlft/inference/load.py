@@ -7,7 +7,7 @@ from rlft.config import stored
 from rlft.config.settings import Config
 from rlft.models import lora as lora_lib
 from rlft.models import scheduler_config
-from rlft.models.files import pretrained
+from rlft.models.files import lora_files, pretrained
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.storage import files
 from rlft.storage.checkpoint import Checkpointer
@@ -21,7 +21,7 @@ class Finetuned:
   Attributes:
     model: modules and final parameters; a LoRA is merged, averaged weights are used where kept.
     config: of the run; None for a plain directory.
-    lora: the adapter of a run that trained one.
+    lora: the adapter of a run that trained one; one from a file is in the model alone.
     lora_scale: factor of the adapter, alpha / rank.
     iteration: iterations done; 0 for a plain directory.
     started_in: where the run was started, as far as it says so; '' for a plain directory.
@@ -36,7 +36,13 @@ class Finetuned:
 
 
 def load(
-  path: str, *, ema: bool = True, base: str = "", scheduler: str = "", image_size: str = ""
+  path: str,
+  *,
+  ema: bool = True,
+  base: str = "",
+  scheduler: str = "",
+  image_size: str = "",
+  lora: str = "",
 ) -> Finetuned:
   """Loads a run's workdir, or a model as `pretrained.find` takes it.
 
@@ -48,10 +54,23 @@ def load(
       `scheduler_config.parse`.
     image_size: of the images to draw, see `stable_diffusion.parse_size`; the run's or else the
       model's own, if ''.
+    lora: file of an adapter, see `lora_files`, that is merged into the model; none if ''.
 
   Raises:
-    UserError: no model there, or the run's base model has moved or changed.
+    UserError: no model there, the run's base model has moved or changed, or the adapter is of
+      another model.
   """
+  found = _load(path, ema, base, scheduler, image_size)
+  if not lora:
+    return found
+  params = found.model.params
+  adapter = lora_files.load(lora, lora_lib.targets(params["unet"]))
+  params = {**params, "unet": lora_lib.merge(params["unet"], adapter, 1.0)}
+  return dataclasses.replace(found, model=dataclasses.replace(found.model, params=params))
+
+
+def _load(path: str, ema: bool, base: str, scheduler: str, image_size: str) -> Finetuned:
+  """What `load` gives without an adapter from a file."""
   workdir = files.path_of(path)
   with files.reading(path):
     is_run = (workdir / "checkpoints").is_dir()

@@ -78,7 +78,7 @@ def measure(
     measured = of_drawer(draw, specs, score=score, seed=draw.settings["seed"], how=how)
   drawn = sum(group[0].images for group in evaluate_lib.sharing(specs)) * choice.best_of
   if output:
-    given = {name: getattr(drawing, name) for name in ("scheduler", "image_size")}
+    given = {name: getattr(drawing, name) for name in ("scheduler", "image_size", "lora")}
     given |= how.about() if how else {}
     content = {
       "model": drawing.model,

@@ -105,8 +105,7 @@ def test_guidance_must_be_finite(model):
 def test_what_is_said_of_the_model_is_passed_on(model, monkeypatch):
   load, asked = finetuned.load, {}
   monkeypatch.setattr(finetuned, "load", lambda path, **how: asked.update(how) or load(path))
-  how = {"pretrained": "base", "scheduler": "steps_offset=0", "image_size": "16"}
+  how = {"pretrained": "base", "scheduler": "steps_offset=0", "image_size": "16", "lora": "l"}
   inference.Drawer(drawing(model, ema=False, **how))
-  assert asked == {
-    "base": "base", "ema": False, "scheduler": "steps_offset=0", "image_size": "16"
-  }  # fmt: skip
+  how["base"] = how.pop("pretrained")
+  assert asked == {"ema": False, **how}

@@ -100,6 +100,35 @@ def test_a_model_is_set_as_the_run_was(lora_run, folder):
     assert stable_diffusion.image_size(found) == (12, 12)
 
 
+@pytest.mark.parametrize("format", lora_files.FORMATS)
+def test_an_adapter_from_a_file_is_merged(folder, base, format, tmp_path):
+  rng = np.random.RandomState(4)
+  adapter = {
+    path: {"a": rng.normal(size=(n, 2)), "b": rng.normal(size=(2, m))}
+    for path, (n, m) in lora.targets(base["unet"]).items()
+  }
+  file = tmp_path / "adapter.safetensors"
+  lora_files.save(file, adapter, scale=0.5, format=format)
+  found = finetuned.load(str(folder / "model"), lora=str(file)).model.params
+  expected = lora.merge(base["unet"], adapter, 0.5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found["unet"], expected)
+  assert_equal(found["vae"], base["vae"])
+  for wrong, message in (("nowhere", "does not exist: give a saf"), (__file__, "no safetensors")):
+    with pytest.raises(UserError, match=message):
+      finetuned.load(str(folder / "model"), lora=wrong)
+
+
+def test_an_adapter_from_a_file_on_a_run_whose_base_has_moved(lora_run, folder, tmp_path):
+  adapter, scale = (getattr(finetuned.load(str(lora_run)), n) for n in ("lora", "lora_scale"))
+  file = tmp_path / "adapter.safetensors"
+  lora_files.save(file, adapter, scale=-scale)
+  moved = shutil.copytree(folder / "model", tmp_path / "moved")
+  found = finetuned.load(str(lora_run), base=str(moved), lora=str(file)).model.params["unet"]
+  # The run's own adapter is taken away again.
+  plain = pretrained.load(folder / "model").params["unet"]
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, plain)
+
+
 def test_a_run_that_has_no_checkpoint_yet(tmp_path):
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="has no checkpoint yet: wait for the run's first"):
