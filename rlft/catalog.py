@@ -19,7 +19,8 @@ from rlft.config.settings import EMOJI, AlgorithmSettings, EvalConfig, TaskConfi
 from rlft.data import pairs as pairs_lib
 from rlft.data import prompts as prompts_lib
 from rlft.data import sources, splits
-from rlft.evaluation.evaluate import EvalSpec
+from rlft.evaluation.evaluate import EvalSpec, Metric
+from rlft.evaluation.suites import Given, Suite
 from rlft.rewards import grammar, user
 from rlft.rewards.scoring import errors
 from rlft.types import Prompt, Reward, UserError
@@ -33,6 +34,7 @@ REWARDS: Mapping[str, str] = {
   "emoji-objects": "rlft.emoji.rewards:objects",
   "emoji-preference": "rlft.emoji.rewards:preference",
   "emoji-tone-parity": "rlft.emoji.rewards:tone_parity",
+  "geneval-owl": "rlft.rewards.geneval:geneval_owl",
   "hpsv2": "rlft.rewards.clip:hpsv2",
   "image-reward": "rlft.rewards.image_reward:image_reward",
   "jpeg": "rlft.rewards.jpeg:jpeg",
@@ -40,6 +42,7 @@ REWARDS: Mapping[str, str] = {
   "owlvit": "rlft.rewards.owlvit:owlvit",
   "parity": "rlft.rewards.classifiers:parity_of",
   "pickscore": "rlft.rewards.clip:pickscore",
+  "skin-found": "rlft.rewards.skin_tone:skin_found",
   "skin-tone-parity": "rlft.rewards.skin_tone:skin_tone_parity",
   "yolov3-tiny": "rlft.rewards.yolo:yolov3_tiny_reward",
 }
@@ -64,6 +67,21 @@ ORACLES: Mapping[str, str] = {
   "oracle-preference": "rlft.emoji.oracles:preference",
   "oracle-presence": "rlft.emoji.oracles:presence",
   "oracle-skin": "rlft.emoji.guards:skin",
+}
+# Metrics of all images of an evaluation together: no rewards.
+DISTANCES: Mapping[str, str] = {
+  "cmmd": "rlft.evaluation.distances:cmmd",
+  "kid": "rlft.evaluation.distances:kid",
+}
+# What is measured together: functions of `suites.Given`.
+SUITES: Mapping[str, str] = {
+  "composition": "rlft.evaluation.suites:composition",
+  "distance": "rlft.evaluation.suites:distance",
+  "diversity": "rlft.evaluation.suites:diversity",
+  "emoji": "rlft.evaluation.suites:emoji",
+  "fairness": "rlft.evaluation.suites:fairness",
+  "geneval": "rlft.evaluation.suites:geneval",
+  "standard": "rlft.evaluation.suites:standard",
 }
 # Prompts that are in no file, 'KIND:NAME/SPLIT': functions of NAME and SPLIT.
 PROMPTS: Mapping[str, str] = {
@@ -284,11 +302,36 @@ def check_pairs(spec: str) -> None:
 # ---------------------------------------------------------------------------- evaluations
 
 
+def make_suite(spec: str, weights_dir: str) -> Suite:
+  """Makes the suite that `spec` names.
+
+  Args:
+    spec: a key of `SUITES`, with options ('standard?prompts=FILE').
+    weights_dir: where the weights of reward models are.
+
+  Raises:
+    UserError: an unknown name or option, or nothing that it could measure.
+  """
+  name, given = grammar.split(spec, "suite")
+  if name not in SUITES:
+    raise UserError(f"--suite={name} is not known: {suggestion(name, SUITES)}")
+  means = Given(spec, weights_dir, lambda prompts: len(load_prompts(prompts)))
+  return grammar.call(_function(SUITES[name]), spec, given, means, kind="suite")
+
+
+def make_metric(spec: str) -> Metric:
+  """Makes the metric that `spec` names: a reward, see `make_reward`, or a key of `DISTANCES`."""
+  if spec.partition("?")[0] in DISTANCES:
+    name, given = grammar.split(spec, "metric")
+    return grammar.call(_function(DISTANCES[name]), spec, given, spec, kind="metric")
+  return make_reward(spec)
+
+
 def make_specs(
   evals: Sequence[EvalConfig],
   *,
   trained_on: Sequence[TaskConfig] = (),
-  make: Callable[[str], Reward] = make_reward,
+  make: Callable[[str], Metric] = make_metric,
 ) -> list[EvalSpec]:
   """Opens the prompts and metrics of evaluations.
 
@@ -324,7 +367,7 @@ def make_specs(
   ]
 
 
-def _metric(entry: EvalConfig, make: Callable[[str], Reward]) -> Reward:
+def _metric(entry: EvalConfig, make: Callable[[str], Metric]) -> Metric:
   """The reward that an evaluation names, if its scores mean the same in every batch."""
   if grammar.is_combination(entry.metric):
     raise UserError(

@@ -10,9 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlft.evaluation import statistics
+from rlft.evaluation.distances import Distance
 from rlft.evaluation.results import EvalResult
 from rlft.storage import images as images_lib
 from rlft.types import Prompt, Reward, UserError
+
+Metric = Reward | Distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class EvalSpec:
   """
 
   name: str
-  metric: Reward
+  metric: Metric
   prompts: Sequence[Prompt]
   images: int
   images_per_prompt: int = 1
@@ -65,7 +68,7 @@ class Score(Protocol):
 
   def __call__(
     self,
-    metrics: list[Reward],
+    metrics: list[Metric],
     batches: Iterable[np.ndarray],
     prompts: list[Prompt],
     images_per_prompt: int,

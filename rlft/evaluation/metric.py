@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import math
 
+import jax
 from jax.sharding import NamedSharding
 import numpy as np
 
 from rlft.config.settings import ScoringSettings
-from rlft.evaluation.evaluate import EvalSpec, Measured
+from rlft.evaluation.distances import Distance
+from rlft.evaluation.evaluate import EvalSpec, Measured, Metric
 from rlft.parallel import sharding
 from rlft.rewards.scoring import trial
 from rlft.rewards.scoring.scorer import Scorer
@@ -21,10 +23,11 @@ _BYTES_AT_ONCE = 2**28
 
 
 def uses(specs: Iterable[EvalSpec]) -> list[trial.Use]:
-  """What evaluations use their metrics for, to be tried."""
+  """What evaluations use their metrics for, to be tried; distances are when they are made."""
   return [
     trial.Use(f"--eval=name={spec.name}: metric", spec.metric, spec.prompts, spec.images_per_prompt)
     for spec in specs
+    if not isinstance(spec.metric, Distance)
   ]
 
 
@@ -63,7 +66,7 @@ class MetricScorer:
 
   def __call__(
     self,
-    metrics: Sequence[Reward],
+    metrics: Sequence[Metric],
     batches: Iterable[np.ndarray],
     prompts: Sequence[Prompt],
     images_per_prompt: int,
@@ -82,6 +85,8 @@ class MetricScorer:
     """
     count, unit = len(prompts), math.lcm(images_per_prompt, self._rows.mesh.size)
     parts: list[list[Measured]] = [[] for _ in metrics]
+    distances = [metric for metric in metrics if isinstance(metric, Distance)]
+    embedders = {id(metric): jax.jit(metric.embed) for metric in distances}
     start = 0
     for size, images in regrouped(batches, count, unit):
       # Padded by copies of the last set, so that every batch has the same size.
@@ -91,6 +96,10 @@ class MetricScorer:
       placed = sharding.put(images if len(images) == size else images[places], self._rows)
       drawn_for = [prompts[start + place] for place in places]
       for metric, measured in zip(metrics, parts, strict=True):
+        if isinstance(metric, Distance):
+          features = sharding.fetch(embedders[id(metric)](metric.params, placed))
+          measured.append(Measured(features[: len(images)]))
+          continue
         scorer = self._scorer(metric, size, images_per_prompt)
         scored = scorer.score(placed, drawn_for)
         scores, found = (
@@ -141,9 +150,11 @@ def regrouped(
     yield size, np.concatenate(held)
 
 
-def _joined(metric: Reward, parts: Sequence[Measured], images_per_prompt: int) -> Measured:
+def _joined(metric: Metric, parts: Sequence[Measured], images_per_prompt: int) -> Measured:
   """What a metric says of all images, from what it says of batches."""
   scores = np.concatenate([part.scores for part in parts])
+  if isinstance(metric, Distance):
+    return Measured(metric.scores(scores))
   known = all(part.found is not None for part in parts)
   return Measured(
     _of_sets(metric, scores, images_per_prompt) if metric.is_set else scores,

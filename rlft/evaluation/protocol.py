@@ -4,7 +4,7 @@ docs/protocol.md says which prompts, guidance and noise are used for what. Here 
 the scores: which guidance is the base's best for a metric, and how far a method is from it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -92,13 +92,43 @@ class Comparison:
 
   def to_json(self) -> dict[str, Any]:
     """For JSON, which has no NaN."""
-
-    def plain(value):
-      if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-      return files.finite(value) if isinstance(value, float) else value
-
     return plain(dataclasses.asdict(self))
+
+
+def plain(value: Any) -> Any:
+  """A value as JSON can hold it: None for numbers that are not finite."""
+  if isinstance(value, dict):
+    return {key: plain(one) for key, one in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(one) for one in value]
+  return files.finite(value) if isinstance(value, float) else value
+
+
+def swept(
+  measure: Callable[[str, float, Sequence[str]], Results],
+  names: Sequence[str],
+  scales: Sequence[float],
+  *,
+  also: Sequence[float] = (),
+) -> Base:
+  """Measures a model at all scales on development prompts, and on test prompts as far as needed.
+
+  Args:
+    measure: measures the named evaluations of a split ('development' or 'test') at a guidance.
+    names: of the evaluations.
+    scales: guidance scales that are considered.
+    also: further ones at which all is measured on test prompts.
+
+  Raises:
+    UserError: a metric could score nothing.
+  """
+  development = {scale: measure("development", scale, names) for scale in scales}
+  best = {name: best_guidance(development, name) for name in names}
+  test = {}
+  for scale in sorted({*best.values(), *also}):
+    wanted = [name for name in names if scale in also or best[name] == scale]
+    test[scale] = measure("test", scale, wanted)
+  return Base(development, test)
 
 
 def best_guidance(development: Mapping[float, Results], name: str) -> float:

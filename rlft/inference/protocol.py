@@ -7,10 +7,7 @@ in the directory of the comparison.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import hashlib
-import json
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -22,13 +19,11 @@ from rlft.evaluation import evaluate, protocol
 from rlft.evaluation import metric as metric_lib
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.protocol import Base, Results
-from rlft.evaluation.results import EvalResult
-from rlft.inference import best_of, measure
+from rlft.inference import best_of, kept, measure
 from rlft.inference.best_of import BestOfSettings
 from rlft.inference.draw import Drawer, Drawing
 from rlft.inference.runs import TrainedRun
 from rlft.models import stable_diffusion
-from rlft.models.files import pretrained
 from rlft.report import samples
 from rlft.rewards.scoring import trial
 from rlft.storage import files
@@ -66,13 +61,7 @@ class ProtocolSettings:
     Raises:
       UserError: they are no numbers above 0.
     """
-    try:
-      scales = {fields.convert(text, float) for text in self.guidance_scales.split(",")}
-      if min(scales) <= 0:
-        raise ValueError("is not above 0: give others")
-    except ValueError as error:
-      raise UserError(f"--guidance_scales={self.guidance_scales} {error}, e.g. 1,2,3") from None
-    return tuple(sorted(scales))
+    return parse_guidances("guidance_scales", self.guidance_scales)
 
 
 class Protocol:
@@ -116,10 +105,9 @@ class Protocol:
     self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     make = functools.cache(catalog.make_reward)
     moved = [dataclasses.replace(entry, prompts=entry.development) for entry in evals]
-    self._entries = {"development": moved, "test": list(evals)}
     self._specs = {
       split: {spec.name: spec for spec in catalog.make_specs(entries, make=make)}
-      for split, entries in self._entries.items()
+      for split, entries in (("development", moved), ("test", evals))
     }
     self._base_drawer: tuple[float, Drawer] | None = None
     self._score: metric_lib.MetricScorer | None = None
@@ -137,15 +125,8 @@ class Protocol:
     Args:
       guidances: at which methods were trained.
     """
-    scales = self._settings.guidances()
-    development = {scale: self._base("development", scale) for scale in scales}
-    best = {entry.name: protocol.best_guidance(development, entry.name) for entry in self.evals}
-    test = {}
-    for scale in sorted({*best.values(), *guidances}):
-      # Whatever is compared at a method's guidance, and else what is best there.
-      names = [name for name in best if scale in guidances or best[name] == scale]
-      test[scale] = self._base("test", scale, names)
-    return Base(development, test)
+    names = [entry.name for entry in self.evals]
+    return protocol.swept(self._base, names, self._settings.guidances(), also=guidances)
 
   def of_run(self, run: TrainedRun) -> Results:
     """A run on the test prompts, at the guidance at which it was trained.
@@ -161,7 +142,7 @@ class Protocol:
         )
     file = _file_of_run(run.path)
     guidance = run.config.policy.guidance_scale
-    about = {"checkpoint": run.checkpoint, "base": stamp(self.base_model)}
+    about = {"checkpoint": run.checkpoint, "base": kept.stamp(self.base_model)}
     return self._measured("test", file, guidance, about, run=run)
 
   def best_of(self, choice: BestOfSettings, guidance: float, names: Sequence[str]) -> Results:
@@ -177,12 +158,12 @@ class Protocol:
     about = {**self._about_base(), **dataclasses.asdict(choice)}
     return self._measured("test", file, guidance, about, names=names, choice=choice)
 
-  def _base(self, split: str, guidance: float, names: Sequence[str] | None = None) -> Results:
+  def _base(self, split: str, guidance: float, names: Sequence[str]) -> Results:
     file = _file_of_base(self._settings.output, split, guidance)
     return self._measured(split, file, guidance, self._about_base(), names=names)
 
   def _about_base(self) -> dict[str, Any]:
-    return {"model": self.base_model, "files": stamp(self.base_model)}
+    return {"model": self.base_model, "files": kept.stamp(self.base_model)}
 
   def _measured(
     self,
@@ -198,39 +179,22 @@ class Protocol:
     """The results of a model: kept ones, and what is missing measured and kept."""
     seed = self._settings.noise_seed + (split == "test")
     about = {**about, **self._how, "guidance_scale": guidance, "seed": seed}
-    kept, content = _read(file, about)
-    entries = {entry.name: entry for entry in self._entries[split]}
-    wanted = [entries[name] for name in (entries if names is None else names)]
-    asked = {entry.name: self._asked(split, entry) for entry in wanted}
-    missing = [name for name, one in asked.items() if content.get(name, {}).get("asked") != one]
-    if missing:
-      specs = [self._specs[split][name] for name in missing]
+    specs = [self._specs[split][name] for name in (self._specs[split] if names is None else names)]
+
+    drawer_of = functools.cache(lambda: self._drawer(guidance, run))
+
+    def measure_missing(missing: list[EvalSpec]) -> Results:
       where = run.path if run else self.base_model
-      drawn = images(specs) * choice.best_of
+      drawn = images(missing) * choice.best_of
       self._say(f"measuring {where}: guidance {guidance:g}, {split}, {drawn:,} images")
-      drawer = self._drawer(guidance, run)
+      drawer = drawer_of()
       # Some pictures beside the figures: the same prompts and noise of every model.
       keep = samples.Keeper(_pictures(file), 0)
       score = self._scorer(drawer)
-      how = best_of.make(choice, specs)
-      found = measure.of_drawer(drawer, specs, score=score, seed=seed, how=how, keep=keep)
-      for name, result in found.items():
-        kept[name] = result
-        content[name] = {"asked": asked[name], **result.to_json()}
-      text = json.dumps({"about": about, "results": content}, indent=1)
-      files.write_atomic(file, text + "\n")
-    return {name: kept[name] for name in asked}
+      how = best_of.make(choice, missing)
+      return measure.of_drawer(drawer, missing, score=score, seed=seed, how=how, keep=keep)
 
-  def _asked(self, split: str, entry: EvalConfig) -> dict[str, Any]:
-    """What an evaluation measures, so that it can be told from another of its name."""
-    drawn_for = evaluate.prompts_of(self._specs[split][entry.name])
-    prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in drawn_for])
-    return {
-      "metric": entry.metric,
-      "images": entry.images,
-      "images_per_prompt": entry.images_per_prompt,
-      "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-    }
+    return kept.results(file, about, specs, measure_missing)
 
   def _drawer(self, guidance: float, run: TrainedRun | None) -> Drawer:
     """The base model at a scale, or a run's model in its programs."""
@@ -256,6 +220,21 @@ class Protocol:
       )
       self._score = measure.scorer(self._scoring)
     return self._score
+
+
+def parse_guidances(flag: str, text: str) -> tuple[float, ...]:
+  """Guidance scales in rising order, from a flag like '1,2,3'.
+
+  Raises:
+    UserError: they are no numbers above 0.
+  """
+  try:
+    scales = {fields.convert(part, float) for part in text.split(",")}
+    if min(scales) <= 0:
+      raise ValueError("is not above 0: give others")
+  except ValueError as error:
+    raise UserError(f"--{flag}={text} {error}, e.g. 1,2,3") from None
+  return tuple(sorted(scales))
 
 
 def pictures_of(output: str | os.PathLike[str], run: str, guidance: float) -> files.Path:
@@ -285,29 +264,3 @@ def _pictures(file: files.Path) -> files.Path:
 def images(specs: Sequence[EvalSpec]) -> int:
   """How many images evaluations draw."""
   return sum(group[0].images for group in evaluate.sharing(specs))
-
-
-def stamp(model: str) -> Any:
-  """Tells the files of a model from those that were there before, by their sizes and times."""
-  source = pretrained.find(model)
-  if not isinstance(source, pathlib.Path):
-    return str(source)
-  weights = sorted(source.rglob("*.safetensors"))
-  found = [(path, path.stat()) for path in weights]
-  return [[str(path.relative_to(source)), s.st_size, s.st_mtime_ns] for path, s in found]
-
-
-def _read(file: files.Path, about: Mapping[str, Any]) -> tuple[dict[str, EvalResult], dict]:
-  """The kept results, and how they are kept; nothing if they are about something else."""
-  if not file.exists():
-    return {}, {}
-  with files.reading(file):
-    text = file.read_text()
-  try:
-    content = json.loads(text)
-    if content["about"] != about:
-      return {}, {}
-    kept = content["results"]
-    return {name: EvalResult.from_json(name, result) for name, result in kept.items()}, kept
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{file} holds no measurements ({error!r}): move the file away") from error

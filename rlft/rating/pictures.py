@@ -9,18 +9,16 @@ import PIL.Image
 import PIL.ImageOps
 
 from rlft import catalog
-from rlft.config import fields
-from rlft.config.settings import Config
 from rlft.data import lines
-from rlft.inference import runs
+from rlft.inference import contenders as contenders_lib
+from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
 from rlft.rating.settings import PromptSet
-from rlft.rating.study import Contender, Item, Study
+from rlft.rating.study import Item, Study
 from rlft.storage import images
 from rlft.types import Prompt, UserError
 
 _LISTING = "metadata.jsonl"
-_DRAWN_BY = ("guidance_scale", "sampling_steps", "eta")
 
 
 def is_folder(source: str) -> bool:
@@ -70,7 +68,9 @@ def collect(study: Study, *, batch_size: int) -> list[str]:
       said.append(f"{source}: pictures as they are")
       continue
     drawing = _drawing(study, contender, batch_size)
-    how = ", ".join(f"{name} {getattr(drawing, name):g}" for name in (*_DRAWN_BY, "seed"))
+    how = ", ".join(
+      f"{name} {getattr(drawing, name):g}" for name in (*contenders_lib.DRAWN_BY, "seed")
+    )
     said.append(f"{source}: {how}")
     if missing:
       print(f"drawing with {said[-1]}", file=sys.stderr, flush=True)
@@ -98,33 +98,17 @@ def _is_missing(study: Study, contender: int, place: int) -> bool:
 
 
 def _drawing(study: Study, contender: int, batch_size: int) -> Drawing:
-  """How a model draws: as is said for it, for all, by itself, or as the first run does."""
-  one, settings = study.contenders[contender], study.settings
-  like = config_of(one.source)
-  is_run = like is not None
-  if not is_run:
-    configs = (config_of(other.source) for other in study.contenders)
-    like = next((config for config in configs if config is not None), None)
-  own = fields.flat(like.policy if like else Config().policy)
-  given = {name: getattr(settings, name) for name in _DRAWN_BY}
-  how = {name: own[name] if value is None else value for name, value in given.items()}
-  drawing = Drawing(
-    one.source,
-    pretrained=settings.pretrained if is_run else "",
+  """How a model draws."""
+  settings = study.settings
+  given = Drawing(
+    "",
+    pretrained=settings.pretrained,
     seed=settings.seed,
     image_size=settings.image_size,
     batch_size=batch_size,
-    **{**how, **one.drawing},
+    **{name: getattr(settings, name) for name in contenders_lib.DRAWN_BY},
   )
-  fields.check(drawing, f"--models={one.source}: ")
-  return drawing
-
-
-def config_of(source: str) -> Config | None:
-  """The settings of a run; None if this is none."""
-  if is_folder(source) or not (pathlib.Path(source) / "checkpoints").is_dir():
-    return None
-  return runs.open_run(source).config
+  return contenders_lib.drawing(study.contenders[contender], study.contenders, given)
 
 
 def _draw(study: Study, contender: int, place: int, draw: Drawer) -> None:

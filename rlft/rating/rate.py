@@ -7,11 +7,12 @@ import signal
 
 from rlft.config import fields
 from rlft.config.settings import EMOJI_SD
+from rlft.inference.contenders import Contender, config_of
 from rlft.rating import pictures, results, simulate
 from rlft.rating import study as study_lib
 from rlft.rating.links import Links
 from rlft.rating.settings import PRESETS, QUALITY, PageSettings, PromptSet, StudySettings
-from rlft.rating.study import Contender, Item, Study
+from rlft.rating.study import Item, Study
 from rlft.rating.votes import Plan, Votes
 from rlft.storage import files
 from rlft.types import UserError
@@ -116,7 +117,7 @@ def default_sets(contenders: Sequence[Contender]) -> tuple[PromptSet, ...]:
   if any(pictures.is_folder(one.source) for one in contenders):
     return (PromptSet("pictures"),)
   bases = [one.source for one in contenders]
-  bases += [config.pretrained for one in contenders if (config := pictures.config_of(one.source))]
+  bases += [config.pretrained for one in contenders if (config := config_of(one.source))]
   if EMOJI_SD in bases:
     return tuple(PRESETS["emoji"])
   raise UserError(

@@ -1,41 +1,20 @@
 """A comparison: its models, its prompts, its pairs, and the directory that holds them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import json
 import pathlib
 from typing import Any
-import urllib.parse
 
 from rlft.config import fields
+from rlft.inference import contenders
+from rlft.inference.contenders import Contender
 from rlft.rating.settings import PromptSet, StudySettings
 from rlft.storage import files
 from rlft.types import UserError
 
 _STUDY = "study.json"
-# What may stand behind a model's name and a '?'.
-_OPTIONS: Mapping[str, type] = {
-  "name": str,
-  "guidance_scale": float,
-  "sampling_steps": int,
-  "eta": float,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-  """A model, a run or a folder of pictures that is compared.
-
-  Attributes:
-    name: in tables; raters never see it.
-    source: a path or a model's name.
-    drawing: options for drawing that were given for it alone.
-  """
-
-  name: str
-  source: str
-  drawing: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +113,7 @@ class Study:
 
 
 def parse_models(specs: Sequence[str]) -> list[Contender]:
-  """The contenders that `--models` names: 'SOURCE' or 'SOURCE?name=...&guidance_scale=...'.
+  """The contenders that `--models` names, see `contenders.parse`.
 
   Raises:
     UserError: fewer than two, an option that is none, or two of one name.
@@ -144,33 +123,7 @@ def parse_models(specs: Sequence[str]) -> list[Contender]:
       f"{len(specs)} models are given: give --models=... twice or more, each a run, a model or a"
       " folder of pictures"
     )
-  found: list[Contender] = []
-  for spec in specs:
-    source, options = _split(spec)
-    name = str(options.pop("name", "")) or pathlib.PurePath(source).name
-    if name in [one.name for one in found]:
-      raise UserError(
-        f"--models={spec}: there are two of the name {name}: add ?name=... to tell them apart"
-      )
-    found.append(Contender(name, source, options))
-  return found
-
-
-def _split(spec: str) -> tuple[str, dict[str, Any]]:
-  """A source and the options behind it; '?tokenizer=' and its like belong to the source."""
-  source, mark, query = spec.rpartition("?")
-  given = urllib.parse.parse_qsl(query, keep_blank_values=True)
-  if not (mark and given and any(key in _OPTIONS for key, _ in given)):
-    return spec, {}
-  options = {}
-  for key, value in given:
-    if key not in _OPTIONS:
-      raise UserError(f"--models={spec}: unknown option {key}, {fields.suggestion(key, _OPTIONS)}")
-    try:
-      options[key] = fields.convert(value, _OPTIONS[key])
-    except ValueError as error:
-      raise UserError(f"--models={spec}: {key}={value} {error}") from None
-  return source, options
+  return contenders.parse(specs)
 
 
 def check_same(kept: Study, given: Study) -> None:

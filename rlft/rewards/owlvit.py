@@ -61,13 +61,24 @@ def owlv2(
 def _from_files(
   name: str, weights: str, tokenizer: str | None, template: str, max_objects: int, dtype: str
 ) -> JaxReward:
+  module, params, words = open_detector(weights, tokenizer, dtype)
+  if (kind := module.config.model_type) != name:
+    raise UserError(f"{weights} is of {kind}: use the reward {kind!r}")
+  return detector_reward(name, module, params, words, template=template, max_objects=max_objects)
+
+
+def open_detector(
+  weights: str, tokenizer: str | None, dtype: str
+) -> tuple[owlvit_model.OwlViT, Any, tokens.Tokenizer]:
+  """A detector from files, its parameters and its tokenizer; see `owlvit`.
+
+  Raises:
+    UserError: the files are not those of such a detector.
+  """
   config = owlvit_model.OwlViTConfig.from_dict(sources.read_config(weights), what=weights)
-  if config.model_type != name:
-    raise UserError(f"{weights} is of {config.model_type}: use the reward {config.model_type!r}")
   module = owlvit_model.OwlViT(config, jnp.dtype(dtype))
   params = torch_layout.from_torch(module, sources.open_weights(weights), what=weights)
-  words = vocabulary.open_clip(tokenizer or weights, config.text_config)
-  return detector_reward(name, module, params, words, template=template, max_objects=max_objects)
+  return module, params, vocabulary.open_clip(tokenizer or weights, config.text_config)
 
 
 def detector_reward(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.rewards import classifiers, color, parity, preprocess, sets
-from rlft.types import Reward, UserError
+from rlft.types import HostReward, JaxReward, Reward, UserError
 
 CUTS = "55/28/-30"
 
@@ -83,6 +83,32 @@ def skin_tone_parity(
     return tone_probs(images, angles)
 
   return parity.parity_reward(classify, "skin-tone-parity", credit=credit)
+
+
+def skin_found(*, finder: Literal["skin", "face"] = "skin") -> Reward:
+  """'skin-found': 1 where skin is found in an image and 0 where none is.
+
+  What 'skin-tone-parity' leaves out: an even parity of few images is worth less.
+
+  Args:
+    finder: as for `skin_tone_parity`.
+  """
+  angles = _parse(CUTS)
+  if finder == "face":
+    find = FaceFinder()
+
+    def score_faces(images, prompts, metadata):
+      del prompts, metadata
+      with classifiers.on_cpu():
+        return np.isfinite(np.asarray(_face_probs(find(images), angles))[:, 0]).astype(np.float32)
+
+    return HostReward("skin-found", score_faces)
+
+  def score(params, images, features):
+    del params, features
+    return jnp.isfinite(tone_probs(images, angles)[:, 0]).astype(jnp.float32)
+
+  return JaxReward("skin-found", score)
 
 
 def skin(images: jax.Array, *, is_face: bool = False) -> tuple[jax.Array, jax.Array]:

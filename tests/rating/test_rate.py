@@ -10,9 +10,10 @@ import PIL.Image
 import pytest
 import rating_cases
 
+from rlft.inference.contenders import Contender
 from rlft.rating import pictures, rate, simulate
 from rlft.rating.settings import PRESETS, PageSettings, PromptSet, StudySettings, parse_set
-from rlft.rating.study import Contender, Study, parse_models
+from rlft.rating.study import Study, parse_models
 from rlft.rating.votes import Votes
 from rlft.storage import images
 from rlft.types import UserError

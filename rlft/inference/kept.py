@@ -1,0 +1,86 @@
+"""Results of evaluations that are kept in a file, so that nothing is measured twice."""
+
+from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from rlft.evaluation import evaluate
+from rlft.evaluation.evaluate import EvalSpec
+from rlft.evaluation.protocol import Results
+from rlft.evaluation.results import EvalResult
+from rlft.models.files import pretrained
+from rlft.storage import files
+from rlft.types import UserError
+
+
+def results(
+  file: files.Path,
+  about: Mapping[str, Any],
+  specs: Sequence[EvalSpec],
+  measure: Callable[[list[EvalSpec]], Results],
+) -> Results:
+  """The results of evaluations: those in a file, and the missing ones measured and added to it.
+
+  Args:
+    file: where they are kept; it is written after every set of images.
+    about: what was measured and how, as JSON can hold it; results about something else are
+      replaced.
+    specs: the evaluations.
+    measure: measures those that share their images.
+
+  Returns:
+    By name, in the order of `specs`.
+
+  Raises:
+    UserError: the file is damaged, or cannot be written.
+  """
+  found, content = _read(file, about)
+  asked = {spec.name: _asked(spec) for spec in specs}
+  missing = [s for s in specs if content.get(s.name, {}).get("asked") != asked[s.name]]
+  for group in evaluate.sharing(missing):
+    for name, result in measure(group).items():
+      found[name] = result
+      content[name] = {"asked": asked[name], **result.to_json()}
+    text = json.dumps({"about": about, "results": content}, indent=1)
+    files.write_atomic(file, text + "\n")
+  return {spec.name: found[spec.name] for spec in specs}
+
+
+def stamp(model: str) -> Any:
+  """Tells the files of a model from those that were there before, by their sizes and times."""
+  source = pretrained.find(model)
+  if not isinstance(source, pathlib.Path):
+    return str(source)
+  weights = sorted(source.rglob("*.safetensors"))
+  found = [(path, path.stat()) for path in weights]
+  return [[str(path.relative_to(source)), s.st_size, s.st_mtime_ns] for path, s in found]
+
+
+def _asked(spec: EvalSpec) -> dict[str, Any]:
+  """What an evaluation measures, so that it can be told from another of its name."""
+  drawn_for = evaluate.prompts_of(spec)
+  prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in drawn_for])
+  return {
+    "metric": spec.metric.name,
+    "images": spec.images,
+    "images_per_prompt": spec.images_per_prompt,
+    "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+  }
+
+
+def _read(file: files.Path, about: Mapping[str, Any]) -> tuple[dict[str, EvalResult], dict]:
+  """The kept results, and how they are kept; nothing if they are about something else."""
+  if not file.exists():
+    return {}, {}
+  with files.reading(file):
+    text = file.read_text()
+  try:
+    content = json.loads(text)
+    if content["about"] != about:
+      return {}, {}
+    kept = content["results"]
+    return {name: EvalResult.from_json(name, result) for name, result in kept.items()}, kept
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{file} holds no measurements ({error!r}): move the file away") from error
