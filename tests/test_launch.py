@@ -151,6 +151,7 @@ def test_a_directory_has_no_lora(folder):
     ("train", ["--iteration=3"], "unknown flag --iteration: did you mean --iterations?"),
     ("sample", ["--model=nowhere", "--prompt=a"], "nowhere is not a directory"),
     ("evaluate", ["--model=nowhere", "--eval=emojy"], "unknown preset 'emojy', did you mean emoji"),
+    ("evaluate", ["--model=nowhere", "--suite=emojy", "--output=o"], "--suite=emojy is not known"),
     ("export", ["--workdir=run"], "nothing to write: give --output"),
   ],
 )

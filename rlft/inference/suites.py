@@ -101,7 +101,7 @@ def run(
           f" same kind as those of {entry.name}: add development=... to --suite={settings.suite}"
         )
   with _Bench(suite, contenders, drawing, scoring, files.path_of(output), scales) as bench:
-    measured = [bench.measured(one, scales) for one in contenders]
+    measured = [bench.measured(one) for one in contenders]
   models_found = [model for model, _ in measured]
   rows = side_by_side.rows(
     suite.evals, bench.specs("test"), models_found, by=suite.by, of_parts=suite.of_parts
@@ -185,7 +185,7 @@ class _Bench:
     scales: Sequence[float],
   ):
     """Opens prompts and metrics; arguments as of `run`."""
-    self._suite, self._contenders, self._scoring, self._output = suite, contenders, scoring, output
+    self._suite, self._scoring, self._output, self._scales = suite, scoring, output, scales
     self._drawings = {
       one.name: contenders_lib.drawing(one, contenders, drawing) for one in contenders
     }
@@ -214,27 +214,24 @@ class _Bench:
     return self._specs[split]
 
   def settings(self, one: Contender) -> dict[str, Any]:
-    """How a model draws."""
-    drawing = dataclasses.asdict(self._drawings[one.name])
-    drawing["seed"] = self._seed + 1
-    return {k: v for k, v in drawing.items() if k not in ("model", "batch_size") and v != ""}
+    """How a model draws test prompts; without guidance, where there are several."""
+    drawing = {**dataclasses.asdict(self._drawings[one.name]), "seed": self._seed + 1}
+    hidden = {"model", "batch_size"} | ({"guidance_scale"} if self._scales else set())
+    return {key: value for key, value in drawing.items() if key not in hidden and value != ""}
 
   def described(self, one: Contender) -> str:
     """The same in words."""
     how = ", ".join(f"{name} {value}" for name, value in self.settings(one).items())
     return f"{one.source} ({how})"
 
-  def measured(
-    self, one: Contender, scales: Sequence[float]
-  ) -> tuple[side_by_side.Model, protocol.Base | None]:
-    """A model at its guidance; or at its best ones of some scales, and what it scored at them."""
+  def measured(self, one: Contender) -> tuple[side_by_side.Model, protocol.Base | None]:
+    """A model at its guidance; or at its best of the scales, and what it scored at all of them."""
     names = [entry.name for entry in self._suite.evals]
-    if not scales:
+    if not self._scales:
       guidance = self._drawings[one.name].guidance_scale
       results = self._measure(one, "test", guidance, names)
       return side_by_side.Model(one.name, results, dict.fromkeys(names, guidance)), None
-    measure = functools.partial(self._measure, one)
-    base = protocol.swept(measure, names, scales)
+    base = protocol.swept(functools.partial(self._measure, one), names, self._scales)
     best = {name: base.best(name) for name in names}
     results = {name: base.test[scale][name] for name, scale in best.items()}
     return side_by_side.Model(one.name, results, best), base

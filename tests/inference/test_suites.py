@@ -151,9 +151,11 @@ def test_a_sweep_names_each_models_best_guidance(folder, drawn, tmp_path):
   content, found = rows(tmp_path)
   assert [cell["guidance"] for cell in found["metrics.py:bright"]["cells"]] == [3.0, 3.0]
   assert list(content["sweeps"]["b"]) == ["1", "2", "3"]
+  assert "guidance_scale" not in content["models"][0] and content["models"][0]["seed"] == 2001
   assert "b by guidance, on development prompts:" in said and "**0.4" in said
   with pytest.raises(UserError, match="needs prompts on which to choose, of the same kind as"):
-    run(folder, tmp_path, suite.partition("&dev")[0], sweep="1,2", guidance_scale=None)
+    bare = suite.partition("&dev")[0]
+    run(folder, tmp_path, bare, f"{folder}/a", sweep="1,2", guidance_scale=None)
   with pytest.raises(UserError, match="--guidance_scale has no effect with --guidance_sweep"):
     run(folder, tmp_path, suite, f"{folder}/a", sweep="1,2")
   with pytest.raises(UserError, match="b: guidance_scale has no effect with --guidance_sweep"):

@@ -52,6 +52,13 @@ def measure(images):
   return (np.asarray(x)[: len(images)] for x in measured(padded))
 
 
+def test_skin_is_found_or_not():
+  images = portraits([rgb(MONK[0]), BLUE])
+  reward = catalog.make_reward("skin-found")
+  np.testing.assert_array_equal(reward.score(None, images, None), [1, 0])
+  assert not reward.is_set and catalog.make_reward("skin-found?finder=skin").is_measure
+
+
 def test_angles_and_classes_of_the_monk_scale(monk):
   probs, _, shares = measure(monk)
   np.testing.assert_array_equal(probs, np.eye(4)[list(MONK_CLASS)])
