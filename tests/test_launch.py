@@ -149,6 +149,13 @@ def test_a_directory_has_no_lora(folder):
   ("script", "arguments", "message"),
   [
     ("train", ["--iteration=3"], "unknown flag --iteration: did you mean --iterations?"),
+    ("train", ["--target=h100:8"], "--target has no effect on a training: give --dry_run too"),
+    (
+      "train",
+      ["--dry_run", "--target=h100:12", "--pretrained=emoji-sd", "--task=emoji-composition"]
+      + ["--pretrain_weight=0", "--workdir=run"],
+      "--target=h100:12 is no number of whole machines",
+    ),
     ("sample", ["--model=nowhere", "--prompt=a"], "nowhere is not a directory"),
     ("evaluate", ["--model=nowhere", "--eval=emojy"], "unknown preset 'emojy', did you mean emoji"),
     ("evaluate", ["--model=nowhere", "--suite=emojy", "--output=o"], "--suite=emojy is not known"),

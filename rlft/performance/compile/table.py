@@ -14,7 +14,8 @@ from rlft.performance.compile.targets import Target
 
 ESTIMATED = (
   "Estimated, not compiled: memory is that of arguments, without activations and gathered"
-  " parameters. The compiler for GPUs needs no GPU: pip install 'rlft[aot-cuda]'."
+  " parameters. Compilers need none of their devices: pip install 'rlft[aot]' for TPUs,"
+  " 'rlft[aot-cuda]' for GPUs."
 )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 
@@ -20,6 +21,7 @@ from rlft.performance.compile.chips import CHIPS, Chip
 from rlft.types import UserError
 
 _TPUS = ("v4", "v5e", "v5p", "v6e")
+_TPUS_OF_A_MACHINE = 4
 _GPUS_OF_A_MACHINE = 8
 _EXAMPLES = "cpu:8, v5e:8x8, v6e:8x16, v5p:4x4x8, a100:8, h100:8 or h200:16"
 
@@ -69,7 +71,7 @@ class Target:
     chip: what its devices are, or are parts of; None where that is not known.
     chips: how many.
     processes: that a run has on them.
-    compiles: False where the compiler is not installed, and devices of the CPU stand in the mesh.
+    compiles: False where the compiler is not installed; devices of the CPU stand in the mesh then.
   """
 
   name: str
@@ -86,14 +88,13 @@ def open_target(name: str, fsdp: int) -> Target:
   """The devices called `name`: `cpu:N`, a TPU's kind and shape, `GPU:N`. Before JAX has started.
 
   Raises:
-    UserError: there is no such target, `fsdp` does not divide it, or the compiler is not installed.
+    UserError: there is no such target, or `fsdp` does not divide it.
   """
   kind, _, shape = name.partition(":")
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
-    cpu.split_host(int(shape))
-    return Target(name, "cpu", _mesh(name, jax.devices("cpu")[: int(shape)], fsdp), None)
+    return Target(name, "cpu", _mesh(name, _stand_ins(int(shape)), fsdp), None)
   if kind in _TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
-    return _described(name, kind, _tpu_devices(name), fsdp)
+    return _open_tpus(name, kind, math.prod(map(int, shape.split("x"))), fsdp)
   if kind in _GPUS and re.fullmatch(r"[1-9]\d*", shape):
     return _open_gpus(name, kind, int(shape), fsdp)
   raise UserError(f"--target={name} is not known: give {_EXAMPLES}")
@@ -102,13 +103,17 @@ def open_target(name: str, fsdp: int) -> Target:
 def open_here(settings: DeviceSettings) -> Target:
   """The devices that a run on this machine, or on all its processes, would have."""
   cpu.split_host(settings.cpu_devices)
-  devices = jax.devices()
-  if jax.default_backend() == "cpu":
+  devices, fsdp, processes = jax.devices(), settings.fsdp, jax.process_count()
+  backend = jax.default_backend()
+  if backend == "cpu":
     name = f"cpu:{len(devices)}"
-    mesh = _mesh(name, devices, settings.fsdp)
-    return Target(name, "cpu", mesh, None, processes=jax.process_count())
+    return Target(name, "cpu", _mesh(name, devices, fsdp), None, processes=processes)
   kind = chips.name_of(devices[0].device_kind)
-  return _described(f"{kind or jax.default_backend()}:{len(devices)}", kind, devices, settings.fsdp)
+  # The two cores of a v4 chip are two devices at one place.
+  count = len({tuple(getattr(one, "coords", None) or (one.id,)) for one in devices})
+  platform = "tpu" if backend == "tpu" else "cuda"
+  name = f"{kind or backend}:{len(devices)}"
+  return _accelerators(name, platform, kind, devices, fsdp, chips=count, processes=processes)
 
 
 def compiler(target: Target) -> str:
@@ -117,22 +122,28 @@ def compiler(target: Target) -> str:
   return f"{package} {importlib.metadata.version(package)}"
 
 
-def _described(name: str, kind: str, devices: Sequence[jax.Device], fsdp: int) -> Target:
-  """Accelerators that JAX has described, with what is known of their kind."""
-  chip = CHIPS.get(kind)
-  # The two cores of a v4 chip are two devices and share its memory.
-  parts = {tuple(getattr(one, "coords", None) or (one.id,)) for one in devices}
-  is_tpu = devices[0].platform == "tpu"
-  memory = chip and (chip.memory if is_tpu else chip.memory * _gpu_share())
-  return Target(
-    name,
-    "tpu" if is_tpu else "cuda",
-    _mesh(name, devices, fsdp),
-    memory and memory * len(parts) / len(devices),
-    chip,
-    len(parts),
-    len({device.process_index for device in devices}),
-  )
+def _accelerators(
+  name: str,
+  platform: str,
+  kind: str,
+  devices: Sequence[jax.Device],
+  fsdp: int,
+  *,
+  chips: int,
+  processes: int,
+  compiles: bool = True,
+) -> Target:
+  """A target of chips of one kind, which share their memory among the devices that they are."""
+  chip, memory = CHIPS.get(kind), None
+  if chip:
+    memory = chip.memory * chips / len(devices) * (_gpu_share() if platform == "cuda" else 1)
+  mesh = _mesh(name, devices, fsdp)
+  return Target(name, platform, mesh, memory, chip, chips, processes, compiles)
+
+
+def _stand_ins(count: int) -> list[jax.Device]:
+  cpu.split_host(count)
+  return jax.devices("cpu")[:count]
 
 
 def _gpu_share() -> float:
@@ -150,23 +161,26 @@ def _mesh(name: str, devices: Sequence[jax.Device], fsdp: int) -> Mesh:
   )
 
 
-def _tpu_devices(name: str) -> list[jax.Device]:
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError(
-      f"--target={name} needs the TPU compiler: pip install 'rlft[aot]', or give --target=cpu:8"
-    )
-  # No TPU is here: the compiler must not ask for one, nor for the machine that it is part of.
-  return _topology(
-    name,
-    {
+def _open_tpus(name: str, kind: str, count: int, fsdp: int) -> Target:
+  """A slice of `count` chips; without its compiler as so many devices of this CPU."""
+  compiles = importlib.util.find_spec("libtpu") is not None
+  if compiles:
+    # No TPU is here: the compiler must not ask for one, nor for the machine that it is part of.
+    variables = {
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_ACCELERATOR_TYPE": "v6e-1",
       "TPU_WORKER_HOSTNAMES": "localhost",
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
       "TPU_MIN_LOG_LEVEL": "3",
-    },
-    platform="tpu",
-    topology_name=name,
+    }
+    devices = _topology(name, variables, platform="tpu", topology_name=name)
+  else:
+    devices = _stand_ins(2 * count if kind == "v4" else count)  # A core of a v4 is a device.
+  # As Google rents them: up to eight chips of these kinds are one machine.
+  alone = kind in ("v5e", "v6e") and count <= 8
+  machines = 1 if alone else max(1, count // _TPUS_OF_A_MACHINE)
+  return _accelerators(
+    name, "tpu", kind, devices, fsdp, chips=count, processes=machines, compiles=compiles
   )
 
 
@@ -178,21 +192,22 @@ def _open_gpus(name: str, kind: str, count: int, fsdp: int) -> Target:
       f"--target={name} is no number of whole machines: give up to {_GPUS_OF_A_MACHINE}, or a"
       " multiple of it"
     )
-  processes = max(machines, 1)  # One has all GPUs of its machine, as in launch/slurm.sh.
-  if not _cuda_plugin():
-    cpu.split_host(count)
-    mesh = _mesh(name, jax.devices("cpu")[:count], fsdp)
-    memory = CHIPS[kind].memory * _gpu_share()
-    return Target(name, "cuda", mesh, memory, CHIPS[kind], count, processes, compiles=False)
-  chip, described = CHIPS[kind], _GPUS[kind]
-  devices = _topology(
-    name,
-    {"TF_CPP_MIN_LOG_LEVEL": "2"},  # Else it says, three times, that there is no GPU.
-    platform="cuda",
-    target_config=_DEVICE.format(*described, chip.memory_rate, chip.memory),
-    topology=f"1x{max(machines, 1)}x{count // max(machines, 1)}",
+  machines, compiles = max(machines, 1), bool(_cuda_plugin())
+  if compiles:
+    chip = CHIPS[kind]
+    devices = _topology(
+      name,
+      {"TF_CPP_MIN_LOG_LEVEL": "2"},  # Else it says, three times, that there is no GPU.
+      platform="cuda",
+      target_config=_DEVICE.format(*_GPUS[kind], chip.memory_rate, chip.memory),
+      topology=f"1x{machines}x{count // machines}",
+    )
+  else:
+    devices = _stand_ins(count)
+  # A process has all GPUs of its machine, as in launch/slurm.sh.
+  return _accelerators(
+    name, "cuda", kind, devices, fsdp, chips=count, processes=machines, compiles=compiles
   )
-  return dataclasses.replace(_described(name, kind, devices, fsdp), processes=processes)
 
 
 def _cuda_plugin() -> str:

@@ -45,11 +45,15 @@ def test_gpus_are_described_to_their_compiler(asked):
   assert target.memory == 0.75 * 80e9 and target.chip == CHIPS["h100"]
 
 
-def test_several_machines_have_a_process_each(asked, monkeypatch):
-  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+def test_several_machines_have_a_process_each(asked):
   target = targets.open_target("a100:16", 1)
   assert asked[0]["topology"] == "1x2x8" and "A100" in asked[0]["target_config"]
-  assert target.processes == 2 and target.memory == 0.9 * 80e9
+  assert target.processes == 2 and target.chips == 16
+
+
+def test_a_run_that_takes_more_of_the_memory_has_more(asked, monkeypatch):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+  assert targets.open_target("a100:8", 1).memory == 0.9 * 80e9
 
 
 @pytest.mark.parametrize("name", ["h100:12", "h100:0", "h100:2x4", "b200:8"])
@@ -57,6 +61,18 @@ def test_what_is_no_number_of_gpus(asked, name):
   with pytest.raises(UserError, match=f"--target={name} is n"):
     targets.open_target(name, 1)
   assert not asked
+
+
+@pytest.mark.parametrize(
+  ("name", "chip_count", "processes"),
+  [("v5e:2x4", 8, 1), ("v6e:2x4", 8, 1), ("v5p:2x2x2", 8, 2), ("v4:2x2x1", 4, 1)],
+)
+def test_tpus_without_their_compiler(monkeypatch, name, chip_count, processes):
+  monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+  target = targets.open_target(name, 1)
+  assert (target.platform, target.compiles, target.mesh.size) == ("tpu", False, 8)
+  assert (target.chips, target.processes) == (chip_count, processes)
+  assert target.memory == target.chip.memory * chip_count / 8
 
 
 def test_without_their_compiler_programs_of_gpus_are_estimated(monkeypatch):
@@ -93,18 +109,15 @@ def test_the_devices_that_are_here():
 def test_accelerators_that_are_here(monkeypatch):
   # The two cores of each chip are devices that share its memory.
   devices = [
-    fake_device(id=i, platform="tpu", device_kind="TPU v4", coords=(i // 2, 0, 0)) for i in range(8)
+    types.SimpleNamespace(id=i, device_kind="TPU v4", coords=(i // 2, 0, 0)) for i in range(8)
   ]
   monkeypatch.setattr(targets.jax, "devices", lambda: devices)
   monkeypatch.setattr(targets.jax, "default_backend", lambda: "tpu")
+  monkeypatch.setattr(targets.jax, "process_count", lambda: 2)
   monkeypatch.setattr(targets, "_mesh", lambda name, devices, fsdp: None)
   target = targets.open_here(DeviceSettings())
   assert (target.name, target.platform, target.chips) == ("v4:8", "tpu", 4)
   assert target.memory == 31.75 * GIB / 2 and target.processes == 2
-
-
-def fake_device(**attributes):
-  return types.SimpleNamespace(**attributes, process_index=attributes["id"] // 4)
 
 
 @pytest.mark.parametrize(
