@@ -166,28 +166,33 @@ def main(run: Callable[[], None]) -> None:
     except UserError as error:
       _fail(str(error))
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=parse)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
-  """absl's parser with its errors in one line; nothing on the command line is ignored."""
+def parse(argv: Sequence[str], *, flag_values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
+  """absl's parser with its errors in one line; nothing on the command line is ignored.
+
+  A mistake is printed and ends the program with status 2.
+  """
   if "--version" in argv:  # Before flags that must be given are asked for.
     python = platform.python_version()
     print(f"rlft {rlft.__version__}, jax {metadata.version('jax')}, Python {python}")
     sys.exit()
   try:
-    rest = flags.FLAGS(argv)
+    rest = flag_values(argv)
   except flags.UnrecognizedFlagError as error:
     name, space, value = error.flagname.partition(" ")
-    if space and name in flags.FLAGS:  # a line of a flagfile is one argument
+    if space and name in flag_values:  # a line of a flagfile is one argument
       _fail(f"'--{error.flagname}': write --{name}={value.strip()}")
-    near = fields.suggestion(f"--{name}", (f"--{known}" for known in flags.FLAGS), "see --help")
+    near = fields.suggestion(f"--{name}", (f"--{known}" for known in flag_values), "see --help")
     _fail(f"unknown flag --{name}: {near}")
   except flags.CantOpenFlagFileError as error:
     _fail(f"{str(error).removeprefix('ERROR:: ')}: give a file with one --flag=value a line")
   except flags.Error as error:
     message = str(error).replace(": is ", " is ").replace(": has ", " has ")
     _fail(re.sub(r": \('Non-boolean.*", " is neither true nor false: give one of them", message))
+  except RecursionError:  # absl looks for names that are near to an unknown one.
+    _fail("unknown flag, with a name longer than any there is: see --help")
   except UnicodeDecodeError as error:
     _fail(f"a flagfile is not text ({error}): give a file with one --flag=value a line")
   if len(rest) > 1:

@@ -103,10 +103,11 @@ def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, in
   """An image file as `[*size, 3]` uint8, upright, on white where it is transparent; see `Pairs`."""
   try:
     with Image.open(path) as file:
-      image = ImageOps.exif_transpose(file).convert("RGBA")
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+      image = _with_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+  except Exception as error:  # Decoders of two dozen formats raise what they like.
+    reason = " ".join(str(error).split()) or type(error).__name__
     raise ImageError(
-      f"image {path} cannot be decoded ({error}): replace it or remove its line from {_METADATA}"
+      f"image {path} cannot be decoded ({reason}): replace it or remove its line from {_METADATA}"
     ) from error
   white = Image.new("RGBA", image.size, "white")
   image = Image.alpha_composite(white, image).convert("RGB")
@@ -115,3 +116,16 @@ def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, in
   top, left = round((scale * image.height - height) / 2), round((scale * image.width - width) / 2)
   cut = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
   return np.asarray(cut), (image.height, image.width, top, left)
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+  """An image whose values are at most 255, where Pillow would cut off what is above.
+
+  Raises:
+    ValueError: of 32 bits nobody says what is white.
+  """
+  if image.mode.startswith("I;16"):
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+  if image.mode in ("I", "F"):
+    raise ValueError("its pixels have 32 bits: save it with 8 or 16")
+  return image

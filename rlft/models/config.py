@@ -2,6 +2,9 @@
 
 from collections.abc import Collection, Mapping
 import dataclasses
+import math
+import types
+import typing
 from typing import Any, TypeVar
 
 from rlft.types import UserError
@@ -10,6 +13,7 @@ T = TypeVar("T")
 
 # What to do about a model that is not implemented; the end of a message.
 USE_SUPPORTED = "use a Stable Diffusion 1.x, 2.x or SDXL base text-to-image model"
+_LARGEST, _MOST_LAYERS = 2**20, 1000  # more than any model has, and soon built in vain
 
 
 def freeze(value: Any) -> Any:
@@ -36,13 +40,18 @@ def parse(
     ignored: keys without influence on the computation; `None` ignores every unknown key.
 
   Raises:
-    UserError: an option is unknown or has a value that is not implemented.
+    UserError: an option is unknown, has a value that is not implemented, or one of another type or
+      beyond all sizes.
   """
   names = {field.name for field in dataclasses.fields(cls)}
-  kept = {}
+  hints, kept = typing.get_type_hints(cls), {}
   for key, value in data.items():
     if key in names:
       kept[key] = freeze(value)
+      require(
+        _fits(kept[key], hints[key], _range(key)),
+        f"{what}: {key}={str(value)[:100]} is not supported; {USE_SUPPORTED}",
+      )
     elif fixed is not None and key in fixed:
       if value != fixed[key] and not (value in (None, False) and fixed[key] in (None, False)):
         raise UserError(
@@ -51,6 +60,33 @@ def parse(
     elif ignored is not None and not key.startswith("_") and key not in ignored:
       raise UserError(f"{what}: unknown option {key}={value!r}; {USE_SUPPORTED}")
   return cls(**kept)
+
+
+def _range(key: str) -> range:
+  """What an integer with this name may be."""
+  if key.endswith("_id") or key == "freq_shift":
+    return range(-1, _LARGEST)
+  return range(1, _MOST_LAYERS if "layers" in key else _LARGEST)
+
+
+def _fits(value: Any, hint: Any, allowed: range) -> bool:
+  """Whether a frozen value is of a type, and its integers are in the range."""
+  inner = typing.get_args(hint)
+  if isinstance(hint, types.UnionType):
+    return any(_fits(value, one, allowed) for one in inner)
+  if typing.get_origin(hint) is tuple:
+    if not isinstance(value, tuple):
+      return False
+    if inner[-1] is Ellipsis:
+      inner = inner[:1] * len(value)
+    return len(value) == len(inner) and all(map(_fits, value, inner, [allowed] * len(value)))
+  if isinstance(value, bool):
+    return hint is bool
+  if hint is int:
+    return isinstance(value, int) and value in allowed
+  if hint is float:
+    return isinstance(value, int | float) and math.isfinite(value)
+  return isinstance(value, hint)
 
 
 def require(condition: bool, message: str) -> None:

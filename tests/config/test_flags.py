@@ -156,6 +156,7 @@ def test_the_command_line_fails_in_one_line(tmp_path):
   cases = [
     (["--learning_rat=1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
     (["--qqqqqqq"], "unknown flag --qqqqqqq: see --help"),
+    (["--" + "q" * 2000], "unknown flag, with a name longer than any there is: see --help"),
     (["--seed=1.5"], "flag --seed=1.5 is not a whole number: give one"),
     (["--eta=high"], "flag --eta=high is not a number: give one"),
     (["--remat=3"], "flag --remat=3 is neither true nor false: give one of them"),

@@ -75,6 +75,17 @@ def test_images_are_cut_to_other_shapes(folder):
   assert sources.tolist() == [[4, 12, 0, 2], [12, 4, 10, 0]]
 
 
+def test_images_of_more_than_8_bits(folder):
+  values = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
+  Image.fromarray(values).save(folder / "wide.png")
+  images, _ = pairs.load_folder(str(folder), size=(4, 4)).read([0])
+  expected = np.linspace(0, 255, 16).round().reshape(4, 4, 1)  # Pillow says 255 from 256 on.
+  np.testing.assert_array_equal(images[0], np.repeat(expected, 3, axis=2))
+  Image.fromarray(values.astype(np.float32)).save(folder / "wide.png", "TIFF")
+  with pytest.raises(UserError, match=r"wide\.png cannot be decoded \(its pixels have 32 bits"):
+    pairs.load_folder(str(folder), size=(4, 4)).read([0])
+
+
 def test_a_damaged_image_is_named(folder):
   loaded = pairs.load_folder(str(folder), size=(4, 4))
   (folder / "wide.png").write_bytes((folder / "wide.png").read_bytes()[:40])

@@ -65,6 +65,28 @@ def test_the_published_configs():
   assert config == dataclasses.replace(published, upcast_attention=None)
 
 
+@pytest.mark.parametrize(
+  "value", [{}, "512", None, 0, -512, 512.0, True, [512], 10**12, float("nan")]
+)
+def test_a_size_that_is_none_is_refused(value):
+  with pytest.raises(UserError, match="^there: hidden_size=.* is not supported"):
+    clip.CLIPTextConfig.from_dict({"hidden_size": value}, "there")
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("num_hidden_layers", 1001),
+    ("hidden_act", 1),
+    ("layer_norm_eps", float("inf")),
+    ("eos_token_id", "2"),
+  ],
+)
+def test_a_value_of_another_type_is_refused(key, value):
+  with pytest.raises(UserError, match=f"{key}=.* is not supported"):
+    clip.CLIPTextConfig.from_dict({key: value})
+
+
 @pytest.mark.parametrize("cls", [unet.UNetConfig, vae.VAEConfig, clip.CLIPTextConfig])
 def test_what_is_written_is_read(cls):
   written = json.loads(json.dumps(dataclasses.asdict(cls())))
@@ -83,7 +105,7 @@ def test_what_is_written_is_read(cls):
     ({"num_class_embeds": 10}, "num_class_embeds=10"),
     ({"wings": 2}, "unknown option wings=2"),
     ({"transformer_layers_per_block": [1, 2, 10]}, "must be one value or 4"),
-    ({"transformer_layers_per_block": [1, 1, 1, [1, 2]]}, "only an integer for each level"),
+    ({"transformer_layers_per_block": [1, 1, 1, [1, 2]]}, "transformer_layers_per_block="),
     ({"layers_per_block": [1, 2, 2, 2]}, "layers_per_block"),
     ({"block_out_channels": [320, 640]}, "down_block_types"),
     ({"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types"),
