@@ -10,7 +10,9 @@ from rlft.types import UserError
 def test_every_name_stands_for_a_function():
   for names in (
     catalog.ALGORITHMS,
+    catalog.DISTANCES,
     catalog.REWARDS,
+    catalog.SUITES,
     catalog.ORACLES,
     catalog.PROMPTS,
     catalog.PAIRS,

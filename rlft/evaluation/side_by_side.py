@@ -139,9 +139,10 @@ def _cell(model: Model, result: EvalResult, table: np.ndarray, before: np.ndarra
 
 
 def _labels(spec: EvalSpec, prompts: int, by: str) -> list[str]:
-  """The part to which each prompt belongs; none where no prompt says."""
+  """The part to which each prompt belongs; none where prompts do not differ in that."""
   labels = [spec.prompts[place].metadata.get(by) for place in range(prompts)] if by else []
-  return ["none" if x is None else str(x) for x in labels] if any(labels) else []
+  labels = ["none" if x is None else str(x) for x in labels]
+  return labels if len(set(labels)) > 1 else []
 
 
 def parts(
@@ -180,17 +181,17 @@ def table(rows: Sequence[Row]) -> Table:
       lines.append(
         (
           row.name + " (trained on)" * (cell.model in row.trained_on),
-          "lower" if row.lower_is_better else "higher",
           cell.model,
-          f"{cell.guidance:g}",
           protocol.words(cell.mean),
           "" if cell.change is None else protocol.change_words(cell.change),
           cell.verdict,
+          "lower" if row.lower_is_better else "higher",
+          f"{cell.guidance:g}",
           ", ".join(notes),
         )
       )
   change = f"change from {first} [{statistics.LEVEL:.0%}]"
-  header = ("evaluation", "better", "model", "guidance", "mean", change, "", "of")
+  header = ("evaluation", "model", "mean", change, "", "better", "guidance", "of")
   return Table(header, lines)
 
 

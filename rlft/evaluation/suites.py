@@ -109,7 +109,7 @@ PREFERENCE = (
     "image-reward",
     "image-reward",
     {"weights": ("ImageReward.pt", "ImageReward")},
-    {"tokenizer": ("bert-base-uncased", "vocab.txt")},
+    {"tokenizer": ("bert-base-uncased",)},
   ),
   Known("pickscore", "pickscore", {"weights": ("PickScore_v1",)}, {"tokenizer": (_CLIP_H,)}),
   Known(

@@ -107,13 +107,7 @@ def _load_base(
   path: str, base: str, config: Config, scheduler: str, image_size: str
 ) -> StableDiffusion:
   """The model at `base` that the run in `path` was trained from, set as the run was."""
-  try:
-    pretrained.find(base)
-  except UserError as error:
-    raise UserError(
-      f"the base model of the run in {path}: {error}; if it has moved, give its place with"
-      " --pretrained"
-    ) from error
+  check_base(path, base)
   model = pretrained.load(
     base,
     identify=True,
@@ -122,6 +116,17 @@ def _load_base(
   )
   options = {**model.scheduler, **scheduler_config.parse(scheduler)}
   return dataclasses.replace(model, scheduler=options)
+
+
+def check_base(path: str, base: str) -> None:
+  """Raises `UserError` if there is no model at `base`, from which the run in `path` was trained."""
+  try:
+    pretrained.find(base)
+  except UserError as error:
+    raise UserError(
+      f"the base model of the run in {path}: {error}; if it has moved, give its place with"
+      " --pretrained"
+    ) from error
 
 
 def _full_precision(state: dict[str, Any]) -> Any:

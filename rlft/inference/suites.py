@@ -20,6 +20,7 @@ from rlft.evaluation.side_by_side import Row
 from rlft.evaluation.suites import Suite
 from rlft.inference import contenders as contenders_lib
 from rlft.inference import kept, measure, runs
+from rlft.inference import load as finetuned
 from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
 from rlft.inference.protocol import images, parse_guidances
@@ -189,6 +190,8 @@ class _Bench:
     self._drawings = {
       one.name: contenders_lib.drawing(one, contenders, drawing) for one in contenders
     }
+    # Of all before the first is drawn with: what is missing is found at once.
+    self._about = {name: _about(drawing) for name, drawing in self._drawings.items()}
     self._seed = _NOISE_SEED if drawing.seed is None else drawing.seed
     make = functools.cache(catalog.make_metric)
     entries = {"test": suite.evals}
@@ -272,7 +275,8 @@ class _Bench:
       score = self._scorer(drawer)
       return measure.of_drawer(drawer, missing, score=score, seed=seed, keep=keep)
 
-    return kept.results(file, {**_about(drawing), "seed": seed}, specs, measure_missing)
+    about = {**self._about[one.name], "guidance_scale": guidance, "seed": seed}
+    return kept.results(file, about, specs, measure_missing)
 
   def _open(self, drawing: Drawing) -> Drawer:
     """The model; one at a time, since each has its weights on the devices."""
@@ -297,14 +301,15 @@ class _Bench:
 def _about(drawing: Drawing) -> Mapping[str, Any]:
   """What tells what a model drew from what another did, or the same before it was changed."""
   about = {k: v for k, v in dataclasses.asdict(drawing).items() if k not in ("batch_size", "seed")}
-  config = contenders_lib.config_of(drawing.model)
+  base, config = drawing.model, contenders_lib.config_of(drawing.model)
   if config is not None:
+    base = drawing.pretrained or config.pretrained
+    finetuned.check_base(drawing.model, base)
     about["checkpoint"] = runs.open_run(drawing.model).checkpoint
-  about["files"] = kept.stamp(
-    (drawing.pretrained or config.pretrained) if config else drawing.model
-  )
-  if drawing.lora and os.path.exists(drawing.lora):
-    status = os.stat(drawing.lora)
+  about["files"] = kept.stamp(base)
+  if drawing.lora:
+    with files.reading(drawing.lora):
+      status = os.stat(drawing.lora)
     about["lora_file"] = [status.st_size, status.st_mtime_ns]
   return about
 

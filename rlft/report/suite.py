@@ -71,7 +71,8 @@ def page(
   """
   return render(
     "suite.html",
-    title=f"rlft: {suite}",
+    title=f"rlft: {suite.partition('?')[0]}",
+    suite=suite,
     models=models,
     results=side_by_side.table(rows),
     kinds=[cell.verdict.replace(" ", "-") for row in rows for cell in row.cells],

@@ -58,8 +58,8 @@ def test_parts():
 
 def test_the_table():
   table = side_by_side.table([rows(np.ones(32), np.ones(32) + 1)])
-  assert table.header[5] == "change from m0 [95%]"
+  assert table.header[3] == "change from m0 [95%]"
   assert table.rows[0] == (
-    "a", "higher", "m0", "3", "1.0000 ±0.0000", "", "", "32 images, 16 prompts"
+    "a", "m0", "1.0000 ±0.0000", "", "", "higher", "3", "32 images, 16 prompts"
   )  # fmt: skip
-  assert table.rows[1][2:7] == ("m1", "3", "2.0000 ±0.0000", "+1.0000 [+1.0000, +1.0000]", "better")
+  assert table.rows[1][1:5] == ("m1", "2.0000 ±0.0000", "+1.0000 [+1.0000, +1.0000]", "better")

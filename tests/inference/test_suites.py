@@ -8,8 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from rlft.config.settings import ScoringSettings
-from rlft.inference import draw
+from rlft.config import fields, stored
+from rlft.config.settings import Config, ScoringSettings, TaskConfig
+from rlft.inference import draw, runs
+from rlft.inference import load as finetuned
 from rlft.inference import suites as suites_lib
 from rlft.inference.draw import Drawing
 from rlft.inference.suites import SuiteSettings
@@ -73,7 +75,7 @@ def run(folder, output, suite, *models, weights=False, sweep="", **how):
   """Model `b` draws at guidance 13 what `a` draws at 3, but brighter."""
   settings = SuiteSettings(suite, str(folder / "weights") if weights else "", sweep)
   models = models or (f"{folder}/a", f"{folder}/b?guidance_scale=13")
-  drawing = Drawing("", sampling_steps=2, **{"guidance_scale": 3.0, **how})
+  drawing = Drawing("", **{"sampling_steps": 2, "guidance_scale": 3.0, **how})
   return suites_lib.run(models, settings, drawing, scoring=ScoringSettings(60.0, 2), output=output)
 
 
@@ -162,6 +164,41 @@ def test_a_sweep_names_each_models_best_guidance(folder, drawn, tmp_path):
     run(folder, tmp_path, suite, sweep="1,2", guidance_scale=None)
 
 
+def test_a_run_beside_its_base(folder, drawn, tmp_path, monkeypatch):
+  metric = f"host:{folder}/metrics.py:bright"
+  task = TaskConfig("t", "p", metric, batch_size=8)
+  config = fields.make(
+    Config, pretrained=f"{folder}/moved", task=(task,), guidance_scale=2.0, sampling_steps=3
+  )
+  workdir = tmp_path / "run"
+  (workdir / "checkpoints").mkdir(parents=True)
+  (workdir / "config.json").write_text(stored.to_json(config))
+  load, newest = finetuned.load, ["iteration_1"]
+  monkeypatch.setattr(runs.checkpoint, "newest", lambda directory: newest[0])
+  monkeypatch.setattr(finetuned, "load", lambda path, **how: load(f"{folder}/a"))
+  models, output = (f"{folder}/a", str(workdir)), tmp_path / "out"
+  how = {"guidance_scale": None, "sampling_steps": None}
+  with pytest.raises(
+    UserError, match="the base model of the run in .*moved.*if it has moved, give"
+  ):
+    run(folder, output, bright(folder), *models, **how)
+  assert drawn == []
+  how["pretrained"] = f"{folder}/b"
+  said = run(folder, output, bright(folder), *models, **how)
+  # The base draws as the run was trained to.
+  assert drawn == [(2.0, 2001, 8)] * 2
+  content, found = rows(output)
+  assert (
+    found["metrics.py:bright"]["trained_on"] == ["run"] and "bright (trained on) | run |" in said
+  )
+  assert [model["sampling_steps"] for model in content["models"]] == [3, 3]
+  # Only what has been trained further is measured again.
+  drawn.clear()
+  newest[0] = "iteration_2"
+  run(folder, output, bright(folder), *models, **how)
+  assert drawn == [(2.0, 2001, 8)]
+
+
 def test_distances_to_real_pictures(folder, drawn, tmp_path):
   suite = f"distance?prompts={folder}/test.tsv?column=Prompts&real={folder}/real"
   run(folder, tmp_path, suite, weights=True)
@@ -198,12 +235,13 @@ def test_sets_and_the_share_of_found_skin(folder, drawn, tmp_path):
     ("emoji", ["a?name=b/c"], "the name b/c is no name of a directory: give another"),
     ("emoji", ["a?guidance=3&eta=1"], "unknown option guidance, did you mean guidance_scale"),
     ("diversity?prompts={0}/development.txt", [], "has no metric without --weights_dir .vendi is"),
+    ("emoji", ["{0}/a?lora={0}/none.safetensors"], "none.safetensors"),
     ("composition?images_per_prompt=0&metric=m", [], "images_per_prompt must be 1 or more"),
   ],
 )
 def test_mistakes(folder, tmp_path, suite, models, message):
   with pytest.raises(UserError, match=message) as error:
-    run(folder, tmp_path, suite.format(folder), *models)
+    run(folder, tmp_path, suite.format(folder), *(model.format(folder) for model in models))
   assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="--suite writes a directory: give --output=runs/NAME"):
     run(folder, None, "emoji")
