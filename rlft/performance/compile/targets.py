@@ -166,14 +166,15 @@ def _open_tpus(name: str, kind: str, count: int, fsdp: int) -> Target:
   compiles = importlib.util.find_spec("libtpu") is not None
   if compiles:
     # No TPU is here: the compiler must not ask for one, nor for the machine that it is part of.
-    variables = {
-      "TPU_SKIP_MDS_QUERY": "1",
-      "TPU_ACCELERATOR_TYPE": "v6e-1",
-      "TPU_WORKER_HOSTNAMES": "localhost",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-      "TPU_MIN_LOG_LEVEL": "3",
-    }
-    devices = _topology(name, variables, platform="tpu", topology_name=name)
+    for variable, value in (
+      ("TPU_SKIP_MDS_QUERY", "1"),
+      ("TPU_ACCELERATOR_TYPE", "v6e-1"),
+      ("TPU_WORKER_HOSTNAMES", "localhost"),
+      ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+      ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
+      os.environ.setdefault(variable, value)
+    devices = _topology(name, platform="tpu", topology_name=name)
   else:
     devices = _stand_ins(2 * count if kind == "v4" else count)  # A core of a v4 is a device.
   # As Google rents them: up to eight chips of these kinds are one machine.
@@ -197,7 +198,6 @@ def _open_gpus(name: str, kind: str, count: int, fsdp: int) -> Target:
     chip = CHIPS[kind]
     devices = _topology(
       name,
-      {"TF_CPP_MIN_LOG_LEVEL": "2"},  # Else it says, three times, that there is no GPU.
       platform="cuda",
       target_config=_DEVICE.format(*_GPUS[kind], chip.memory_rate, chip.memory),
       topology=f"1x{machines}x{count // machines}",
@@ -216,10 +216,8 @@ def _cuda_plugin() -> str:
   return next((name for name in names if importlib.util.find_spec(f"jax_{name}_plugin")), "")
 
 
-def _topology(name: str, variables: dict[str, str], **described: str) -> list[jax.Device]:
-  """The devices of a topology, from the compiler that knows it; `variables` are for this one."""
-  for variable, value in variables.items():
-    os.environ.setdefault(variable, value)
+def _topology(name: str, **described: str) -> list[jax.Device]:
+  """The devices of a topology, from the compiler that knows it."""
   with contextlib.suppress(RuntimeError):  # JAX has started: then on what it found.
     jax.config.update("jax_platforms", "cpu")
   try:
