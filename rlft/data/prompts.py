@@ -50,9 +50,8 @@ def check_file(spec: str) -> tuple[str, str]:
   Raises:
     UserError: as `load_file`.
   """
-  files.check_local(spec)
   path, column = split_column(spec)
-  path = os.path.expanduser(path)
+  path = os.path.expanduser(files.staged(path))
   if not os.path.exists(path):
     raise UserError(
       f"prompt file {path} does not exist: give a file, emoji:TASK/SPLIT, records:DIRECTORY/SPLIT"

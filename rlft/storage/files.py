@@ -1,23 +1,33 @@
 """Files that a crash or a full disk leaves whole: atomic replacement, and JSON lines.
 
 Also in buckets, whose objects are replaced as a whole by their nature and cannot be appended to.
+What is mapped into memory or read in parts is copied here from there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
+import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from etils import epath
+import fsspec
 
 from rlft.types import UserError
 
 Path = pathlib.Path | epath.Path
 
+_log = logging.getLogger(__name__)
+
 _BUCKET = "gs://"
+_COPIED = (_BUCKET, "s3://", "memory://")
+# What says that an object is another one than before, as far as its store has it.
+_VERSION = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created", "size")
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
@@ -65,14 +75,62 @@ def check_local(name: str | os.PathLike[str]) -> None:
     )
 
 
+def staged(name: str | os.PathLike[str]) -> str:
+  """The path on this machine of a file or folder; what is in a bucket is copied here, once.
+
+  The copy is kept in ~/.cache/rlft/buckets until what is in the bucket changes.
+
+  Raises:
+    UserError: nothing is there, or it cannot be copied; the message names `name`.
+  """
+  name = os.fspath(name)
+  if not name.startswith(_COPIED):
+    check_local(name)
+    return name
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  with reading(name):
+    system, root = fsspec.core.url_to_fs(name.rstrip("/"))
+    objects = {
+      os.path.relpath(path, root): info for path, info in system.find(root, detail=True).items()
+    }
+    if not objects:
+      raise UserError(f"{name} does not exist: give what is in the bucket, or a path here")
+    if any(os.pardir in pathlib.PurePath(path).parts for path in objects):
+      raise UserError(f"{name} has objects with '..' in their names: rename them")
+    versions = {path: [info.get(key) for key in _VERSION] for path, info in objects.items()}
+    state = json.dumps([name, versions], sort_keys=True, default=str).encode()
+    place = cache / "rlft" / "buckets" / hashlib.sha256(state).hexdigest()[:32]
+    if not place.exists():
+      _log.warning("copying %s to this machine: %d files", name, len(objects))
+      _copy(system, root, objects, place)
+  return str(place / os.path.basename(root))
+
+
+def _copy(system: Any, root: str, paths: Iterable[str], place: pathlib.Path) -> None:
+  """Copies objects into a directory, which is there once it is whole."""
+  place.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+    whole = pathlib.Path(temporary, "whole")
+    for path in paths:
+      target = pathlib.Path(os.path.normpath(whole / os.path.basename(root) / path))
+      target.parent.mkdir(parents=True, exist_ok=True)
+      system.get_file(root if path == os.curdir else f"{root}/{path}", str(target))
+    try:
+      whole.rename(place)
+    except OSError:
+      if not place.exists():  # Else another process was first.
+        raise
+
+
 def _errors(name: str | os.PathLike[str]) -> type[Exception]:
   """What may be raised in reading and writing; libraries of buckets have no common base class."""
-  return Exception if is_bucket(name) else OSError
+  return Exception if os.fspath(name).startswith(_COPIED) else OSError
 
 
 def _reason(error: Exception) -> str:
   if isinstance(error, ImportError):
-    return "buckets need gcsfs: pip install gcsfs"
+    package = "s3fs" if "s3fs" in str(error) else "gcsfs"
+    return f"buckets need {package}: pip install {package}"
   return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -95,6 +153,8 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns what goes wrong in reading `path` inside the block into a UserError of one line."""
   try:
     yield
+  except UserError:
+    raise
   except _errors(path) as error:
     raise UserError(f"cannot read {os.fspath(path)}: {_reason(error)}; make it readable") from error
 

@@ -1,5 +1,7 @@
 """What a run writes may lie in a bucket; here it is one in memory, in the place of gcsfs."""
 
+import pathlib
+
 from etils import epath
 from etils.epath import backend
 import fsspec
@@ -100,11 +102,58 @@ def test_a_bucket_that_cannot_be_used(monkeypatch, error, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/x", "https://example.org/x"])
 @pytest.mark.parametrize("use", [prompts.load_file, pairs.check_folder, pretrained.find])
-def test_what_is_mapped_into_memory_or_read_in_parts_must_be_here(use, address):
+def test_what_is_mapped_into_memory_or_read_in_parts_must_be_here_or_in_a_bucket(use):
   with pytest.raises(UserError, match="is not on this machine: give a path that is"):
-    use(address)
+    use("https://example.org/x")
+
+
+@pytest.fixture
+def objects(tmp_path, monkeypatch):
+  """Writes objects of the bucket memory://bucket; what is copied lies below the temporary path."""
+  system = fsspec.filesystem("memory")
+  system.store.clear()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  yield lambda name, content: system.pipe_file(f"/bucket/{name}", content)
+  system.store.clear()
+
+
+def test_what_is_in_a_bucket_is_copied_here_until_it_changes(objects, caplog):
+  objects("data/prompts.csv", b"caption\na dog\n")
+  objects("data/more/prompts.txt", b"a cat")
+  for _ in range(2):
+    found = prompts.load_file("memory://bucket/data/prompts.csv?column=caption")
+    assert [prompt.text for prompt in found] == ["a dog"]
+  assert caplog.text.count("copying") == 1
+  objects("data/prompts.csv", b"caption\na fox\n")
+  assert prompts.load_file("memory://bucket/data/prompts.csv?column=caption")[0].text == "a fox"
+  folder = pathlib.Path(files.staged("memory://bucket/data/"))
+  assert folder.name == "data" and (folder / "more" / "prompts.txt").read_text() == "a cat"
+  with pytest.raises(UserError, match=r"data has no model_index\.json: give the top directory"):
+    pretrained.find("memory://bucket/data")
+
+
+@pytest.mark.parametrize("use", [prompts.load_file, pairs.check_folder, pretrained.find])
+def test_what_is_not_in_a_bucket(use, objects):
+  objects("other", b"")
+  with pytest.raises(UserError, match="^memory://bucket/x does not exist: give what is in the"):
+    use("memory://bucket/x")
+
+
+def test_objects_outside_of_their_folder_are_refused(objects):
+  objects("data/../../x", b"")
+  with pytest.raises(UserError, match=r"has objects with '\.\.' in their names"):
+    files.staged("memory://bucket/data")
+
+
+def test_a_copy_that_fails_leaves_nothing(objects, tmp_path, monkeypatch):
+  objects("data/a", b"a")
+  monkeypatch.setattr(
+    type(fsspec.filesystem("memory")), "get_file", lambda *_: (_ for _ in ()).throw(OSError("gone"))
+  )
+  with pytest.raises(UserError, match="cannot read memory://bucket/data: gone"):
+    files.staged("memory://bucket/data")
+  assert list((tmp_path / "rlft" / "buckets").iterdir()) == []
 
 
 def test_other_buckets_are_refused():

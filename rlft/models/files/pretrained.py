@@ -39,7 +39,7 @@ from rlft.models.files import (
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
 from rlft.models.shapes import Params, param_shapes
 from rlft.models.stable_diffusion import StableDiffusion
-from rlft.storage.files import check_local
+from rlft.storage.files import staged
 from rlft.types import UserError
 
 EMOJI_SD = "emoji-sd"
@@ -71,7 +71,7 @@ def find(path: str | os.PathLike[str]) -> str | pathlib.Path | single_file.Sourc
   """
   if str(path) == EMOJI_SD:
     return EMOJI_SD_PATH
-  check_local(path)
+  path = staged(path)
   if (file := single_file.parse(str(path))) is not None:
     single_file.check(file)
     return file
