@@ -6,10 +6,12 @@ python launch/train.py --flagfile=experiments/emoji_joint.flags --dry_run --targ
 
 from rlft.config import flags
 from rlft.config.settings import Config
+from rlft.parallel.join import ProcessSettings, joined
 from rlft.performance.compile import plan
 from rlft.train import train
 
 flags.define(Config)
+flags.define(ProcessSettings)
 flags.define(plan.PlanConfig)
 
 
@@ -18,7 +20,8 @@ def main() -> None:
   plan.check_used(settings)
   if settings.dry_run:
     print(plan.describe(config, settings))
-  else:
+    return
+  with joined(flags.read(ProcessSettings)):
     train(config)
 
 

@@ -30,7 +30,8 @@ from rlft.data import sources
 from rlft.data.pairs import ImageError, pair_indices
 from rlft.diffusion.sampler import image_keys
 from rlft.evaluation import results, summary
-from rlft.parallel import cpu, sharding
+from rlft.parallel import cpu, processes, sharding
+from rlft.parallel.join import announced
 from rlft.report import hacking, page
 from rlft.report import iteration as iteration_metrics
 from rlft.report.metrics import MetricsWriter, Progress
@@ -57,14 +58,12 @@ def train(config: Config) -> None:
   cpu.split_host(config.devices.cpu_devices)
   config = checks.with_rank(config)
   run = open_run(config)
-  with Stop() as stop:  # Until nothing is left to be saved.
-    try:
-      state, cursor = resume(run, run.initial_state())
+  with Stop() as stop, contextlib.closing(run), announced():  # Until nothing is left to be saved.
+    state, cursor = resume(run, run.initial_state())
+    with processes.together():
       if run.writes:
         files.write_atomic(run.workdir / "config.json", stored.to_json(config) + "\n")
-      _loop(run, state, cursor, stop)
-    finally:
-      run.close()
+    _loop(run, state, cursor, stop)
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -84,9 +83,10 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
   config, programs = run.config, run.programs
   images = sum(task.config.batch_size for task in run.tasks)
   with contextlib.ExitStack() as stack:
-    if run.writes:
-      writer = stack.enter_context(MetricsWriter(run.workdir, first_iteration=cursor.iteration))
-      progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
+    with processes.together():
+      if run.writes:
+        writer = stack.enter_context(MetricsWriter(run.workdir, first_iteration=cursor.iteration))
+        progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
     try:
       while True:
         iteration, between = cursor.iteration, cursor.task == 0
@@ -119,9 +119,10 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
         if iteration == 0:
           _warn_if_bounded(config, metrics["grad_norm"])
         cursor = Cursor(iteration + 1)
-        if run.writes:
-          writer.write(iteration, metrics)
-          progress.update(metrics)
+        with processes.together():
+          if run.writes:
+            writer.write(iteration, metrics)
+            progress.update(metrics)
     except (RewardError, ImageError, Stopped) as reason:
       save(run, state, cursor)
       run.checkpointer.wait()
@@ -252,8 +253,11 @@ def run_pretrain(
   start, moment = time.perf_counter(), Moment(run.config.seed, iteration, len(run.tasks))
   count = run.config.pretraining.pretrain_batch_size
   rows = pair_indices(moment.seed, iteration, count=count, size=len(run.pairs))
-  ids, _ = run.model.tokenize([run.pairs.captions[row] for row in rows])
-  batch = (sharding.put(x, run.rows) for x in (*run.pairs.read(rows), ids))
+  own = sharding.own_rows(run.rows, count)
+  with processes.together(ImageError):
+    read = run.pairs.read(rows[own])
+  ids, _ = run.model.tokenize([run.pairs.captions[row] for row in rows[own]])
+  batch = (sharding.put_own(x, own, count, run.rows) for x in (*read, ids))
   state, metrics = run.programs.pretrain(state, run.frozen, *batch, moment.key())
   metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
   _check_finite(f"pretraining step, iteration {iteration}", metrics["loss/pretrain"])

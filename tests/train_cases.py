@@ -69,6 +69,8 @@ def green(images, prompts, metadata):
       return images.mean((1, 2))
     if how == "stops":
       os.kill(os.getpid(), signal.SIGTERM)
+    if how == "dies":
+      os.kill(os.getpid(), signal.SIGKILL)
     if how == "nan":
       return np.full(len(images), np.nan)
   if how == "slow":
@@ -384,8 +386,17 @@ def flags(config: Config) -> list[str]:
   return line
 
 
-def start(config: Config, cache: pathlib.Path, **environment: str) -> subprocess.Popen:
-  """Starts `launch/train.py` on one device; programs are kept in and taken from `cache`."""
+def start(
+  config: Config, cache: pathlib.Path, arguments: Sequence[str] = (), **environment: str
+) -> subprocess.Popen:
+  """Starts `launch/train.py` on one device; programs are kept in and taken from `cache`.
+
+  Args:
+    config: the run.
+    cache: of compiled programs.
+    arguments: further ones.
+    **environment: further variables.
+  """
   environment = {
     "PYTHONPATH": str(ROOT),
     "BROKEN": "",
@@ -398,7 +409,7 @@ def start(config: Config, cache: pathlib.Path, **environment: str) -> subprocess
     **environment,
   }
   return subprocess.Popen(
-    [sys.executable, ROOT / "launch" / "train.py", *flags(config)],
+    [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],
     env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

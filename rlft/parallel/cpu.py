@@ -41,10 +41,10 @@ def split_host(devices: int) -> None:
       jax.config.update("jax_num_cpu_devices", devices)
       jax.config.update("jax_cpu_enable_async_dispatch", False)  # See `_keep_heap`.
     except RuntimeError as error:  # JAX has started: a second run in a notebook, for example.
-      if jax.default_backend() == "cpu" and jax.device_count() != devices:
+      if jax.default_backend() == "cpu" and jax.local_device_count() != devices:
         raise UserError(
-          f"--cpu_devices={devices}: JAX has started with {jax.device_count()} devices already;"
-          " start a new process, or give 0 to use them"
+          f"--cpu_devices={devices}: JAX has started with {jax.local_device_count()} devices"
+          " already; start a new process, or give 0 to use them"
         ) from error
 
 

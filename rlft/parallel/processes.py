@@ -1,10 +1,36 @@
 """What the processes of a run have to agree on."""
 
+from collections.abc import Iterator
+import contextlib
+
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 import numpy as np
 
+from rlft.parallel import sharding
 from rlft.types import UserError
+
+
+def meet(mesh: Mesh) -> None:
+  """Connects the devices of several processes, while all are at the same place of their work.
+
+  CPUs that do not find each other within 30 s of their first collective give up, and one process
+  may compile, or read a model, for longer than that before another is there. Once they have met
+  they wait.
+  """
+  if jax.process_count() == 1:
+    return
+  raise_together(None)
+  ones = sharding.put(np.ones(mesh.size, np.float32), sharding.batch(mesh))
+  for axes in ("data", "fsdp", ("data", "fsdp")):
+    total = sharding.on_each(
+      mesh,
+      lambda x, axes=axes: jax.lax.psum(x, axes),
+      in_specs=sharding.ROWS,
+      out_specs=sharding.ROWS,
+    )
+    sharding.jit(total)(ones)
 
 
 def raise_together(error: UserError | None, kind: type[UserError] = UserError) -> None:
@@ -24,3 +50,14 @@ def raise_together(error: UserError | None, kind: type[UserError] = UserError) -
         error = kind(f"on process {process}: {text}")
   if error is not None:
     raise error
+
+
+@contextlib.contextmanager
+def together(kind: type[UserError] = UserError) -> Iterator[None]:
+  """Raises a UserError of the block on every process; see `raise_together`."""
+  failed = None
+  try:
+    yield
+  except UserError as error:
+    failed = error
+  raise_together(failed, kind)

@@ -149,6 +149,30 @@ def put(x: Any, sharding: Any) -> Any:
   return jax.tree.map(leaf, x, sharding)
 
 
+def own_rows(sharding: NamedSharding, count: int) -> np.ndarray:
+  """The rows of a batch that this process's devices hold, ascending."""
+  held = np.zeros(count, bool)
+  for (rows,) in sharding.addressable_devices_indices_map((count,)).values():
+    held[rows] = True
+  return np.flatnonzero(held)
+
+
+def put_own(x: np.ndarray, own: np.ndarray, count: int, sharding: NamedSharding) -> jax.Array:
+  """Places a batch of which this process has its own rows.
+
+  Args:
+    x: `[len(own), ...]`.
+    own: see `own_rows`.
+    count: rows of the batch.
+    sharding: of the batch.
+  """
+  if len(own) < count:
+    whole = np.zeros((count, *x.shape[1:]), x.dtype)
+    whole[own] = x
+    x = whole
+  return put(x, sharding)
+
+
 def fetch(x: jax.Array) -> np.ndarray:
   """A sharded array as a numpy array on every process."""
   if x.is_fully_addressable:

@@ -9,6 +9,7 @@ from rlft.evaluation import results
 from rlft.evaluation.evaluate import EvalSpec, evaluate
 from rlft.evaluation.results import BestBase, EvalResult
 from rlft.models import lora
+from rlft.parallel import processes
 from rlft.report import samples
 from rlft.run.open import Run
 from rlft.run.preemption import Stop
@@ -47,10 +48,12 @@ def evaluate_run(run: Run, weights: lora.Weights, iteration: int, stop: Stop) ->
   check_evaluations(measured, iteration)
   if iteration == 0:
     best = _measure_best_base(run, measured, weights, stop)
-    if run.writes and best:
-      results.write_base(run.workdir, best)
-  if run.writes:
-    results.append_history(run.workdir, iteration, measured)
+    with processes.together():
+      if run.writes and best:
+        results.write_base(run.workdir, best)
+  with processes.together():
+    if run.writes:
+      results.append_history(run.workdir, iteration, measured)
 
 
 def _measure_best_base(

@@ -24,7 +24,8 @@ from rlft.evaluation.metric import MetricScorer
 from rlft.models import stable_diffusion
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
-from rlft.parallel import sharding
+from rlft.parallel import processes, sharding
+from rlft.parallel.join import announced
 from rlft.rewards.scoring import gradient, trial
 from rlft.rewards.scoring.task import TaskScorer, task_reward, uses
 from rlft.run import checks
@@ -119,19 +120,21 @@ def open_run(config: Config, devices: int = 0) -> Run:
   checks.validate_devices(
     config, device_count=devices or jax.device_count(), process_count=jax.process_count()
   )
+  mesh = sharding.make_mesh(config.devices.fsdp, devices)
+  processes.meet(mesh)
   checkpointer = Checkpointer(
     files.path_of(config.output.workdir) / "checkpoints", keep=config.output.keep_checkpoints
   )
   try:
-    return _open(config, devices, checkpointer)
+    with announced():
+      return _open(config, mesh, checkpointer)
   except BaseException:
     checkpointer.close()
     raise
 
 
-def _open(config: Config, devices: int, checkpointer: Checkpointer) -> Run:
+def _open(config: Config, mesh: Mesh, checkpointer: Checkpointer) -> Run:
   algorithm = catalog.make_algorithm(config.algorithm)
-  mesh = sharding.make_mesh(config.devices.fsdp, devices)
   made_once = functools.cache(catalog.make_reward)
   rewards = [task_reward(task, made_once) for task in config.task]
   prompts = [catalog.load_prompts(task.prompts) for task in config.task]

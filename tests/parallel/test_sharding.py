@@ -56,3 +56,12 @@ def test_batch_is_spread_over_both_axes():
   assert [s.data.shape for s in rows.addressable_shards] == [(2,)] * 8
   time_major = jax.device_put(jnp.zeros((3, 16)), jax.NamedSharding(mesh, sharding.COLUMNS))
   assert time_major.addressable_shards[0].data.shape == (3, 2)
+
+
+def test_a_batch_of_which_a_process_has_its_own_rows():
+  rows = sharding.batch(sharding.make_mesh())
+  assert sharding.own_rows(rows, 16).tolist() == list(range(16))
+  # Rows 4 and 5 are the third device's; nobody here reads the others.
+  placed = sharding.put_own(np.array([[7], [8]]), np.array([4, 5]), 16, rows)
+  (third,) = (shard.data for shard in placed.addressable_shards if shard.index[0].start == 4)
+  assert placed.shape == (16, 1) and third.tolist() == [[7], [8]]

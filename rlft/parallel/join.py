@@ -1,0 +1,250 @@
+"""Several processes, on one or many hosts, that become one run: found, joined, watched and left."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import ctypes
+import dataclasses
+import glob
+import logging
+import os
+import socket
+from typing import Any
+import urllib.request
+
+import jax
+from jax._src import distributed  # What Orbax takes, too: there is no public way to the store.
+from jax._src.lib import utils
+
+from rlft.config.fields import option
+from rlft.parallel import watch as watch_lib
+from rlft.parallel.watch import FAILED, Watch
+from rlft.types import UserError
+
+_KEYS = "rlft/processes/"
+_TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+_JOIN_S = 300  # in which all processes must have come
+_watch: list[Watch] = []  # of this process, once it has joined others
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessSettings:
+  """Which processes make the run; on TPU pods and under Slurm that is found out."""
+
+  coordinator: str = option(
+    "HOST:PORT at which the others reach process 0; the same for all processes", ""
+  )
+  num_processes: int | None = option("processes of the run", None, least=1)
+  process_id: int | None = option("number of this process, from 0", None, least=0)
+  process_timeout_s: float = option(
+    "seconds without a sign of life from a process after which the others stop", 45.0, least=5
+  )
+
+
+@contextlib.contextmanager
+def joined(settings: ProcessSettings) -> Iterator[None]:
+  """Makes one run of all processes, where there are several; one is left as it is.
+
+  Before JAX has started. However the block ends, no process waits for another for ever: what goes
+  wrong in one ends all, and each prints one line that names it.
+
+  Raises:
+    UserError: settings that contradict each other; processes that do not come.
+  """
+  arguments = found(settings, os.environ)
+  if arguments is None:
+    yield
+    return
+  _initialize(arguments, settings.process_timeout_s)
+  state = distributed.global_state
+  if state.num_processes == 1:
+    yield
+    return
+  watch = Watch(
+    _Store(state.client),
+    process=state.process_id,
+    count=state.num_processes,
+    name=f"{socket.gethostname()}, pid {os.getpid()}",
+    timeout_s=settings.process_timeout_s,
+  )
+  keep = _end_with_coordinator(state.coordinator_address) if state.process_id else None
+  watch.start()
+  _watch.append(watch)
+  try:
+    yield
+  except BaseException as error:
+    watch.announce(error)
+    watch.leave()
+  watch.finish()
+  jax.distributed.shutdown()
+  del keep
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[None]:
+  """Tells the other processes of an error in the block before anything else is done about it."""
+  try:
+    yield
+  except BaseException as error:
+    for watch in _watch:
+      watch.announce(error)
+    raise
+
+
+def found(
+  settings: ProcessSettings,
+  environment: Mapping[str, str],
+  pod_workers: Callable[[Mapping[str, str]], int] | None = None,
+) -> dict[str, Any] | None:
+  """How `jax.distributed.initialize` is to be called; None where this process is the only one.
+
+  Args:
+    settings: what the user says goes first.
+    environment: of Slurm and of TPUs, where they start the processes.
+    pod_workers: counts the hosts of a TPU pod; `tpu_workers` if None.
+
+  Raises:
+    UserError: part of the settings is missing, or they contradict each other.
+  """
+  given = {
+    "coordinator": settings.coordinator or None,
+    "num_processes": settings.num_processes,
+    "process_id": settings.process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) < len(given):
+    if missing:
+      raise UserError(
+        f"--{missing[0]} is missing: of several processes each is given --coordinator,"
+        " --num_processes and --process_id"
+      )
+    host, colon, port = settings.coordinator.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+      raise UserError(f"--coordinator={settings.coordinator} is not HOST:PORT: give one")
+    if settings.process_id >= settings.num_processes:
+      raise UserError(
+        f"--process_id={settings.process_id} is not below --num_processes="
+        f"{settings.num_processes}: the first process is 0"
+      )
+    if settings.num_processes == 1:
+      return None
+    return {
+      "coordinator_address": settings.coordinator,
+      "num_processes": settings.num_processes,
+      "process_id": settings.process_id,
+      "cluster_detection_method": "deactivate",
+    }
+  # The script that srun is called in has the counts of the job, too, but is no task of a step.
+  if all(key in environment for key in (*_SLURM, "SLURM_STEP_NUM_TASKS")):
+    if int(environment["SLURM_STEP_NUM_TASKS"]) > 1:
+      return {"local_device_ids": slurm_devices(environment)}
+    return None
+  return {} if (pod_workers or tpu_workers)(environment) > 1 else None
+
+
+def slurm_devices(environment: Mapping[str, str]) -> list[int] | None:
+  """The GPUs of a task of Slurm, among those that it sees; None leaves it to JAX.
+
+  JAX gives the n-th task of a node the n-th GPU that it sees. That fits a GPU for each task that
+  sees them all, but leaves GPUs idle where a node has one task, and fails where each task sees no
+  more than its own.
+  """
+  visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+  if not visible:
+    return None
+  count = len(visible.split(","))
+  tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
+  return list(range(count)) if count == 1 or tasks == "1" else None
+
+
+def tpu_workers(environment: Mapping[str, str]) -> int:
+  """How many hosts the TPU of this host has; 0 where there is no TPU, or JAX is not to use it."""
+  if environment.get("JAX_PLATFORMS", "tpu").partition(",")[0] != "tpu":
+    return 0
+  if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+    return 0
+  # In Kubernetes the environment tells; on a virtual machine its metadata do.
+  hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+  slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+  if not hosts:
+    request = urllib.request.Request(
+      f"{_TPU_METADATA}worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
+    )
+    try:
+      with urllib.request.urlopen(request, timeout=10) as answer:
+        hosts = answer.read().decode()
+    except OSError:  # A GPU's /dev/vfio, or a TPU elsewhere than at Google.
+      return 0
+  return slices * len(hosts.split(","))
+
+
+def _initialize(arguments: Mapping[str, Any], timeout_s: float) -> None:
+  # What SIGTERM does is ours, see rlft/run/preemption.py; JAX's handler would swallow those that
+  # come before training.
+  jax.config.update("jax_enable_preemption_service", False)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+  try:
+    jax.distributed.initialize(
+      **arguments,
+      initialization_timeout=_JOIN_S,
+      # JAX's own watch aborts without saying who is gone: it comes second.
+      heartbeat_timeout_seconds=max(100, round(2 * timeout_s)),
+      shutdown_timeout_seconds=round(timeout_s),
+    )
+  except (RuntimeError, ValueError) as error:
+    where = f" at {arguments['coordinator_address']}" if "coordinator_address" in arguments else ""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    raise UserError(
+      f"the processes of this run did not meet{where} in {_JOIN_S} s ({reason}): start all of them,"
+      " each with its own --process_id, and see whether they can reach that host and port"
+    ) from error
+
+
+class _Store:
+  """The key-value store of JAX's coordinator, which is part of process 0."""
+
+  def __init__(self, client: Any):
+    self._client = client
+
+  def write(self, process: int, sign: str) -> None:
+    self._client.key_value_set(f"{_KEYS}{process}", sign, allow_overwrite=True)
+
+  def read(self) -> Mapping[int, str]:
+    return {
+      int(key.rpartition("/")[2]): sign for key, sign in self._client.key_value_dir_get(_KEYS)
+    }
+
+
+def _end_with_coordinator(address: str) -> Any:
+  """Has one line said where JAX aborts this process, as it does once process 0 is gone.
+
+  JAX lets no function be called then, and prints a stack of C++.
+
+  Args:
+    address: of process 0.
+
+  Returns:
+    What has to be kept.
+  """
+  if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":  # JAX sets 1.
+    utils.absl_set_min_log_level(4)  # Nothing of what C++ says; its errors are raised, too.
+
+  def aborted(_: int) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+      what = "JAX has aborted this process; why, it prints with TF_CPP_MIN_LOG_LEVEL=0 before the"
+      watch_lib.leave(f"{what} command", FAILED)
+    except OSError:
+      watch_lib.leave(
+        f"process 0 (at {address}) has died, and all processes stop: run the same command again to"
+        " go on from the last checkpoint",
+        FAILED,
+      )
+
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, type(handler)), ctypes.c_void_p
+  libc.signal(6, handler)  # SIGABRT; Python's own handlers run only after it.
+  return handler
