@@ -112,14 +112,13 @@ create() {
 
 # With a Python of its own, as that of the images is too old.
 install() {
-  local package
-  package=$(mktemp -d)/rlft.tar.gz
+  local package=${TMPDIR:-/tmp}/rlft-$name.tar.gz
   [[ $dry_run ]] || git archive --output="$package" HEAD
   vm scp "$package" "$name:rlft.tar.gz" --worker=all
   # What ~ is, the TPU's machines know.
   # shellcheck disable=SC2016
   on_all 'mkdir -p rlft && tar -xzf rlft.tar.gz -C rlft && cd rlft && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing --python 3.12 .venv && ~/.local/bin/uv pip install -q -e ".[tpu,gcs,parquet,records]"'
-  rm -rf "$(dirname "$package")"
+  [[ $dry_run ]] || rm -f "$package"
 }
 
 delete() {

@@ -35,8 +35,8 @@ class Work:
 
 def remaining_work(config: Config, rows: Sequence[Row], done: int) -> Work:
   """The work from iteration `done` to the end, given that of each program of an iteration."""
-  draws = [row for row in rows if _kind(row) in ("encode", "sample")]
-  learns = [row for row in rows if row not in draws]
+  draws = [row for row in rows if _draws(row)]
+  learns = [row for row in rows if not _draws(row)]
   count = max(0, config.iterations - done)
   size = max(task.batch_size for task in config.task)
   batch = sum(row.result.flops for row in draws if row.call.images == size)
@@ -78,9 +78,9 @@ def _images(sets: Iterable[tuple[Any, ...]]) -> list[int]:
   return [images for _, images, *_ in dict.fromkeys(sets)]
 
 
-def _kind(row: Row) -> str:
-  """The program's name without the size of its batch."""
-  return row.call.name.split()[0]
+def _draws(row: Row) -> bool:
+  """Whether it is one of the two programs that draw; names may end with the size of the batch."""
+  return row.call.name.split()[0] in ("encode", "sample")
 
 
 def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:

@@ -140,6 +140,7 @@ def _facts(
       f"{size} images an iteration, {size // mesh.size} a device"
       f" ({config.pretraining.pretrain_data})",
     )
+  yield "iterations", f"{config.iterations:,}"
   every = config.evaluation.eval_every
   if config.eval:
     middle = f", every {every} iterations" if every else ""
@@ -159,10 +160,10 @@ def _facts(
     " stay",
   )
   yield "logs", f"in its {METRICS_FILE} and tensorboard/; in the end its {REPORT_FILE}"
-  yield from (("missing", message) for message in _missing(config, settings, target))
+  yield from (("missing", message) for message in _missing(config, target))
 
 
-def _missing(config: Config, settings: PlanConfig, target: Target) -> Iterator[str]:
+def _missing(config: Config, target: Target) -> Iterator[str]:
   """One line for each thing that the run would stop at, or lose, as far as it shows from here."""
   looked_for = [(catalog.check_prompts, entry.prompts) for entry in (*config.task, *config.eval)]
   if config.pretraining.pretrain_weight:

@@ -132,6 +132,7 @@ def test_a_plan_says_where_what_and_how_much(described, tmp_path):
   for words in (
     "cpu:8: 8 devices as 8 x 1 (data x fsdp), 1 process\n",
     "16 images an iteration, 2 a device, of 16 prompts (prompts.txt)\n",
+    "iterations   10\n",
     "before, every 4 iterations and after, 24 images each time\n",
     "runs/x: starts afresh\n",
     "every 10 iterations, 0.00 GiB each; the newest 2 stay\n",
@@ -175,10 +176,9 @@ def test_memory_is_that_of_a_kept_compilation(run, described, tmp_path):
 
 def test_several_processes_need_a_disk_that_all_see(described):
   target = fields.replace(targets.open_target("cpu:8", 1), processes=2)
-  settings = plan.PlanConfig(dry_run=True)
-  assert any("all 2 processes see" in line for line in plan._missing(CONFIG, settings, target))
+  assert any("all 2 processes see" in line for line in plan._missing(CONFIG, target))
   bucket = fields.replace(CONFIG, workdir="gs://bucket/x")
-  assert not any("2 processes" in line for line in plan._missing(bucket, settings, target))
+  assert not any("2 processes" in line for line in plan._missing(bucket, target))
 
 
 def test_work_and_time_have_units():
