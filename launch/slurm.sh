@@ -20,13 +20,12 @@ set -euo pipefail
 
 # Programs survive the job, so that the next start compiles nothing.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/rlft/xla}"
+step='' stopped='' status=0
+trap 'stopped=1; [[ -z $step ]] || kill -TERM "$step"' USR1 TERM # srun hands it on to every process.
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" launch/train.py "$@" &
 step=$!
-stopped=
-trap 'stopped=1; kill -TERM "$step"' USR1 TERM # srun hands it on to every process.
 
 # A signal ends the first wait, not the step.
-status=0
 wait "$step" || status=$?
 if [[ $stopped ]]; then
   status=0
