@@ -16,8 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import shlex
-import sys
 import time
 
 import jax
@@ -32,9 +30,12 @@ from rlft.diffusion.sampler import image_keys
 from rlft.evaluation import results, summary
 from rlft.parallel import cpu, processes, sharding
 from rlft.parallel.join import announced
-from rlft.report import hacking, page
 from rlft.report import iteration as iteration_metrics
+from rlft.report import page
 from rlft.report.metrics import MetricsWriter, Progress
+from rlft.report.run_files import read_run
+from rlft.report.trackers import open_trackers
+from rlft.report.usage import Usage
 from rlft.rewards.scoring.errors import RewardError
 from rlft.run import checks
 from rlft.run.evaluation import evaluate_run, is_due
@@ -55,6 +56,7 @@ def train(config: Config) -> None:
     UserError: a mistake in the settings, a reward that failed, a full disk. The last consistent
       state is on disk then, and the same command goes on from it.
   """
+  start = time.monotonic()
   cpu.split_host(config.devices.cpu_devices)
   config = checks.with_rank(config)
   run = open_run(config)
@@ -63,13 +65,13 @@ def train(config: Config) -> None:
     with processes.together():
       if run.writes:
         files.write_atomic(run.workdir / "config.json", stored.to_json(config) + "\n")
-    _loop(run, state, cursor, stop)
+    _loop(run, state, cursor, stop, start)
 
 
 # ---------------------------------------------------------------------------- the loop
 
 
-def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
+def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float) -> None:
   """Iterations, checkpoints and evaluations, until the end or until told to stop.
 
   What keeps every end of the process harmless:
@@ -85,7 +87,8 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
   with contextlib.ExitStack() as stack:
     with processes.together():
       if run.writes:
-        writer = stack.enter_context(MetricsWriter(run.workdir, first_iteration=cursor.iteration))
+        stack.enter_context(Usage(run.workdir, since=start))
+        writer = stack.enter_context(_open_writer(run, cursor.iteration))
         progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
     try:
       while True:
@@ -99,6 +102,9 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
           run.checkpointer.wait()
           evaluate_run(run, programs.averaged_weights(state, run.frozen), iteration, stop)
           cursor.evaluated = True
+          with processes.together():
+            if run.writes:
+              writer.write_evaluation(iteration)
           if run.writes:
             for line in summary.lines(results.read_history(run.workdir)):
               progress.say(line)
@@ -116,6 +122,10 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
         if config.optimizer.ema_decay:
           state = programs.average(state)
         metrics = iteration_metrics.summarise(cursor.metrics, images)
+        metrics |= {
+          "learning_rate": config.optimizer.learning_rate,
+          "images_seen": images * (iteration + 1),
+        }
         if iteration == 0:
           _warn_if_bounded(config, metrics["grad_norm"])
         cursor = Cursor(iteration + 1)
@@ -136,23 +146,33 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop) -> None:
     _report(run)
 
 
+def _open_writer(run: Run, first_iteration: int) -> MetricsWriter:
+  """Opens what takes the numbers of iterations, and the trackers that the settings name."""
+  trackers = open_trackers(
+    run.config.output.tracker,
+    run.workdir,
+    first_iteration=first_iteration,
+    config=stored.to_dict(run.config),
+  )
+  return MetricsWriter(run.workdir, first_iteration=first_iteration, trackers=trackers)
+
+
 def _report(run: Run) -> None:
-  """Writes what a user looks at when the run has ended."""
-  history = results.read_history(run.workdir)
+  """Writes what a user looks at when the run has ended; the last line says what it came to."""
+  history, best = results.read_history(run.workdir), results.read_base(run.workdir)
   if history:
     before, after = history[0][1], history[-1][1]
-    best = results.read_base(run.workdir)
     results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config), best)
+    print(summary.table(before, after, best))
   judges = [judge for task in run.tasks if (judge := task.scorer.judge)]
   lower = [judge.name for judge in judges if judge.lower_is_better]
-  command = shlex.join(["python", *sys.argv])
-  written = page.write_report(run.workdir, command=command, lower_is_better=lower)
-  if history:
-    print(summary.table(before, after, best))
-  for call in hacking.of_run(run.workdir, stored.to_dict(run.config), lower_is_better=lower):
+  written = page.write_report(run.workdir, lower_is_better=lower)
+  found = read_run(run.workdir, lower_is_better=lower)
+  for call in found.calls:
     if call.found.hacked:
       print(call.sentence)
   print(f"report: {written}")
+  print(found.verdict.sentence)
 
 
 # ---------------------------------------------------------------------------- units of work

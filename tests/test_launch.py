@@ -62,12 +62,19 @@ def folder(tmp_path_factory):
     cwd=folder,
   )
   assert done.returncode == 0, done.stdout + done.stderr
+  # The last line says what the run came to, as the report's first does.
+  *_, written, verdict = done.stdout.splitlines()
+  assert written == "report: run/report.html"
+  assert f"<h1>{verdict}.</h1>" in (folder / "run" / "report.html").read_text()
   return folder
 
 
 def test_a_run_leaves_its_files(folder):
   files = {path.name for path in (folder / "run").iterdir()}
   assert {"config.json", "metrics.jsonl", "eval.json", "report.html", "checkpoints"} <= files
+  assert {"usage.jsonl", "tensorboard"} <= files
+  (line,) = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(line)["learning_rate"] == 0.1 and json.loads(line)["images_seen"] == 4
 
 
 def test_sample(folder):

@@ -233,6 +233,7 @@ def test_readme_commands(parsed):
       "benchmark",
       "prepare_prompts",
       "rate",
+      "report",
       "reproduce",
     )
   }

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import models_cases
 import numpy as np
 import pytest
+import tensorboard_cases
 import train_cases as cases
 
 from rlft.config.settings import EvalConfig
@@ -135,7 +136,15 @@ def test_what_a_run_leaves(eight_devices):
   assert json.loads((workdir / "config.json").read_text())["learning_rate"] == 1e-2
   page = (workdir / "report.html").read_text()
   assert "Reward: red" in page and "data:image/png;base64," in page
-  assert list((workdir / "tensorboard").iterdir())
+  # Trackers get evaluations and pictures as well.
+  found = {
+    (event.step, value.tag)
+    for event in tensorboard_cases.events(workdir)
+    for value in event.summary.value
+  }
+  wanted = {"eval/red/mean", "samples/red/0"}
+  assert found >= {(iteration, tag) for iteration in (0, 2) for tag in wanted}
+  assert (1, "loss/pretrain") in found
   grids = sorted(path.name for path in (workdir / "grids" / "red").glob("*.png"))
   assert grids == ["000000.png", "000002.png"]
 

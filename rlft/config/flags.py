@@ -9,6 +9,7 @@ A launch script defines its flags, then hands `main` one function without argume
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from importlib import metadata
 import logging
 import os
@@ -147,29 +148,35 @@ def _help(field: dataclasses.Field) -> str:
   return text
 
 
-def main(run: Callable[[], None]) -> None:
+def main(run: Callable[..., None], *, takes_paths: bool = False) -> None:
   """Parses the flags and calls `run`; a user's mistake ends the program with one line and status 2.
 
   Defines `--version`, too.
 
   Args:
     run: does the work; what it raises as UserError is printed to stderr as 'error: ...'.
+    takes_paths: give it what stands on the command line beside flags, which is else refused.
   """
   if "version" not in flags.FLAGS:
     flags.DEFINE_boolean("version", False, "print the versions of rlft, JAX and Python, and end")
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["version"])
   logging.getLogger("jax._src.xla_bridge").addFilter(_tells_something)
 
-  def guarded(_: Sequence[str]) -> None:
+  def guarded(argv: Sequence[str]) -> None:
     try:
-      run()
+      run(*([argv[1:]] if takes_paths else []))
     except UserError as error:
       _fail(str(error))
 
-  app.run(guarded, flags_parser=parse)
+  app.run(guarded, flags_parser=functools.partial(parse, takes_paths=takes_paths))
 
 
-def parse(argv: Sequence[str], *, flag_values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
+def parse(
+  argv: Sequence[str],
+  *,
+  flag_values: flags.FlagValues = flags.FLAGS,
+  takes_paths: bool = False,
+) -> Sequence[str]:
   """absl's parser with its errors in one line; nothing on the command line is ignored.
 
   A mistake is printed and ends the program with status 2.
@@ -195,7 +202,7 @@ def parse(argv: Sequence[str], *, flag_values: flags.FlagValues = flags.FLAGS) -
     _fail("unknown flag, with a name longer than any there is: see --help")
   except UnicodeDecodeError as error:
     _fail(f"a flagfile is not text ({error}): give a file with one --flag=value a line")
-  if len(rest) > 1:
+  if len(rest) > 1 and not takes_paths:
     _fail(f"unexpected argument '{rest[1]}': write options as --flag=value")
   return rest
 

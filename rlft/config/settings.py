@@ -295,6 +295,12 @@ class OutputSettings:
     "iterations between checkpoints; 0: only at the end and on SIGTERM", 10, least=0
   )
   keep_checkpoints: int = option("newest checkpoints kept", 2, least=1)
+  tracker: str = option(
+    "where metrics, evaluations and pictures go while the run goes on, beside its own files;"
+    " TensorBoard's are in its tensorboard/, wandb is to be installed and logged in to",
+    "tensorboard",
+    choices=("tensorboard", "wandb", "tensorboard+wandb", "none"),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ def line_chart(
   log_floor: float | None = None,
   smooth: bool = False,
   peaks: bool = False,
+  hint: str = "",
 ) -> str:
   """A chart with a line, and a band where there are bounds, for each series.
 
@@ -50,12 +51,13 @@ def line_chart(
     smooth: draw the values of a long series faint, and their moving average over a tenth of the
       range on top.
     peaks: where points are too many and are merged, show their maximum instead of their mean.
+    hint: how to read it, below.
 
   Returns:
     An HTML figure.
   """
   content = lines(series, log_floor=log_floor, smooth=smooth, peaks=peaks)
-  return _figure(title, content, [(one.name, _last(_thin(one, peaks).y)) for one in series])
+  return _figure(title, content, [(one.name, _last(_thin(one, peaks).y)) for one in series], hint)
 
 
 def lines(
@@ -238,17 +240,18 @@ def _curve(axes: _Axes, one: Series, color: str, smooth: bool) -> str:
   return axes.line(one.x, one.y, color, 2) + axes.dots(one, color)
 
 
-def _figure(title: str, content: str, legend: Sequence[tuple[str, float]]) -> str:
-  """Puts a chart's title, picture and legend (names and last values) together."""
+def _figure(title: str, content: str, legend: Sequence[tuple[str, float]], hint: str = "") -> str:
+  """Puts a chart's title, picture, legend (names and last values) and hint together."""
   entries = "".join(
     f'<span><i style="background:{color}"></i>{html.escape(name or "last")}'
     f" <b>{f'{value:.4g}' if math.isfinite(value) else '–'}</b></span>"
     for color, (name, value) in zip(colors(len(legend)), legend, strict=True)
   )
+  below = f'<p class="note">{html.escape(hint)}</p>' if hint else ""
   return (
     f"<figure><figcaption>{html.escape(title)}</figcaption>"
     f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-    f'{content}</svg><div class="legend">{entries}</div></figure>'
+    f'{content}</svg><div class="legend">{entries}</div>{below}</figure>'
   )
 
 

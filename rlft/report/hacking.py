@@ -30,8 +30,18 @@ class Call:
 
   @property
   def sentence(self) -> str:
-    """For the page and the console."""
+    """For the console."""
     return hacking.sentence(self.name, self.judge, self.found)
+
+  @property
+  def plainly(self) -> str:
+    """In words alone."""
+    return hacking.plainly(self.found)
+
+  @property
+  def numbers(self) -> str:
+    """In numbers alone."""
+    return hacking.numbers(self.judge, self.found)
 
 
 def of_run(

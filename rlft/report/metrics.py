@@ -1,9 +1,8 @@
-"""What a run reports while it goes on: metrics.jsonl, TensorBoard event files, a progress bar."""
+"""What a run reports while it goes on: metrics.jsonl, for trackers too, and a progress bar."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 import json
-import logging
 import math
 import operator
 import os
@@ -12,59 +11,43 @@ import sys
 import time
 from typing import Any, TextIO
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 import tqdm
 
+from rlft.report import trackers as trackers_lib
+from rlft.report.trackers import Tracker
 from rlft.storage import files
-
-_log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-  """Appends each iteration's numbers to `metrics.jsonl` and to TensorBoard's event files.
+  """Appends each iteration's numbers to `metrics.jsonl`, and gives them to trackers.
 
   A run that was stopped and goes on at iteration n must be opened with `first_iteration=n`: lines
   of iteration n and later, and a half-written last line, are dropped, so that the file has each
   iteration once. On a run of several processes only one may write.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], *, first_iteration: int):
-    """Opens the files.
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    first_iteration: int,
+    trackers: Sequence[Tracker] = (),
+  ):
+    """Opens the file.
 
     Args:
-      workdir: made where it is missing; event files go to its `tensorboard/`.
+      workdir: made where it is missing.
       first_iteration: the iteration that will be written first; 0 drops every old line.
+      trackers: closed with this.
 
     Raises:
       UserError: an unreadable old file, or a directory that cannot be written.
     """
     files.keep_before(files.path_of(workdir) / METRICS_FILE, first_iteration)
     self._lines = files.Lines(files.path_of(workdir) / METRICS_FILE)
-    self._events_directory = files.path_of(workdir) / "tensorboard"
-    self._events = None
-    if files.is_bucket(workdir):
-      _log.warning(
-        "no TensorBoard files are written to the bucket of %s: %s has the same numbers",
-        workdir,
-        METRICS_FILE,
-      )
-      return
-    with files.writing(self._events_directory):
-      self._events_directory.mkdir(exist_ok=True)
-      # Not tensorboardX's SummaryWriter: it writes in a thread, which dies silently when the disk
-      # is full and then blocks the run for ever. Its names repeat within a second, hence ours.
-      suffix = f".{os.getpid()}.{time.monotonic_ns()}"
-      self._events = EventsWriter(str(self._events_directory / "events"), suffix)
-      # Tells TensorBoard to forget what an earlier process wrote from this step on.
-      start = SessionLog(status=SessionLog.START)
-      self._events.write_event(
-        Event(wall_time=time.time(), step=first_iteration, session_log=start)
-      )
-      self._events.flush()
+    self._workdir, self._trackers = workdir, trackers
 
   def write(self, iteration: int, values: Mapping[str, Any]) -> None:
     """Writes one iteration.
@@ -80,25 +63,18 @@ class MetricsWriter:
     numbers = {name: _number(value) for name, value in values.items()}
     shown = {name: files.finite(v) if isinstance(v, float) else v for name, v in numbers.items()}
     self._lines.add(json.dumps({"iteration": iteration} | shown))
-    self.write_tensorboard(iteration, numbers)
+    for tracker in self._trackers:
+      tracker.write(iteration, numbers)
 
-  def write_tensorboard(self, iteration: int, values: Mapping[str, Any]) -> None:
-    """Writes numbers to TensorBoard only, such as those of an evaluation; see `write`."""
-    if self._events is None:
-      return
-    numbers = {name: _number(value) for name, value in values.items()}
-    summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
-    with files.writing(self._events_directory):
-      self._events.write_event(Event(wall_time=time.time(), step=iteration, summary=summary))
-      self._events.flush()
+  def write_evaluation(self, iteration: int) -> None:
+    """Gives trackers what the workdir has of an evaluation; see `trackers.write_evaluation`."""
+    trackers_lib.write_evaluation(self._trackers, self._workdir, iteration)
 
   def close(self) -> None:
-    """Closes the files; everything was flushed before."""
+    """Closes everything; it was flushed before."""
     self._lines.close()
-    if self._events is not None:
-      # After a write that failed, closing tries it again.
-      with contextlib.suppress(OSError):
-        self._events.close()
+    for tracker in self._trackers:
+      tracker.close()
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -107,12 +83,16 @@ class MetricsWriter:
     self.close()
 
 
-def trained_curves(names: Iterable[str]) -> list[str]:
+def trained_curves(names: Iterable[str], *, kind: str = "reward") -> list[str]:
   """The `<task>` or, where a task is trained on a sum, the `<task>/<label>` in metric names.
 
   The mean of a sum of normalised rewards is 0 but for a veto; its terms show how it goes.
+
+  Args:
+    names: of metrics.
+    kind: 'reward', or 'watch' for the judges.
   """
-  matches = (re.fullmatch("reward/(.+)/mean", name) for name in names)
+  matches = (re.fullmatch(f"{kind}/(.+)/mean", name) for name in names)
   found = [match[1] for match in matches if match]
   return [one for one in found if not any(other.startswith(f"{one}/") for other in found)]
 

@@ -18,12 +18,11 @@ from rlft.types import Prompt
 
 GRIDS_DIRECTORY = "grids"
 
-_PICTURE_BYTES = 4_000_000  # of all pictures together, in base64
-_PIXELATED = 64  # images up to this height are enlarged as squares, larger ones are reduced
-_REDUCED = 128
+_PIXELATED = 64  # images up to this height are enlarged as squares, larger ones may be reduced
+# Times that are shown and the height of an image: what is tried until the page is small enough.
+_SIZES = ((12, 512), (8, 512), (8, 384), (6, 256), (4, 256), (4, 128), (2, 128))
 _ACROSS = 4  # images side by side for one prompt
 _PAD = 1
-_SET_COLUMNS = 4  # sets are wide: more would not fit a screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +117,14 @@ def read_samples(workdir: str | os.PathLike[str]) -> dict[str, list[Sheet]]:
   return found
 
 
+def read_sheets(workdir: str | os.PathLike[str], iteration: int) -> dict[str, Sheet]:
+  """The kept samples of one iteration by evaluation; a file that cannot be read is left out."""
+  grids = files.path_of(workdir) / GRIDS_DIRECTORY
+  names = sorted(path.name for path in grids.iterdir()) if grids.is_dir() else ()
+  found = {name: _read(grids / name / f"{iteration:06d}.png") for name in names}
+  return {name: sheet for name, sheet in found.items() if sheet}
+
+
 def _read(path: files.Path) -> Sheet | None:
   try:
     about = json.loads(path.with_suffix(".json").read_text())
@@ -134,6 +141,7 @@ def _read(path: files.Path) -> Sheet | None:
 class Picture:
   """A cell at one time; `data` is a data URI."""
 
+  iteration: int
   time: str
   data: str
 
@@ -144,65 +152,77 @@ class Gallery:
 
   Attributes:
     name: of the evaluation.
-    times: what stands above each column.
-    rows: a prompt and its pictures, one for each column.
-    width: of a picture in pixels.
+    iterations: at which there are pictures, the first first.
+    rows: a prompt and its pictures, one for each of `iterations`.
+    width: of a picture in CSS pixels, as it is shown first.
     pixelated: whether pixels are shown as squares.
   """
 
   name: str
-  times: tuple[str, ...]
+  iterations: tuple[int, ...]
   rows: tuple[tuple[str, tuple[Picture, ...]], ...]
   width: int
   pixelated: bool
 
 
-def galleries(workdir: str | os.PathLike[str]) -> list[Gallery]:
-  """The kept samples of each evaluation: a row for each prompt, a column for each time."""
+def galleries(workdir: str | os.PathLike[str], *, budget: int) -> list[Gallery]:
+  """The kept samples of each evaluation: a row for each prompt, a picture for each time.
+
+  Args:
+    workdir: the run's directory.
+    budget: bytes of all pictures together, in base64; fewer times are shown, and smaller pictures,
+      until they fit.
+  """
   sheets = read_samples(workdir)
-  # Fewer columns until the page is small enough to be sent by mail.
-  for columns in (6, 4, 3, 2):
-    found = [_gallery(name, _spread(kept, columns)) for name, kept in sheets.items()]
+  found: list[Gallery] = []
+  for times, side in _SIZES:
+    found = [_gallery(name, _spread(kept, times), side) for name, kept in sheets.items()]
     pictures = (picture for one in found for _, row in one.rows for picture in row)
-    if sum(len(picture.data) for picture in pictures) <= _PICTURE_BYTES:
+    if sum(len(picture.data) for picture in pictures) <= budget:
       break
   return found
 
 
-def _gallery(name: str, sheets: Sequence[Sheet]) -> Gallery:
-  times = tuple(summary.when(sheet.iteration) for sheet in sheets)
-  # A row for each column, turned round.
-  encoded = zip(*(_encode(sheet) for sheet in sheets), strict=True)
+def _gallery(name: str, sheets: Sequence[Sheet], side: int) -> Gallery:
+  # A row for each time, turned round.
+  encoded = zip(*(_encode(sheet, side) for sheet in sheets), strict=True)
   first = sheets[0]
   return Gallery(
     name=name,
-    times=times,
+    iterations=tuple(sheet.iteration for sheet in sheets),
     rows=tuple(
-      (prompt, tuple(map(Picture, times, row)))
+      (
+        prompt,
+        tuple(
+          Picture(sheet.iteration, summary.when(sheet.iteration), data)
+          for sheet, data in zip(sheets, row, strict=True)
+        ),
+      )
       for prompt, row in zip(first.prompts, encoded, strict=True)
     ),
     # In a cell of several images each is smaller, so that a phone shows a whole set.
-    width=(96 if first.across == 1 else 48) * first.across,
+    width=(128 if first.across == 1 else 56) * first.across,
     pixelated=first.image_size <= _PIXELATED,
   )
 
 
 def _spread(sheets: Sequence[Sheet], count: int) -> list[Sheet]:
   """At most `count` of the sheets, evenly spread, with the first and the last."""
-  count = min(count, len(sheets), count if sheets[0].across == 1 else _SET_COLUMNS)
+  count = min(count, len(sheets))
   chosen = np.unique(np.linspace(0, len(sheets) - 1, count).round().astype(int))
   return [sheets[index] for index in chosen]
 
 
-def _encode(sheet: Sheet) -> list[str]:
-  """The cells as data URIs: small pictures exactly, larger ones reduced."""
+def _encode(sheet: Sheet, side: int) -> list[str]:
+  """The cells as data URIs: small pictures exactly, larger ones of `side` pixels at most."""
+  cells = [cell[_PAD:-_PAD, _PAD:-_PAD] for cell in sheet.cells]  # The page has margins of its own.
   if sheet.image_size <= _PIXELATED:
-    return [_data_uri("png", images_lib.encode_png(cell)) for cell in sheet.cells]
+    return [_data_uri("png", images_lib.encode_png(cell)) for cell in cells]
   encoded = []
-  for cell in sheet.cells:
+  for cell in cells:
     picture, buffer = PIL.Image.fromarray(cell), io.BytesIO()
-    factor = min(_REDUCED / sheet.image_size, 1)
-    size = [max(round(side * factor), 1) for side in picture.size]
+    factor = min(side / sheet.image_size, 1)
+    size = [max(round(length * factor), 1) for length in picture.size]
     picture.resize(size, PIL.Image.Resampling.LANCZOS).save(buffer, format="JPEG", quality=85)
     encoded.append(_data_uri("jpeg", buffer.getvalue()))
   return encoded

@@ -3,14 +3,14 @@ import io
 import json
 import os
 import resource
-import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+import tensorboard_cases
+from tensorboardX.proto.event_pb2 import SessionLog
 
-from rlft.report import metrics
+from rlft.report import metrics, trackers
 from rlft.types import UserError
 
 
@@ -18,24 +18,17 @@ def lines(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(workdir):
-  """All events of a directory: a record is length (8 bytes), CRC (4), content, CRC (4)."""
-  found = []
-  for path in (workdir / "tensorboard").iterdir():
-    content, position = path.read_bytes(), 0
-    while position < len(content):
-      (length,) = struct.unpack_from("<Q", content, position)
-      found.append(Event.FromString(content[position + 12 : position + 12 + length]))
-      position += 16 + length
-  return found
-
-
 def scalars(workdir):
   return [
     (event.step, value.tag, value.simple_value)
-    for event in events(workdir)
+    for event in tensorboard_cases.events(workdir)
     for value in event.summary.value
   ]
+
+
+def open_writer(workdir, first_iteration=0):
+  board = trackers.TensorBoard(workdir, first_iteration=first_iteration)
+  return metrics.MetricsWriter(workdir, first_iteration=first_iteration, trackers=[board])
 
 
 def test_one_json_object_a_line(tmp_path):
@@ -60,15 +53,13 @@ def test_one_json_object_a_line(tmp_path):
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):
-  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+  with open_writer(tmp_path) as writer:
     writer.write(0, {"a": 0.25, "b/c": 2})
     writer.write(1, {"a": float("nan")})
-    writer.write_tensorboard(1, {"eval/x": 0.75})
     # Flushed: what is there can be read while the run goes on.
     got = scalars(tmp_path)
   assert got[:2] == [(0, "a", 0.25), (0, "b/c", 2.0)]
   assert got[2][:2] == (1, "a") and np.isnan(got[2][2])
-  assert got[3] == (1, "eval/x", 0.75)
   assert len(lines(tmp_path)) == 2
 
 
@@ -77,17 +68,19 @@ def test_stopped_and_resumed_is_as_uninterrupted(tmp_path):
   with metrics.MetricsWriter(whole, first_iteration=0) as writer:
     for iteration in range(6):
       writer.write(iteration, {"a": iteration / 7})
-  with metrics.MetricsWriter(resumed, first_iteration=0) as writer:
+  with open_writer(resumed) as writer:
     for iteration in range(5):
       writer.write(iteration, {"a": iteration / 7})
   with open(resumed / "metrics.jsonl", "a") as file:
     file.write('{"iteration": 5, "a": 0.7')  # killed here
   # The last checkpoint was of iteration 3.
-  with metrics.MetricsWriter(resumed, first_iteration=3) as writer:
+  with open_writer(resumed, 3) as writer:
     for iteration in range(3, 6):
       writer.write(iteration, {"a": iteration / 7})
   assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
-  starts = [e.step for e in events(resumed) if e.session_log.status == SessionLog.START]
+  starts = [
+    e.step for e in tensorboard_cases.events(resumed) if e.session_log.status == SessionLog.START
+  ]
   assert sorted(starts) == [0, 3]  # TensorBoard drops the first process's steps from 3 on
   assert sorted(scalars(resumed))[-1][0] == 5
 
@@ -115,9 +108,9 @@ def test_full_disk_is_one_line_with_the_remedy(tmp_path):
 
 
 def test_full_disk_under_the_event_file(tmp_path):
-  writer = metrics.MetricsWriter(tmp_path, first_iteration=0)
+  writer = open_writer(tmp_path)
   with open("/dev/full", "wb") as full:
-    os.dup2(full.fileno(), writer._events._py_recordio_writer._writer.fileno())
+    os.dup2(full.fileno(), writer._trackers[0]._events._py_recordio_writer._writer.fileno())
   with pytest.raises(UserError, match="tensorboard: No space left on device"):
     writer.write(0, {"a": 1.0})
   writer.close()  # does not raise again

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import html.parser
 import json
 import re
@@ -38,6 +40,8 @@ def iteration_metrics(iteration):
     "approx_kl": float("nan") if iteration == 1 else 1e-6,
     "loss/pretrain": 0.1,
     "grad_norm": 1.0,
+    "learning_rate": 1e-5,
+    "images_seen": 64 * (iteration + 1),
     "time/sample_s": 60.0,
     "time/reward_s": 6.0,
     "time/update_s": 54.0,
@@ -82,24 +86,75 @@ def test_page_is_self_contained_and_well_formed(workdir):
   checker.feed(page)
   assert checker.outside == []
   assert not re.search(r"https?://|@import|url\(", page)
-  assert "script" not in checker.tags and "link" not in checker.tags
+  # The one script runs by its hash alone; what somebody wrote into a prompt does not.
+  assert checker.tags.count("script") == 1 and "link" not in checker.tags
+  (script,) = re.findall("<script>(.*?)</script>", page, re.DOTALL)
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  policy = re.search(r'Content-Security-Policy"\s*content="(.*?)"', page)[1]
+  assert policy.startswith("default-src 'none'; img-src data:;")
+  assert policy.endswith(f"; script-src 'sha256-{digest}'")
   assert "&lt;script&gt;" in page and "same &lt;b&gt;" in page
   assert page.count("<body>") == page.count("</html>") == 1
   pictures = re.findall(r"<svg.*?</svg>", page)
   for picture in pictures:
     ElementTree.fromstring(picture)
-  # 3 held-out metrics, 1 reward, 6 panels, the times, and 2 more curves.
-  assert len(pictures) == 13 and "2 more curves" in page
-  assert 'name="viewport"' in page
+  # 3 held-out metrics, 1 reward, 7 panels, the times, and 2 more curves.
+  assert len(pictures) == 14 and "2 more curves" in page
+  assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+
+
+def facts(page):
+  return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
 
 
 def test_page_says_what_was_run(workdir):
   page = report.write_report(workdir, command="train --x='<y>'").read_text()
   # 4 iterations of 64 images; 4 * (60 + 6 + 54) s = 8 minutes.
-  assert "4 of 5 iterations, 256 images sampled, 8.0 minutes" in page
+  assert facts(page) == {
+    "Iterations": "4 of 5",
+    "Images seen": "256",
+    "Sampling, scoring, updating": "8.0 min",
+  }
   assert "train --x=&#39;&lt;y&gt;&#39;" in page
-  assert "Base model: emoji-sd." in page and "<td>seed</td><td>12345</td>" in page
+  assert "<td>Base model</td><td>emoji-sd</td>" in page and "<td>seed</td><td>12345</td>" in page
+  assert "sample 4.0 min, reward 24 s, update 3.6 min" in page
   assert "<b>tone</b>: reward r, prompts p.txt,\n    64 images an iteration" in page
+
+
+def test_page_says_what_it_took(workdir):
+  line = {"seconds": 5400, "device": "TPU v6 lite", "devices": 8, "commit": "abc", "python": "3.12"}
+  line |= {
+    "peak_device_bytes": 2**34,
+    "peak_host_bytes": 2**32,
+    "command": "python launch/train.py",
+  }
+  (workdir / "usage.jsonl").write_text(2 * f"{json.dumps(line)}\n")
+  page = report.write_report(workdir).read_text()
+  assert facts(page) == {
+    "Iterations": "4 of 5",
+    "Images seen": "256",
+    "Wall clock": "3.0 h in 2 starts",
+    "Device hours": "24",
+    "Hardware": "8 x TPU v6 lite",
+    "Peak memory": "16.0 GiB a device, 4.0 GiB on the host",
+  }
+  assert "<td>Commit of rlft</td><td>abc</td>" in page and "Python 3.12" in page
+  assert "<code>python launch/train.py</code>" in page
+
+
+def test_the_first_screen_says_what_the_run_came_to(workdir):
+  page = report.write_report(workdir).read_text()
+  kind, head = re.search('<header class="verdict (.*?)">(.*?)</header>', page, re.DOTALL).groups()
+  assert kind == "hacked"  # What is trained on rises, something else falls.
+  assert (
+    "<h1>after 4 of 5: up rose, which was trained on, and down 9.50 → 13.5 became worse:" in head
+  )
+  assert "found in 50%, before in 100%.</p>" in head
+  steps = page[page.index("What to do next") : page.index("Before and after")]
+  assert "The run's own command, with" in steps.replace("&#39;", "'")
+  assert f"<code>--workdir={workdir}-2 --iterations=N</code>" in steps
+  # Nothing but the page's title is before it.
+  assert page.index("<header") < page.index("<h2>")
 
 
 def test_table_shows_direction_and_significance(workdir):
@@ -107,7 +162,7 @@ def test_table_shows_direction_and_significance(workdir):
   rows = re.findall(r'<tr class="([\w-]+)">\s*<td><b>(.*?)</b>', page)
   assert rows == [("better", "up"), ("worse", "down"), ("no-effect", "same &lt;b&gt;")]
   assert "+4.0000<small>[+4.0000, +4.0000]</small><b>+42.1%, ▲ better</b>" in page  # 4 / 9.5
-  assert page.count("<em>trained on</em><br>") == 1
+  assert page.count("<em>trained on</em><br>") == 1 and "<em>guard</em><br>" not in page
   assert "20 images, 20 prompts, found in 50.0%, before in 100.0%</small>" in page
   assert "<th>at the start</th><th>after 4 iterations</th><th>change</th>" in page
 
@@ -132,14 +187,23 @@ def test_the_base_at_its_best_stands_in_the_table(workdir):
 
 def test_pictures_of_every_evaluation(workdir):
   page = report.write_report(workdir).read_text()
-  assert page.count("<img ") == 2 * 3
+  assert page.count('<img src="data:image/png;base64,') == 2 * 3
   assert 'alt="a dog, after 2 iterations"' in page
+  # The first stand beside the last; the others wait for the slider.
+  shown = re.findall(r'class="shot" data-iteration="(\d)"( hidden)?>', page)
+  assert shown == 2 * [("0", ""), ("2", " hidden"), ("4", "")]
+  assert re.findall('<option value="(.)" label="(.*?)">', page) == [
+    ("0", "at the start"),
+    ("2", "after 2 iterations"),
+    ("4", "after 4 iterations"),
+  ]
 
 
 def test_a_run_with_nothing_yet(tmp_path):
   page = report.write_report(tmp_path).read_text()
   for sentence in ("No iteration has finished", "No evaluation has finished", "No samples"):
     assert sentence in page
+  assert "<h1>nothing is known yet: no iteration is done.</h1>" in page
 
 
 def test_a_run_that_was_stopped_early(workdir):
@@ -149,8 +213,8 @@ def test_a_run_that_was_stopped_early(workdir):
   with open(workdir / "metrics.jsonl", "a") as file:
     file.write('{"iteration": 4, "reward')
   page = report.write_report(workdir).read_text()
-  assert "4 iterations" in page and "evaluated once" in page
-  assert "better</b>" not in page and "held out" not in page.split("<h2>")[2]
+  assert facts(page)["Iterations"] == "4"
+  assert "better</b>" not in page and "(held out" not in page
   assert re.search(r'<tr class="">\s*<td><b>up</b>', page) and "<th>change" not in page
 
 
@@ -197,7 +261,6 @@ def test_a_reward_is_drawn_with_its_judge(tmp_path):
   assert (
     "reward r&lt;1&gt;, watch oracle-parity, prompts p," in page and "veto v, prompts p" in page
   )
-  assert "reward is being exploited" in " ".join(page.split())
 
 
 def test_a_run_in_which_nothing_could_be_scored(tmp_path):
@@ -209,7 +272,7 @@ def test_a_run_in_which_nothing_could_be_scored(tmp_path):
   page = report.write_report(tmp_path).read_text()
   assert page.count("not scored") == 3 and "no clear change" not in page
   assert "a (held out" not in page and "b (held out" in page
-  assert "nan" not in re.sub("<style>.*</style>", "", page, flags=re.S).lower()
+  assert not re.search(r"\bnan\b", page.lower())
 
 
 def test_a_hacked_run_is_called_hacked(tmp_path):
@@ -228,15 +291,22 @@ def test_a_hacked_run_is_called_hacked(tmp_path):
     found = {name: result(name, of) for name, of in scores.items()}
     results.append_history(tmp_path, iteration, found)
   page = " ".join(report.write_report(tmp_path).read_text().split())
-  assert '<p class="hacked">liked: reward hacked: from iteration 0 to 10 the reward changed' in page
+  assert (
+    "<h1>hacked: the reward of liked rose by 10 and its judge, oracle-preference, fell by 5 since"
+    " iteration 0.</h1>" in page
+  )
+  assert (
+    '<p class="warning"><b>liked: the reward rose and its judge became worse: it is being' in page
+  )
+  assert "being exploited</b> (from iteration 0 to 10 the reward changed by +10" in page
   # With the judge on other prompts, only the curves could tell, and there are none.
   config["eval"][1]["prompts"] = "other.txt"
   (tmp_path / "config.json").write_text(json.dumps(config))
-  assert "reward hacked" not in report.write_report(tmp_path).read_text()
+  assert "<h1>hacked" not in report.write_report(tmp_path).read_text()
   with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
     for i in range(12):
       writer.write(i, {"reward/liked/mean": i + i % 2, "watch/liked/mean": i % 2 - i})
   page = report.write_report(tmp_path).read_text()
-  assert '<p class="hacked">liked: reward hacked: from iteration 0 to 11' in page
+  assert "<h1>hacked: " in page and "(from iteration 0 to 11 the reward" in page
   page = report.write_report(tmp_path, lower_is_better=["oracle-preference"]).read_text()
-  assert '<p class="note">liked: not seen to be hacked' in page
+  assert '<p class="note"><b>liked: the reward and its judge rose together</b>' in page

@@ -14,6 +14,7 @@ from rlft.inference.draw import check_output
 from rlft.models.files import pretrained
 from rlft.report import page, samples
 from rlft.report.metrics import MetricsWriter
+from rlft.report.trackers import open_trackers
 from rlft.storage import checksums, files
 from rlft.storage.lock import Lock
 from rlft.types import Prompt, UserError
@@ -51,7 +52,8 @@ def test_files(bucket):
 
 def test_a_run(bucket, caplog):
   for first in (0, 1):
-    with MetricsWriter(RUN, first_iteration=first) as writer:
+    opened = open_trackers("tensorboard", RUN, first_iteration=first, config={})
+    with MetricsWriter(RUN, first_iteration=first, trackers=opened) as writer:
       for iteration in range(first, first + 2):
         writer.write(iteration, {"loss": 0.5})
   assert "no TensorBoard files are written to the bucket" in caplog.text
