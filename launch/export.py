@@ -1,6 +1,7 @@
 """Writes a run's model as a directory for diffusers, and its LoRA as a file of its own.
 
 python launch/export.py --workdir=runs/emoji_joint --output=exported
+python launch/export.py --workdir=runs/emoji_joint --output=exported --push_to_hub=org/name
 """
 
 from absl import flags
@@ -25,6 +26,12 @@ _LORA_FORMAT = flags.DEFINE_enum(
   lora_files.FORMATS,
   "of --lora_output: peft for diffusers; kohya for Kohya's scripts and other interfaces",
 )
+_PUSH_TO_HUB = flags.DEFINE_string(
+  "push_to_hub",
+  "",
+  "org/name on the Hugging Face hub: what was written is uploaded there, with its model card; a"
+  " repository that is not there yet is made, for everybody to read",
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "of the stored weights")
 
 
@@ -43,6 +50,7 @@ def main() -> None:
     dtype=dtype,
     ema=flags.FLAGS.ema,
     base=flags.FLAGS.pretrained,
+    push_to_hub=_PUSH_TO_HUB.value,
   )
   print("\n".join(said))
 

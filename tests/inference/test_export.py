@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import hub_cases
 import models_cases
 import pytest
 import repository_cases
@@ -10,8 +11,19 @@ from rlft.config import fields
 from rlft.config.settings import Config
 from rlft.inference import export as export_lib
 from rlft.inference import load as finetuned
+from rlft.models.files import hub as hub_lib
 from rlft.models.files import pretrained
 from rlft.types import UserError
+
+
+@pytest.fixture
+def hub(monkeypatch):
+  """The hub that is asked, and a token for it."""
+  opened = hub_cases.Hub()
+  monkeypatch.setattr(hub_lib.constants, "ENDPOINT", opened.endpoint)
+  monkeypatch.setenv("HF_TOKEN", "hf_secret")
+  yield opened
+  opened.close()
 
 
 @pytest.fixture
@@ -47,6 +59,60 @@ def test_a_size_that_the_pipeline_of_xl_does_not_find_is_said(found, monkeypatch
     "  images of 8x16 pixels, as the run was told",
     "  diffusers' pipeline of XL has to be given height=8 and width=16",
   ]
+
+
+def test_a_model_comes_with_its_card_and_is_uploaded(found, hub, tmp_path):
+  output = tmp_path / "model"
+  *_, said = export_lib.export("run", output=output, push_to_hub="org/name")
+  assert said == f"uploaded to {hub.endpoint}/org/name"
+  assert hub.made[0]["organization"] == "org" and hub.tokens == {"Bearer hf_secret"}
+  written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+  assert {"README.md", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"} <= written
+  assert hub.files.keys() == written
+  for name, content in hub.files.items():
+    assert content == (output / name).read_bytes()
+  assert b'from_pretrained("org/name")' in hub.files["README.md"]
+
+
+def test_an_adapter_alone_is_uploaded_with_a_card(found, hub, monkeypatch, tmp_path):
+  adapted = dataclasses.replace(found, lora={}, lora_scale=1.0)
+  monkeypatch.setattr(finetuned, "load", lambda path, ema, base: adapted)
+  monkeypatch.setattr(
+    export_lib.lora_files, "save", lambda path, *_, **__: path.write_bytes(b"weights")
+  )
+  lora = tmp_path / "lora.safetensors"
+  export_lib.export("run", lora_output=lora, push_to_hub="org/name")
+  assert hub.files.keys() == {"README.md", "lora.safetensors"}
+  assert hub.files["lora.safetensors"] == b"weights"
+  assert b'weight_name="lora.safetensors"' in hub.files["README.md"]
+  assert list(tmp_path.iterdir()) == [lora]  # No card where other files may be.
+
+
+@pytest.mark.parametrize(
+  ("status", "message"),
+  [
+    (401, r"the hub refuses the token \(401\); log in with 'hf auth login', or set HF_TOKEN"),
+    (403, r"the hub refuses the token \(403\)"),
+    (500, "it cannot be uploaded .*500.*; what was written here is intact, try again"),
+  ],
+)
+def test_a_hub_that_refuses_is_one_line(hub, status, message):
+  hub.status = status
+  with pytest.raises(UserError, match=f"--push_to_hub=org/name: {message}") as caught:
+    hub_lib.upload("org/name", {"README.md": b"x"})
+  assert "\n" not in str(caught.value) and not hub.files
+
+
+def test_what_cannot_be_uploaded_is_said_before_anything_is_read(monkeypatch, tmp_path):
+  monkeypatch.setattr(finetuned, "load", None)
+  monkeypatch.setattr(hub_lib.huggingface_hub, "get_token", lambda: None)
+  for repo, message in (
+    ("name", "--push_to_hub=name is no name of a hub's repository: write org/name"),
+    ("org/name@main", "is no name of a hub's repository"),
+    ("org/name", "nobody is logged in to the hub; do so with 'hf auth login', or set HF_TOKEN"),
+  ):
+    with pytest.raises(UserError, match=message):
+      export_lib.export("run", output=tmp_path / "model", push_to_hub=repo)
 
 
 def test_a_model_without_lora_has_none_to_write(found, tmp_path):

@@ -1,5 +1,6 @@
 """Files of a model hub's repositories, at a given revision."""
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 import re
@@ -90,3 +91,56 @@ class Repository:
       raise UserError(
         f"{self}: {name} cannot be downloaded ({cause}); try again, or give a directory"
       ) from error
+
+
+def check_upload(repo: str) -> None:
+  """Checks what can be checked of `upload` before there is anything to be uploaded.
+
+  Raises:
+    UserError: no name of a repository, or nobody is logged in.
+  """
+  parsed = parse(repo)
+  if parsed is None or parsed.revision is not None:
+    raise UserError(f"--push_to_hub={repo} is no name of a hub's repository: write org/name")
+  if huggingface_hub.get_token() is None:
+    raise UserError(
+      f"--push_to_hub={repo}: nobody is logged in to the hub; do so with 'hf auth login', or set"
+      " HF_TOKEN to a token that may write"
+    )
+
+
+def upload(repo: str, contents: Mapping[str, pathlib.Path | bytes]) -> str:
+  """Uploads files in one commit; makes the repository, which everybody can read, if there is none.
+
+  Args:
+    repo: 'org/name'.
+    contents: what each file is called in the repository, and where or what it is.
+
+  Returns:
+    The address of the repository.
+
+  Raises:
+    UserError: the hub refuses or cannot be reached.
+  """
+  api = huggingface_hub.HfApi()
+  operations = [
+    huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+    for name, content in contents.items()
+  ]
+  try:
+    made = api.create_repo(repo, exist_ok=True)
+    api.create_commit(repo, operations, commit_message="Add a model that rlft has fine-tuned")
+  # Errors of the transport come through, too: of requests, httpx or httpx2, by the hub's release.
+  except Exception as error:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+      raise UserError(
+        f"--push_to_hub={repo}: the hub refuses the token ({status}); log in with 'hf auth login',"
+        " or set HF_TOKEN to a token that may write there"
+      ) from error
+    cause = " ".join(str(error).split())[:200] or type(error).__name__
+    raise UserError(
+      f"--push_to_hub={repo}: it cannot be uploaded ({cause}); what was written here is intact, try"
+      " again"
+    ) from error
+  return str(made)
