@@ -62,6 +62,8 @@ function stepRow(by) {
 document.addEventListener("click", (event) => {
   const shot = event.target.closest(".shot");
   if (shot) open(shot);
+  const button = event.target.closest("[data-step]");
+  if (button) step(shown.closest(".row"), Number(button.dataset.step));
   if (event.target === viewer || event.target.closest("#viewer-close")) viewer.close();
 });
 
