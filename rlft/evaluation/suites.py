@@ -155,6 +155,9 @@ def available(
     UserError: there is no metric at all.
   """
   others = {name: metric for name, metric in others.items() if metric}
+  if others and not given.weights_dir:
+    names = ", ".join(one.name for one in known)
+    return others, [f"left out, as there is no --weights_dir: {names}"]
   found, missing = {}, []
   for one in known:
     paths = {key: given.find(*names) for key, names in one.files.items()}
