@@ -74,8 +74,10 @@ def describe(config: Config, settings: PlanConfig) -> str:
   """The plan of a run, as text.
 
   Raises:
-    UserError: a mistake in the settings, or devices that the batches cannot be divided among.
+    UserError: a mistake in the settings, devices that the batches cannot be divided among, or a
+      model that would have to be copied here first.
   """
+  _check_nothing_is_copied(config)
   config = checks.with_rank(config)
   ahead.check(config, settings.architecture)
   if settings.target:
@@ -97,6 +99,18 @@ def describe(config: Config, settings: PlanConfig) -> str:
   lines += ["", *_programs(rows, target), ""]
   lines += _costs(cost.remaining_work(config, rows, done or 0), target, settings)
   return "\n".join(lines)
+
+
+def _check_nothing_is_copied(config: Config) -> None:
+  for name, path, instead in (
+    ("pretrained", config.pretrained, "--architecture, e.g. --architecture=sd2-base"),
+    ("init_lora", config.policy.init_lora, "--lora_rank"),
+  ):
+    if "://" in path:
+      raise UserError(
+        f"--{name}={path} would be copied to this machine, and --dry_run writes nothing: give"
+        f" --{name}= and in its place {instead}"
+      )
 
 
 # ---------------------------------------------------------------------------- the parts
@@ -164,13 +178,17 @@ def _facts(
 
 
 def _missing(config: Config, target: Target) -> Iterator[str]:
-  """One line for each thing that the run would stop at, or lose, as far as it shows from here."""
+  """One line for each thing that the run would stop at, or lose, as far as it shows from here.
+
+  What is in a bucket is not looked for: that would copy it.
+  """
   looked_for = [(catalog.check_prompts, entry.prompts) for entry in (*config.task, *config.eval)]
   if config.pretraining.pretrain_weight:
     looked_for.append((catalog.check_pairs, config.pretraining.pretrain_data))
   for check, name in dict.fromkeys(looked_for):
     try:
-      check(name)
+      if "://" not in name:
+        check(name)
     except UserError as error:
       yield str(error)
   workdir = config.output.workdir

@@ -174,6 +174,12 @@ def test_memory_is_that_of_a_kept_compilation(run, described, tmp_path):
   assert "estimated" not in line and found.peak > 0 and not found.estimated
 
 
+def test_what_is_in_a_bucket_is_not_copied_to_be_looked_for(monkeypatch):
+  monkeypatch.setattr(plan.catalog, "check_prompts", lambda name: pytest.fail(name))
+  config = fields.replace(CONFIG, task=(task("a", prompts="gs://b/p.txt[:-9]"),), eval=())
+  assert not list(plan._missing(config, targets.open_target("cpu:8", 1)))
+
+
 def test_several_processes_need_a_disk_that_all_see(described):
   target = fields.replace(targets.open_target("cpu:8", 1), processes=2)
   assert any("all 2 processes see" in line for line in plan._missing(CONFIG, target))
@@ -197,6 +203,8 @@ def test_work_and_time_have_units():
     ({"target": "cpu:8"}, {"task": (task("a", batch_size=12),)}, "cannot be divided among 8"),
     ({"architecture": "sd2-base"}, {}, "either --pretrained or --architecture"),
     ({"target": "h100"}, {}, "--target=h100 is not known"),
+    ({}, {"pretrained": "gs://b/m"}, "--pretrained=gs://b/m would be copied to this machine"),
+    ({}, {"init_lora": "s3://b/l"}, "--init_lora=s3://b/l would be .* in its place --lora_rank"),
   ],
 )
 def test_mistakes(described, settings, config, words):
