@@ -4,17 +4,22 @@ Shared by the tests and by `fixtures/make_fixtures.py`. Weights are not stored: 
 seed through numpy's `RandomState`, whose stream never changes.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import types
 from typing import Any
 import zlib
 
 from flax import traverse_util
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 import numpy as np
+import pytest
 
-from rlft.models import architectures, clip, unet, vae
+from rlft.models import architectures, attention, clip, unet, vae
 from rlft.models import tokens as tokens_lib
 from rlft.models.files import torch_layout
 from rlft.models.shapes import param_shapes
@@ -366,3 +371,14 @@ def tiny_pipeline(kind: str = "epsilon") -> StableDiffusion:
     params=params,
     zero_empty=kind == "sdxl",
   )
+
+
+@contextlib.contextmanager
+def cudnn() -> Iterator[None]:
+  """A machine with cuDNN, as far as lowering looks."""
+  versions = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
+  attention._cudnn_traces.cache_clear()
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", versions)
+    yield
+  attention._cudnn_traces.cache_clear()

@@ -1,10 +1,8 @@
 """Attention: every implementation computes the same, and each platform gets its own."""
 
-import types
-
 import jax
-from jax._src.cudnn import fused_attention_stablehlo
 import jax.numpy as jnp
+import models_cases
 import numpy as np
 import pytest
 
@@ -37,13 +35,9 @@ def shapes(queries, keys, dtype=jnp.bfloat16, features=64):
 
 
 @pytest.fixture
-def cudnn(monkeypatch):
-  """A machine with cuDNN, as far as lowering looks."""
-  versions = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
-  monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", versions)
-  attention._cudnn_traces.cache_clear()
-  yield
-  attention._cudnn_traces.cache_clear()
+def cudnn():
+  with models_cases.cudnn():
+    yield
 
 
 def test_xla_is_the_formula():

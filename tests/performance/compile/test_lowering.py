@@ -7,6 +7,7 @@ its shapes, an operation without a rule for the platform.
 import dataclasses
 
 import jax.numpy as jnp
+import models_cases
 import pytest
 import train_cases
 
@@ -64,6 +65,13 @@ def model(config):
   return dataclasses.replace(tiny, unet=network, params=params)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cudnn():
+  """The kernels of a GPU's machine are chosen here, too."""
+  with models_cases.cudnn():
+    yield
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_program_lowers_for_every_platform(mesh, variant):
   config = fields.replace(CONFIG, **VARIANTS[variant])
@@ -78,3 +86,6 @@ def test_every_program_lowers_for_every_platform(mesh, variant):
       assert "callback" not in text
       attends = call.name not in ("encode", "average")  # To as many places as the kernel takes.
       assert ("tpu_custom_call" in text) == (platform == "tpu" and attends), call.name
+      assert ("cudnn$fmha" in text) == (platform == "cuda" and attends), call.name
+      learns = call.name in ("update", "pretrain")
+      assert ("fmhaSoftmaxBackward" in text) == (platform == "cuda" and learns), call.name
