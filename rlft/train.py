@@ -28,7 +28,7 @@ from rlft.data import sources
 from rlft.data.pairs import ImageError, pair_indices
 from rlft.diffusion.sampler import image_keys
 from rlft.evaluation import results, summary
-from rlft.parallel import cpu, processes, sharding
+from rlft.parallel import compiled, cpu, processes, sharding
 from rlft.parallel.join import announced
 from rlft.report import iteration as iteration_metrics
 from rlft.report import page
@@ -58,6 +58,7 @@ def train(config: Config) -> None:
   """
   start = time.monotonic()
   cpu.split_host(config.devices.cpu_devices)
+  compiled.keep(config.devices.compilation_cache)
   config = checks.with_rank(config)
   run = open_run(config)
   with Stop() as stop, contextlib.closing(run), announced():  # Until nothing is left to be saved.

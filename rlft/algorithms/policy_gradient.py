@@ -416,6 +416,6 @@ class Learning:
     signal = (
       jax.ShapeDtypeStruct((count,), jnp.float32, sharding=rows),
       jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=rows),
-      jax.ShapeDtypeStruct((steps,), jnp.int32, sharding=sharding.replicated(mesh)),
+      jax.ShapeDtypeStruct((steps,), jnp.int32),
     )
     yield Call(self.update, (state, frozen, drawn.collected, drawn.text, *signal), times)

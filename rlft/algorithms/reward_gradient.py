@@ -375,7 +375,7 @@ class Learning:
   def calls(self, state: Any, frozen: Any, drawn: Drawn) -> Iterator[Call]:
     """Predictions and update; see `base.Learning`."""
     path, text = drawn.collected, drawn.text
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._learner.mesh))
+    step = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (state, frozen, path, text, step, key)
     yield Call(self.predict, args, 1, name="predict", is_update=False)

@@ -258,6 +258,12 @@ class DeviceSettings:
     least=0,
   )
   fsdp: int = option("parameter shards; divides the number of devices", 1, least=1)
+  compilation_cache: str = option(
+    "directory, or gs://BUCKET/..., that keeps compiled programs for the next run with the same"
+    " ones; off keeps none; if empty, what JAX_COMPILATION_CACHE_DIR says, or"
+    " ~/.cache/rlft/programs",
+    "",
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The programs of an iteration with the shapes that they are called with, on devices not present.
 
-No weights are read and nothing is computed: arrays are `jax.ShapeDtypeStruct`s with shardings.
+No weights are read and nothing is computed: arrays are `jax.ShapeDtypeStruct`s with shardings, but
+for those that a run leaves to JAX to place: what is compiled here is what a run finds in a cache.
 """
 
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ class AbstractRun:
     texts = size if texts % self.mesh.size else texts
     encoders = {name: tree for name, tree in self.frozen.items() if name not in ("unet", "vae")}
     ids = self._rows((texts, *self._tokens), jnp.int32)
-    args = (encoders, ids, self._everywhere(self._tokens, jnp.int32), size)
+    args = (encoders, ids, jax.ShapeDtypeStruct(self._tokens, jnp.int32), size)
     theory, sparable = self._theory(encoders, ()), communication.sparable(self.mesh, encoders)
     return Call("encode", self.programs.sampler.encode, args, 1, size, theory, sparable)
 
@@ -122,7 +123,7 @@ class AbstractRun:
     weights = self.programs.drawing_weights(self.state, self.frozen)
     text = encoded.program.eval_shape(*encoded.args)
     text = _placed(text, sharding.batch(self.mesh))
-    args = (weights, self.frozen["vae"], text, self._rows((size,), _KEY.dtype))
+    args = (weights, self.frozen["vae"], text, jax.ShapeDtypeStruct((size,), _KEY.dtype))
     program = self.programs.sampler.sample
     collected, images = program.eval_shape(*args)
     columns = self.programs.algorithm.collects == "trajectory"
@@ -185,9 +186,6 @@ class AbstractRun:
 
   def _rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(self.mesh))
-
-  def _everywhere(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(self.mesh))
 
 
 def open_model(config: Config, architecture: str = "") -> StableDiffusion:

@@ -57,6 +57,11 @@ class CompileConfig:
   )
   json: str = option("file for the results", "")
   cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", CACHE)
+  warm: bool = option(
+    "in the place of all that, compile for the devices that are here, into the --compilation_cache"
+    " in which a run with the same flags looks",
+    False,
+  )
 
 
 def compile_run(config: Config, settings: CompileConfig) -> None:

@@ -1,0 +1,40 @@
+"""Programs that are compiled before a run are those that the run calls."""
+
+import logging
+
+import jax
+import pytest
+import train_cases
+
+from rlft.config import fields
+from rlft.performance.compile import abstract_run, ahead, warm
+from rlft.types import UserError
+
+_PROGRAMS = ("encode", "sample", "update", "pretrain", "average")
+
+
+def test_a_run_compiles_nothing_that_was_warmed(tmp_path_factory, tmp_path, monkeypatch, caplog):
+  folder = train_cases.folder(tmp_path_factory)
+  config = train_cases.config(folder, tmp_path / "run", iterations=1, ema_decay=0.5)
+  config = fields.replace(config, compilation_cache=str(tmp_path / "kept"))
+  with train_cases.fast_compilation(tmp_path / "kept"):
+    with monkeypatch.context() as one_device:
+      devices = jax.devices()[:1]
+      one_device.setattr(jax, "devices", lambda *_: devices)
+      warm.warm(config, "")
+    with caplog.at_level(logging.DEBUG, logger="jax._src.compiler"):
+      train_cases.run(config)
+  said = [record.getMessage() for record in caplog.records]
+  missed = [text for text in said if "CACHE MISS" in text.upper()]
+  assert missed  # Of small programs.
+  for name in _PROGRAMS:
+    assert not any(f"'jit_{name}'" in text for text in missed), name
+    assert any(f"'jit_{name}'" in text and "hit" in text.lower() for text in said), name
+
+
+def test_nowhere_to_keep_programs(monkeypatch):
+  monkeypatch.setattr(ahead, "check", lambda *_: None)
+  monkeypatch.setattr(abstract_run, "open_model", lambda *_: None)
+  config = fields.make(warm.Config, compilation_cache="off")
+  with pytest.raises(UserError, match="--warm has nowhere .*give --compilation_cache=DIRECTORY"):
+    warm.warm(config, "")
