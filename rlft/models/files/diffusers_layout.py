@@ -42,6 +42,18 @@ def _write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
 
 def write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
   """Writes every file of `model` below the existing directory `root`."""
+  for name in describe(root, model):
+    file = root / name / f"{STEMS[name]}.safetensors"
+    # transformers refuses files that do not say which framework's layout they hold.
+    safetensors.numpy.save_file(
+      torch_layout.to_torch(model.params[name], dtype), file, metadata={"format": "pt"}
+    )
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(root / name / "config.json", file)
+
+
+def describe(root: pathlib.Path, model: StableDiffusion) -> list[str]:
+  """Writes everything but the weights; returns the names of the networks, which have a folder."""
   names = ("text_encoder", "text_encoder_2")[: len(model.text_encoders)]
   pipeline = next(name for name, texts in PIPELINES.items() if texts == names)
   index: dict[str, Any] = {
@@ -72,16 +84,10 @@ def write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
     else:
       config |= {"_class_name": CLASSES[name], "_diffusers_version": _DIFFUSERS_VERSION}
     _write_json(root / name / "config.json", config)
-    file = root / name / f"{STEMS[name]}.safetensors"
-    # transformers refuses files that do not say which framework's layout they hold.
-    safetensors.numpy.save_file(
-      torch_layout.to_torch(model.params[name], dtype), file, metadata={"format": "pt"}
-    )
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(root / name / "config.json", file)
     index[name] = ["transformers" if name in names else "diffusers", CLASSES[name]]
   for name, tokenizer in zip(names, model.tokenizers, strict=True):
     name = name.replace("text_encoder", "tokenizer")
     vocabulary.write_clip(root / name, tokenizer)
     index[name] = ["transformers", "CLIPTokenizer"]
   _write_json(root / INDEX, index)
+  return list(modules)

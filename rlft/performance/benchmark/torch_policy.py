@@ -8,6 +8,7 @@ from collections.abc import Callable
 import contextlib
 import json
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from rlft.performance.benchmark.torch_ports import start
 from rlft.performance.benchmark.work import Work
 
 _CLIP_RANGE = AlgorithmSettings.clip_range
+_DECODED = 4  # images at once in a GPU's decoder
 
 
 def side(what: str, work: Work, *, is_compiled: bool = False) -> Side:
@@ -55,6 +57,16 @@ def _import_quietly() -> Any:
   return diffusers
 
 
+def _network(kind: Any, folder: pathlib.Path, place: Any) -> Any:
+  """A network with the weights in a folder, or random ones where that only describes it."""
+  if list(folder.glob("*.safetensors")):
+    return kind.from_pretrained(folder).to(place)
+  with place:  # Where PyTorch draws them, which takes long on a CPU.
+    if hasattr(kind, "load_config"):
+      return kind.from_config(kind.load_config(folder)).eval()
+    return kind(kind.config_class.from_pretrained(folder)).eval()
+
+
 class Policy:
   """Networks and optimizer of a model, and what is done with them in a call."""
 
@@ -74,16 +86,15 @@ class Policy:
     self._work, self._place = work, place
     self._dtype = getattr(torch, work.dtype)
     self._casts = trains and self._dtype != torch.float32
-    self.unet = diffusers.UNet2DConditionModel.from_pretrained(
-      work.model / "unet", torch_dtype=torch.float32 if trains else self._dtype
-    ).to(place)
+    self.unet = _network(diffusers.UNet2DConditionModel, work.model / "unet", place)
+    self.unet.to(torch.float32 if trains else self._dtype)
     if place.type == "cuda":
       self.unet.to(memory_format=torch.channels_last)
-    self._vae = diffusers.AutoencoderKL.from_pretrained(work.model / "vae").to(place)
+    self._vae = _network(diffusers.AutoencoderKL, work.model / "vae", place)
     kinds = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
     folders = ("text_encoder", "text_encoder_2")[: work.ids.shape[1]]
     self._encoders = [
-      kind.from_pretrained(work.model / folder).to(place)
+      _network(kind, work.model / folder, place)
       for kind, folder in zip(kinds, folders, strict=False)
     ]
     index = json.loads((work.model / "model_index.json").read_text())
@@ -101,6 +112,7 @@ class Policy:
       betas=(OptimizerSettings.adam_b1, OptimizerSettings.adam_b2),
       eps=OptimizerSettings.adam_eps,
       weight_decay=OptimizerSettings.weight_decay,
+      fused=place.type == "cuda",
     )
     self._drawn: Any = None
     self._calls = 0
@@ -221,7 +233,10 @@ class Policy:
       noise = torch.randn(shape, device=self._place)
       latents.append(mean + float(self._schedule.std[index]) * noise)
       log_probs.append(self._log_prob(index, latents[-1], mean))
-    images = self._vae.decode(latents[-1] / self._vae.config.scaling_factor).sample
+    # In float32 the decoder's activations of a whole batch do not fit a GPU.
+    size = _DECODED if self._place.type == "cuda" else len(latents[-1])
+    parts = (latents[-1] / self._vae.config.scaling_factor).split(size)
+    images = torch.cat([self._vae.decode(part).sample for part in parts])
     images = (images / 2 + 0.5).clamp(0, 1)
     return images, torch.stack(latents), torch.stack(log_probs), (text, more)
 
@@ -238,15 +253,24 @@ class Policy:
   def _backward(
     self, index: int, latents: Any, log_probs: Any, conditioning: Any, advantages: Any
   ) -> Any:
-    """Adds the gradient of the clipped loss at one timestep; returns the loss."""
+    """Adds the gradient of the clipped loss at one timestep, in parts; returns the loss."""
     import torch
 
-    mean = self._mean(index, latents[index], *conditioning)
-    ratio = torch.exp(self._log_prob(index, latents[index + 1], mean) - log_probs[index])
-    clipped = ratio.clamp(1 - _CLIP_RANGE, 1 + _CLIP_RANGE)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
-    loss.backward()
-    return loss.detach()
+    count, total = len(advantages), 0.0
+    text, more = conditioning
+    for rows in torch.arange(count, device=self._place).split(self._work.microbatch or count):
+      # With guidance the empty prompts come first.
+      both = rows if len(text) == count else torch.cat([rows, rows + count])
+      given = jax.tree.map(lambda x, rows=both: x[rows], (text, more))
+      mean = self._mean(index, latents[index][rows], *given)
+      before = log_probs[index][rows]
+      ratio = torch.exp(self._log_prob(index, latents[index + 1][rows], mean) - before)
+      clipped = ratio.clamp(1 - _CLIP_RANGE, 1 + _CLIP_RANGE)
+      losses = torch.maximum(-advantages[rows] * ratio, -advantages[rows] * clipped)
+      loss = losses.sum() / count
+      loss.backward()
+      total += loss.detach()
+    return total
 
   def _step(self) -> None:
     import torch

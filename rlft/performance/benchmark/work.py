@@ -65,6 +65,7 @@ class Work:
     timesteps: positions in the schedule, each trained in a call of `update` in turn, and all of
       them in an iteration (but by ours and TRL, which draw as many).
     prompts: the texts.
+    microbatch: images at once in the gradient of a side that cannot take all; 0 takes all.
   """
 
   model: pathlib.Path
@@ -79,6 +80,7 @@ class Work:
   empty: np.ndarray
   timesteps: tuple[int, ...]
   prompts: tuple[str, ...]
+  microbatch: int = 0
 
 
 def random_architecture(
@@ -188,6 +190,11 @@ def make_work(
     prompts=tuple(texts),
     **numbers,
   )
+
+
+def brightness(images: jax.Array) -> jax.Array:
+  """The trivial reward, `[B]`: the mean of an image's pixels."""
+  return images.mean(axis=(1, 2, 3))
 
 
 def count_flops(model: StableDiffusion, work: Work) -> dict[str, float]:
