@@ -11,7 +11,7 @@ Everything random is a pure function of (seed, iteration, task), so a run that w
 bit for bit from its last checkpoint, on any number of devices up to the order of float32 sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ import time
 import jax
 import numpy as np
 
-from rlft.algorithms.base import Batch
+from rlft.algorithms.base import Batch, Numbers
 from rlft.config import stored
 from rlft.config.settings import Config
 from rlft.data import sources
@@ -80,11 +80,13 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
       neither changes before the result of a unit of work (a task, the pretraining step) is there.
     - Order between two iterations: metrics, checkpoint, evaluation. What a crash loses is done
       again, and what was written twice is dropped when the run resumes.
+    - The numbers of a unit, and what they are checked for, are waited for while the devices do the
+      next one, but before anything of that is used and before the state is saved.
     - An evaluation, which takes long and calls what users wrote, begins when the state that it
       measures is on disk.
   """
   config, programs = run.config, run.programs
-  images = sum(task.config.batch_size for task in run.tasks)
+  images, unsettled = sum(task.config.batch_size for task in run.tasks), Unsettled()
   with contextlib.ExitStack() as stack:
     with processes.together():
       if run.writes:
@@ -113,15 +115,16 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
           break
         while cursor.task < len(run.tasks):
           stop.check()
-          state, metrics = run_task(run, state, cursor.task, iteration, stop)
-          cursor.metrics |= metrics
+          state, numbers = run_task(run, state, cursor.task, iteration, stop, unsettled.settle)
+          unsettled.put(numbers, cursor.metrics)
           cursor.task += 1
         stop.check()
         if run.pairs is not None:
-          state, metrics = run_pretrain(run, state, iteration)
-          cursor.metrics |= metrics
+          state, numbers = run_pretrain(run, state, iteration, unsettled.settle)
+          unsettled.put(numbers, cursor.metrics)
         if config.optimizer.ema_decay:
           state = programs.average(state)
+        unsettled.settle()
         metrics = iteration_metrics.summarise(cursor.metrics, images)
         metrics |= {
           "learning_rate": config.optimizer.learning_rate,
@@ -135,6 +138,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
             writer.write(iteration, metrics)
             progress.update(metrics)
     except (RewardError, ImageError, Stopped) as reason:
+      unsettled.settle()
       save(run, state, cursor)
       run.checkpointer.wait()
       if not isinstance(reason, Stopped):
@@ -179,9 +183,44 @@ def _report(run: Run) -> None:
 # ---------------------------------------------------------------------------- units of work
 
 
+class Unsettled:
+  """The numbers of the last unit of work, which the devices may be busy with."""
+
+  def __init__(self) -> None:
+    self._numbers: Numbers | None = None
+    self._metrics: dict[str, float] = {}
+
+  def put(self, numbers: Numbers, metrics: dict[str, float]) -> None:
+    """Takes numbers that are to be added to `metrics`; on CPUs, where they are there, adds them."""
+    self._numbers, self._metrics = numbers, metrics
+    if not waits():
+      self.settle()
+
+  def settle(self) -> bool:
+    """Waits for the numbers, if there are any; says whether.
+
+    Raises:
+      UserError: what was learnt cannot be right.
+    """
+    numbers, self._numbers = self._numbers, None
+    if numbers is not None:
+      self._metrics.update(numbers())
+    return numbers is not None
+
+
+def waits() -> bool:
+  """Whether a program may still run when its call has returned; not on CPUs, see `cpu.Awaited`."""
+  return jax.default_backend() != "cpu"
+
+
 def run_task(
-  run: Run, state: TrainState, number: int, iteration: int, stop: Stop
-) -> tuple[TrainState, dict[str, float]]:
+  run: Run,
+  state: TrainState,
+  number: int,
+  iteration: int,
+  stop: Stop,
+  settle: Callable[[], bool] = lambda: False,
+) -> tuple[TrainState, Numbers]:
   """Draws, scores and learns for one task.
 
   Nothing changes before the scores are there: a reward that fails, or a request to stop, leaves the
@@ -194,9 +233,11 @@ def run_task(
     number: the task's place in `run.tasks`.
     iteration: from 0.
     stop: asked while images and rewards are waited for, and after each of both.
+    settle: called when the devices have been given the images to draw; says whether it waited for
+      something that they did before.
 
   Returns:
-    The new state and the task's metrics.
+    The new state, and what waits for the task's metrics and checks them.
 
   Raises:
     RewardError: the task's reward failed, also while learning; nothing has changed.
@@ -206,6 +247,7 @@ def run_task(
   name, where = task.config.name, f"task {task.config.name}, iteration {iteration}"
   start = time.perf_counter()
   prompts, drawn = draw(run, state, task, moment)
+  start = time.perf_counter() if settle() else start
   stop.wait_for(drawn.images)
   seen = time.perf_counter()
   stop.check()
@@ -224,18 +266,33 @@ def run_task(
     moment,
     slope=functools.partial(slope, run, task, prompts),
   )
+
+  def numbers():
+    with _named(where):
+      learnt = fetch()
+    _check_finite(where, learnt["grad_norm"])
+    return (
+      metrics
+      | {f"{key}/{name}": value for key, value in learnt.items()}
+      | {
+        f"time/sample_s/{name}": seen - start,
+        f"time/reward_s/{name}": judged - seen,
+        f"time/update_s/{name}": time.perf_counter() - judged,
+      }
+    )
+
+  with _named(where):
+    state, fetch = run.programs.learning.learn(state, run.frozen, batch, task.memory)
+  return state, numbers
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+  """Puts the place before the message of a UserError."""
   try:
-    state, learnt = run.programs.learning.learn(state, run.frozen, batch, task.memory)
+    yield
   except UserError as error:
     raise type(error)(f"{where}: {error}") from error
-  metrics |= {f"{key}/{name}": value for key, value in learnt.items()}
-  metrics |= {
-    f"time/sample_s/{name}": seen - start,
-    f"time/reward_s/{name}": judged - seen,
-    f"time/update_s/{name}": time.perf_counter() - judged,
-  }
-  _check_finite(where, learnt["grad_norm"])
-  return state, metrics
 
 
 def draw(run: Run, state: TrainState, task: Task, moment: Moment) -> tuple[list[Prompt], Drawn]:
@@ -264,9 +321,11 @@ def slope(run: Run, task: Task, prompts: Sequence[Prompt], latents: jax.Array) -
 
 
 def run_pretrain(
-  run: Run, state: TrainState, iteration: int
-) -> tuple[TrainState, dict[str, float]]:
+  run: Run, state: TrainState, iteration: int, settle: Callable[[], bool]
+) -> tuple[TrainState, Numbers]:
   """One step on the pretraining loss; `state` is donated once the images are read.
+
+  `settle` is called before the step, when the images are read; else as of `run_task`.
 
   Raises:
     ImageError: one cannot be read; nothing has changed.
@@ -278,11 +337,16 @@ def run_pretrain(
   with processes.together(ImageError):
     read = run.pairs.read(rows[own])
   ids, _ = run.model.tokenize([run.pairs.captions[row] for row in rows[own]])
-  batch = (sharding.put_own(x, own, count, run.rows) for x in (*read, ids))
+  batch = [sharding.put_own(x, own, count, run.rows) for x in (*read, ids)]
+  start = time.perf_counter() if settle() else start
   state, metrics = run.programs.pretrain(state, run.frozen, *batch, moment.key())
-  metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-  _check_finite(f"pretraining step, iteration {iteration}", metrics["loss/pretrain"])
-  return state, metrics | {"time/update_s/pretrain": time.perf_counter() - start}
+
+  def numbers():
+    found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    _check_finite(f"pretraining step, iteration {iteration}", found["loss/pretrain"])
+    return found | {"time/update_s/pretrain": time.perf_counter() - start}
+
+  return state, numbers
 
 
 def _warn_if_bounded(config: Config, norm: float) -> None:

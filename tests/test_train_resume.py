@@ -14,10 +14,13 @@ import pytest
 import train_cases as cases
 
 from rlft import train
+from rlft.algorithms import policy_gradient
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig
+from rlft.rewards.scoring.task import TaskScorer
 from rlft.run import preemption
 from rlft.storage.checkpoint import Checkpointer
+from rlft.types import UserError
 
 SEED = 5  # of the moments at which processes are stopped
 ITERATIONS = 15  # of their run; a slow one takes 0.15 s
@@ -112,7 +115,10 @@ def test_stopped_with_other_settings(folder, tmp_path, variant):
   assert all(line["grad_norm"] > 0 for line in cases.metrics(tmp_path / "whole"))
 
 
-def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("waits", [False, True])
+def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, capfd, waits):
+  """Also where, as on accelerators, numbers are fetched while the next images are drawn."""
+  monkeypatch.setattr(train, "waits", lambda: waits)
   rewards = shutil.copy(folder / "rewards.py", tmp_path)
   tasks = cases.task(folder), cases.task(folder, "green", "host:green", rewards)
   config = cases.config(folder, tmp_path / "run", task=tasks, iterations=3)
@@ -135,6 +141,24 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   monkeypatch.delenv("BROKEN")
   cases.run(config)
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+def test_a_check_fails_before_the_next_images_are_scored(folder, tmp_path, monkeypatch):
+  scored, score = [], TaskScorer.score
+
+  def counted(self, *args):
+    scored.append(self)
+    return score(self, *args)
+
+  def fail(*_):
+    raise UserError("the ratio is not 1")
+
+  monkeypatch.setattr(train, "waits", lambda: True)
+  monkeypatch.setattr(TaskScorer, "score", counted)
+  monkeypatch.setattr(policy_gradient.Learning, "_numbers", fail)
+  with pytest.raises(UserError, match="task red, iteration 0: the ratio is not 1"):
+    cases.run(cases.config(folder, tmp_path))
+  assert len(scored) == 1 and newest(tmp_path) == ()
 
 
 def test_stopped_wherever_signals_are_looked_at(folder, tmp_path, monkeypatch):

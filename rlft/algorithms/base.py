@@ -144,13 +144,17 @@ class Learner:
     return dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt=opt)
 
 
+# Numbers by name, once the devices have them. Raises UserError if what was learnt cannot be right.
+Numbers = Callable[[], dict[str, float]]
+
+
 class Learning(Protocol):
   """An algorithm with its programs."""
 
   def learn(
     self, state: TrainState, frozen: Any, batch: Batch, memory: Memory | None
-  ) -> tuple[TrainState, dict[str, float]]:
-    """Updates the state from a scored batch.
+  ) -> tuple[TrainState, Numbers]:
+    """Updates the state from a scored batch; does not wait for the last of its programs.
 
     Args:
       state: donated.
@@ -160,10 +164,8 @@ class Learning(Protocol):
       memory: of the batch's task, see `Algorithm.memory`.
 
     Returns:
-      The new state, and numbers by name, `grad_norm` among them.
-
-    Raises:
-      UserError: what was learnt cannot be right.
+      The new state, and what waits for its numbers, `grad_norm` among them, and checks them:
+      nothing may be kept of the state before that.
     """
 
   def calls(self, state: Any, frozen: Any, drawn: Drawn) -> Iterable[Call]:

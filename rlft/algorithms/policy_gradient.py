@@ -24,7 +24,7 @@ import optax
 
 from rlft.algorithms import losses
 from rlft.algorithms.advantages import PromptHistory
-from rlft.algorithms.base import Batch, Call, Learner
+from rlft.algorithms.base import Batch, Call, Learner, Numbers
 from rlft.config.settings import PolicySettings, TaskConfig
 from rlft.data import shuffle
 from rlft.models.lora import Weights
@@ -372,11 +372,10 @@ class Learning:
 
   def learn(
     self, state: TrainState, frozen: Any, batch: Batch, memory: PromptHistory | None
-  ) -> tuple[TrainState, dict[str, float]]:
+  ) -> tuple[TrainState, Numbers]:
     """One update for each drawn timestep, or one for all; see `base.Learning`.
 
-    Raises:
-      UserError: the ratio before the first update is not 1.
+    The numbers raise UserError if the ratio before the first update is not 1.
     """
     advantages, mask = self._advantages(batch, memory), jnp.isfinite(batch.scores)
     path, text = batch.drawn.collected, batch.drawn.text
@@ -384,6 +383,9 @@ class Learning:
     for indices in picked_timesteps(self._settings, self._random, batch.moment):
       state, values = self.update(state, frozen, path, text, advantages, mask, indices)
       updates.append(values)
+    return state, functools.partial(self._numbers, updates)
+
+  def _numbers(self, updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     metrics = summary(jax.device_get(updates))
     deviation, tolerance = metrics["ratio/max_abs_deviation"], self._settings.ratio_tolerance
     if not deviation <= tolerance:
@@ -392,7 +394,7 @@ class Learning:
         f" --ratio_tolerance={tolerance:g}: sampling and training disagree; use"
         " --compute_dtype=float32, or raise the tolerance knowingly"
       )
-    return state, metrics
+    return metrics
 
   def _advantages(self, batch: Batch, memory: PromptHistory | None) -> jax.Array:
     """`[B]` float32, sharded like the images."""

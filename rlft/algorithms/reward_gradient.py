@@ -21,8 +21,9 @@ sets may see images of all devices. The price is that predictions are made twice
 beside the sampling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -32,7 +33,7 @@ import numpy as np
 import optax
 
 from rlft.algorithms import losses
-from rlft.algorithms.base import Batch, Call, Learner
+from rlft.algorithms.base import Batch, Call, Learner, Numbers
 from rlft.config.settings import PolicySettings, TaskConfig
 from rlft.data import shuffle
 from rlft.diffusion.policy import Policy
@@ -351,11 +352,10 @@ class Learning:
 
   def learn(
     self, state: TrainState, frozen: Any, batch: Batch, memory: None
-  ) -> tuple[TrainState, dict[str, float]]:
+  ) -> tuple[TrainState, Numbers]:
     """One step of the optimizer; see `base.Learning`.
 
-    Raises:
-      UserError: nothing has a gradient in the first iteration.
+    The numbers raise UserError if nothing has a gradient in the first iteration.
     """
     del memory
     path, text, moment = batch.drawn.collected, batch.drawn.text, batch.moment
@@ -364,13 +364,7 @@ class Learning:
     noisy, graded = self.predict(state, frozen, path, text, step, key)
     slopes = tuple(batch.slope(latents) for latents in graded)
     state, metrics = self.update(state, frozen, path, noisy, text, step, slopes)
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if moment.iteration == 0 and metrics["grad_norm"] == 0:
-      raise UserError(
-        f"the reward has no slope at any image (their mean is {metrics['graded/reward']:.3g}), so"
-        " that nothing is learned: give another reward, or, of refl, a target above it"
-      )
-    return state, metrics
+    return state, functools.partial(_numbers, metrics, is_first=moment.iteration == 0)
 
   def calls(self, state: Any, frozen: Any, drawn: Drawn) -> Iterator[Call]:
     """Predictions and update; see `base.Learning`."""
@@ -391,6 +385,16 @@ class Learning:
       for x in graded
     )
     yield Call(self.update, (state, frozen, path, noisy, text, step, slopes), 1)
+
+
+def _numbers(metrics: Mapping[str, jax.Array], *, is_first: bool) -> dict[str, float]:
+  found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  if is_first and found["grad_norm"] == 0:
+    raise UserError(
+      f"the reward has no slope at any image (their mean is {found['graded/reward']:.3g}), so"
+      " that nothing is learned: give another reward, or, of refl, a target above it"
+    )
+  return found
 
 
 def _repeated(text: Guidance, count: int) -> Guidance:

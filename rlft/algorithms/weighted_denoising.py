@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from rlft.algorithms import losses
-from rlft.algorithms.base import Batch, Call, Learner
+from rlft.algorithms.base import Batch, Call, Learner, Numbers
 from rlft.config.settings import PolicySettings, TaskConfig
 from rlft.parallel import sharding
 from rlft.types import Collect, Conditioning, Drawn, TrainState, UserError
@@ -169,7 +169,7 @@ def repeated(
   batch: Batch,
   signal: Sequence[Any],
   count: int,
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[TrainState, Numbers]:
   """`count` updates on the images of a batch, each with noise of its own; the means of its metrics.
 
   Args:
@@ -186,8 +186,12 @@ def repeated(
     own = jax.random.fold_in(key, number)
     state, values = update(state, frozen, latents, text, *signal, own)
     found.append(values)
-  found = jax.device_get(found)
-  return state, {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+  def numbers():
+    fetched = jax.device_get(found)
+    return {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
+
+  return state, numbers
 
 
 def _a_key() -> jax.ShapeDtypeStruct:
@@ -222,7 +226,7 @@ class Learning:
 
   def learn(
     self, state: TrainState, frozen: Any, batch: Batch, memory: None
-  ) -> tuple[TrainState, dict[str, float]]:
+  ) -> tuple[TrainState, Numbers]:
     """`updates` steps, each with noise and timesteps of its own; see `base.Learning`."""
     del memory
     signal = (batch.scores,)
@@ -354,7 +358,7 @@ class BestLearning:
 
   def learn(
     self, state: TrainState, frozen: Any, batch: Batch, memory: None
-  ) -> tuple[TrainState, dict[str, float]]:
+  ) -> tuple[TrainState, Numbers]:
     """`updates` steps on the best images; see `base.Learning`."""
     del memory
     scores = sharding.fetch(batch.scores)
@@ -365,8 +369,9 @@ class BestLearning:
     padding = self._padded(len(places)) - len(places)
     signal = np.pad(places, (0, padding)).astype(np.int32), np.pad(mask, (0, padding))
     updates = self._settings.updates
-    state, metrics = repeated(self.update, state, frozen, batch, signal, updates)
-    return state, metrics | ({"kept/reward": float(chosen.mean())} if len(chosen) else {})
+    state, numbers = repeated(self.update, state, frozen, batch, signal, updates)
+    own = {"kept/reward": float(chosen.mean())} if len(chosen) else {}
+    return state, lambda: numbers() | own
 
   def _padded(self, count: int) -> int:
     """The next multiple of what the devices take at once."""
@@ -376,9 +381,8 @@ class BestLearning:
   def calls(self, state: Any, frozen: Any, drawn: Drawn) -> Iterator[Call]:
     """The update; see `base.Learning`."""
     count = self._padded(len(drawn.images) // self._settings.one_in)
-    everywhere = sharding.replicated(self._learner.mesh)
-    places = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=everywhere)
-    mask = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=everywhere)
+    places = jax.ShapeDtypeStruct((count,), jnp.int32)
+    mask = jax.ShapeDtypeStruct((count,), jnp.bool_)
     rows = drawn.collected, drawn.text.prompt
     args = (state, frozen, *rows, places, mask, _a_key())
     # What is kept may lie anywhere: its rows are summed over the devices, of which one has each.

@@ -53,8 +53,8 @@ def learn(learning, params, path, slope, *, text=None, moment=None, frozen=None)
   drawn = Drawn(jnp.zeros((count, 2, 2, 3)), text, Trajectory(path, jnp.zeros(path.shape[:2])))
   batch = Batch([Prompt("a")] * count, 1, drawn, jnp.zeros(count), moment or Moment(0, 0, 0), slope)
   state = TrainState(params, KEEP.init(params), None)
-  state, metrics = learning.learn(state, frozen or {}, batch, None)
-  return state.opt, metrics
+  state, numbers = learning.learn(state, frozen or {}, batch, None)
+  return state.opt, numbers()
 
 
 # ---------------------------------------------------------------------------- literals

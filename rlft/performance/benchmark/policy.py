@@ -129,17 +129,12 @@ def parse_settings(text: str) -> dict[str, Any]:
   return found
 
 
-def brightness(images: jax.Array) -> jax.Array:
-  """The trivial reward, `[B]`: the mean of an image's pixels."""
-  return images.mean(axis=(1, 2, 3))
-
-
 def training(what: str, work: Work, settings: Mapping[str, Any]) -> Config:
   """The training that does the work; `settings` have the last word."""
   task = TaskConfig(
     name="benchmark",
     prompts=work_lib.PROMPTS,
-    reward=f"jax:{__name__}:{brightness.__name__}",
+    reward=f"jax:{work_lib.__name__}:{work_lib.brightness.__name__}",
     batch_size=work.batch_size,
   )
   options: dict[str, Any] = {
@@ -179,7 +174,7 @@ def sampling(run: Run, state: TrainState, work: Work) -> Callable[[], Any]:
 
 def update(run: Run, state: TrainState, work: Work) -> Callable[[], Any]:
   drawn, learning = draw(run, state, work, 0), run.programs.learning
-  advantages = learning.normalise(brightness(drawn.images), None)
+  advantages = learning.normalise(work_lib.brightness(drawn.images), None)
   batch = (drawn.collected, drawn.text, advantages, jnp.isfinite(advantages))
   calls = 0
 
@@ -199,8 +194,8 @@ def iteration(run: Run, state: TrainState, work: Work) -> Callable[[], Any]:
 
   def iterate() -> None:
     nonlocal state, iteration
-    state, _ = train.run_task(run, state, 0, iteration, stop)
-    jax.block_until_ready(state)
+    state, numbers = train.run_task(run, state, 0, iteration, stop)
+    numbers()
     iteration += 1
 
   return iterate
