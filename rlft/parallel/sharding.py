@@ -47,6 +47,11 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, ROWS)
 
 
+def returned(mesh: Mesh, spec: P) -> NamedSharding:
+  """The sharding of what a program returns, as JAX calls it: of one device it knows no axes."""
+  return NamedSharding(mesh, spec if mesh.size > 1 else P())
+
+
 def spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
   """Where a parameter lies: its largest axis that 'fsdp' divides is sharded, if it is worth it."""
   shards = mesh.shape["fsdp"]

@@ -122,13 +122,14 @@ class AbstractRun:
   def _sample(self, encoded: Call, size: int) -> tuple[Call, Drawn]:
     weights = self.programs.drawing_weights(self.state, self.frozen)
     text = encoded.program.eval_shape(*encoded.args)
-    text = _placed(text, sharding.batch(self.mesh))
+    rows = sharding.returned(self.mesh, sharding.ROWS)
+    text = _placed(text, rows)
     args = (weights, self.frozen["vae"], text, jax.ShapeDtypeStruct((size,), _KEY.dtype))
     program = self.programs.sampler.sample
     collected, images = program.eval_shape(*args)
     columns = self.programs.algorithm.collects == "trajectory"
-    where = NamedSharding(self.mesh, sharding.COLUMNS if columns else sharding.ROWS)
-    drawn = Drawn(_placed(images, sharding.batch(self.mesh)), text, _placed(collected, where))
+    where = sharding.returned(self.mesh, sharding.COLUMNS) if columns else rows
+    drawn = Drawn(_placed(images, rows), text, _placed(collected, where))
     decoder = _without(self.frozen["vae"], "encoder")
     gathered = (self._computed(weights.unet), weights.adapter, decoder)
     theory, sparable = self._theory(gathered, ()), communication.sparable(self.mesh, gathered)

@@ -7,16 +7,24 @@ import pytest
 import train_cases
 
 from rlft.config import fields
+from rlft.config.settings import Config
 from rlft.performance.compile import abstract_run, ahead, warm
 from rlft.types import UserError
 
-_PROGRAMS = ("encode", "sample", "update", "pretrain", "average")
+_PROGRAMS = ("encode", "sample", "update")
 
 
 def test_a_run_compiles_nothing_that_was_warmed(tmp_path_factory, tmp_path, monkeypatch, caplog):
   folder = train_cases.folder(tmp_path_factory)
-  config = train_cases.config(folder, tmp_path / "run", iterations=1, ema_decay=0.5)
-  config = fields.replace(config, compilation_cache=str(tmp_path / "kept"))
+  config = train_cases.config(
+    folder,
+    tmp_path / "run",
+    task=(train_cases.task(folder),),
+    iterations=1,
+    train_timesteps=1,
+    pretrain_weight=0.0,
+    compilation_cache=str(tmp_path / "kept"),
+  )
   with train_cases.fast_compilation(tmp_path / "kept"):
     with monkeypatch.context() as one_device:
       devices = jax.devices()[:1]
@@ -35,6 +43,6 @@ def test_a_run_compiles_nothing_that_was_warmed(tmp_path_factory, tmp_path, monk
 def test_nowhere_to_keep_programs(monkeypatch):
   monkeypatch.setattr(ahead, "check", lambda *_: None)
   monkeypatch.setattr(abstract_run, "open_model", lambda *_: None)
-  config = fields.make(warm.Config, compilation_cache="off")
+  config = fields.make(Config, compilation_cache="off")
   with pytest.raises(UserError, match="--warm has nowhere .*give --compilation_cache=DIRECTORY"):
     warm.warm(config, "")
