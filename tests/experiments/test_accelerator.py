@@ -67,12 +67,6 @@ def test_speed(tmp_path, little_optimisation):
     assert lines[f"{name}: memory predicted"]["value"] > 0
 
 
-def test_rewards(tmp_path, little_optimisation):
-  speed.rewards(TINY, Say("rewards", tmp_path / "lines"))
-  lines = found(tmp_path / "lines")
-  assert len(lines) == 4 and all(line["value"] > 0 for line in lines.values())
-
-
 def test_what_a_part_leaves_goes_to_the_next(experiment):
   assert experiment.deadlines({"a": 0.1, "b": 0.3}, 100) == {"a": 25, "b": 100}
   shares = {name: part.share for name, part in experiment.PARTS.items()}
