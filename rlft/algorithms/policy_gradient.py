@@ -417,7 +417,7 @@ class Learning:
     rows = sharding.batch(mesh)
     signal = (
       jax.ShapeDtypeStruct((count,), jnp.float32, sharding=rows),
-      jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=sharding.returned(mesh, sharding.ROWS)),
+      jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=rows),
       jax.ShapeDtypeStruct((steps,), jnp.int32),
     )
     yield Call(self.update, (state, frozen, drawn.collected, drawn.text, *signal), times)
