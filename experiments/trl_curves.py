@@ -33,7 +33,7 @@ from rlft.config import flags as cli
 from rlft.config.settings import Config
 from rlft.evaluation import results
 from rlft.evaluation.tables import Table
-from rlft.inference.protocol import stamp
+from rlft.inference.kept import stamp
 from rlft.parallel import cpu
 from rlft.performance.benchmark.contest import cores
 from rlft.performance.peer import choice, curves, measuring, training

@@ -61,21 +61,25 @@ def owlv2(
 def _from_files(
   name: str, weights: str, tokenizer: str | None, template: str, max_objects: int, dtype: str
 ) -> JaxReward:
-  module, params, words = open_detector(weights, tokenizer, dtype)
-  if (kind := module.config.model_type) != name:
-    raise UserError(f"{weights} is of {kind}: use the reward {kind!r}")
+  module, params, words = open_detector(weights, tokenizer, dtype, kind=name)
   return detector_reward(name, module, params, words, template=template, max_objects=max_objects)
 
 
 def open_detector(
-  weights: str, tokenizer: str | None, dtype: str
+  weights: str, tokenizer: str | None, dtype: str, *, kind: str = ""
 ) -> tuple[owlvit_model.OwlViT, Any, tokens.Tokenizer]:
   """A detector from files, its parameters and its tokenizer; see `owlvit`.
+
+  Args:
+    weights, tokenizer, dtype: see there.
+    kind: 'owlvit' or 'owlv2', if only one will do.
 
   Raises:
     UserError: the files are not those of such a detector.
   """
   config = owlvit_model.OwlViTConfig.from_dict(sources.read_config(weights), what=weights)
+  if kind not in ("", config.model_type):
+    raise UserError(f"{weights} is of {config.model_type}: use the reward {config.model_type!r}")
   module = owlvit_model.OwlViT(config, jnp.dtype(dtype))
   params = torch_layout.from_torch(module, sources.open_weights(weights), what=weights)
   return module, params, vocabulary.open_clip(tokenizer or weights, config.text_config)
