@@ -3,6 +3,7 @@
 import logging
 import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +270,10 @@ def test_a_save_that_a_crash_cut_short_is_no_checkpoint(tmp_path):
   # Orbax writes to a directory of such a name and renames it at the end.
   shutil.copytree(tmp_path / "iteration_1", tmp_path / "iteration_2.orbax-checkpoint-tmp")
   assert restore(tmp_path)[0] == 1
+  for _ in range(300):  # It is removed in a thread.
+    if names(tmp_path) == ["iteration_1"]:
+      return
+    time.sleep(0.1)
   assert names(tmp_path) == ["iteration_1"]
 
 
