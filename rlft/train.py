@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
-import logging
 import time
 
 import jax
@@ -31,22 +30,18 @@ from rlft.evaluation import results, summary
 from rlft.parallel import compiled, cpu, processes, sharding
 from rlft.parallel.join import announced
 from rlft.report import iteration as iteration_metrics
-from rlft.report import page
-from rlft.report.metrics import MetricsWriter, Progress
-from rlft.report.run_files import read_run
-from rlft.report.trackers import open_trackers
+from rlft.report.metrics import Progress
 from rlft.report.usage import Usage
 from rlft.rewards.scoring.errors import RewardError
-from rlft.run import checks
+from rlft.run import checks, output
 from rlft.run.evaluation import evaluate_run, is_due
 from rlft.run.open import Run, Task, open_run
 from rlft.run.preemption import Stop, Stopped
 from rlft.run.resume import Cursor, resume, save
 from rlft.run.scored import check_scores
+from rlft.run.unsettled import Unsettled
 from rlft.storage import files
 from rlft.types import Drawn, Moment, Prompt, Slope, TrainState, UserError
-
-_log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
@@ -91,7 +86,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
     with processes.together():
       if run.writes:
         stack.enter_context(Usage(run.workdir, since=start))
-        writer = stack.enter_context(_open_writer(run, cursor.iteration))
+        writer = stack.enter_context(output.open_writer(run, cursor.iteration))
         progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
     try:
       while True:
@@ -131,7 +126,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
           "images_seen": images * (iteration + 1),
         }
         if iteration == 0:
-          _warn_if_bounded(config, metrics["grad_norm"])
+          checks.warn_if_bounded(config, metrics["grad_norm"])
         cursor = Cursor(iteration + 1)
         with processes.together():
           if run.writes:
@@ -148,69 +143,10 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
         progress.say(f"{where}; the same command goes on from here")
       return
   if run.writes:
-    _report(run)
-
-
-def _open_writer(run: Run, first_iteration: int) -> MetricsWriter:
-  """Opens what takes the numbers of iterations, and the trackers that the settings name."""
-  trackers = open_trackers(
-    run.config.output.tracker,
-    run.workdir,
-    first_iteration=first_iteration,
-    config=stored.to_dict(run.config),
-  )
-  return MetricsWriter(run.workdir, first_iteration=first_iteration, trackers=trackers)
-
-
-def _report(run: Run) -> None:
-  """Writes what a user looks at when the run has ended; the last line says what it came to."""
-  history, best = results.read_history(run.workdir), results.read_base(run.workdir)
-  if history:
-    before, after = history[0][1], history[-1][1]
-    results.write_eval_json(run.workdir, before, after, history, stored.to_dict(run.config), best)
-    print(summary.table(before, after, best))
-  judges = [judge for task in run.tasks if (judge := task.scorer.judge)]
-  lower = [judge.name for judge in judges if judge.lower_is_better]
-  written = page.write_report(run.workdir, lower_is_better=lower)
-  found = read_run(run.workdir, lower_is_better=lower)
-  for call in found.calls:
-    if call.found.hacked:
-      print(call.sentence)
-  print(f"report: {written}")
-  print(found.verdict.sentence)
+    output.write_report(run)
 
 
 # ---------------------------------------------------------------------------- units of work
-
-
-class Unsettled:
-  """The numbers of the last unit of work, which the devices may be busy with."""
-
-  def __init__(self) -> None:
-    self._numbers: Numbers | None = None
-    self._metrics: dict[str, float] = {}
-
-  def put(self, numbers: Numbers, metrics: dict[str, float]) -> None:
-    """Takes numbers that are to be added to `metrics`; on CPUs, where they are there, adds them."""
-    self._numbers, self._metrics = numbers, metrics
-    if not waits():
-      self.settle()
-
-  def settle(self) -> bool:
-    """Waits for the numbers, if there are any; says whether.
-
-    Raises:
-      UserError: what was learnt cannot be right.
-    """
-    numbers, self._numbers = self._numbers, None
-    if numbers is not None:
-      self._metrics.update(numbers())
-    return numbers is not None
-
-
-def waits() -> bool:
-  """Whether a program may still run when its call has returned; not on CPUs, see `cpu.Awaited`."""
-  return jax.default_backend() != "cpu"
 
 
 def run_task(
@@ -347,19 +283,6 @@ def run_pretrain(
     return found | {"time/update_s/pretrain": time.perf_counter() - start}
 
   return state, numbers
-
-
-def _warn_if_bounded(config: Config, norm: float) -> None:
-  """Says so if the bound on gradients leaves the weights of losses without effect."""
-  bound = config.optimizer.max_grad_norm
-  if bound and norm > bound:
-    _log.warning(
-      "gradients are cut from %.2g, their mean norm, to --max_grad_norm=%g: a weight of a loss or"
-      " timestep (--pretrain_weight, --kl_weight, timestep_weights) does not change how long a step"
-      " is, unless it makes the gradient shorter than that",
-      norm,
-      bound,
-    )
 
 
 def _check_finite(where: str, value: float) -> None:

@@ -16,6 +16,7 @@ from rlft.diffusion.policy import make_policy
 from rlft.inference import load as finetuned
 from rlft.models import lora
 from rlft.models.files import pretrained
+from rlft.parallel.compiled import compilations
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ class Run:
     tasks = cases.task(folder), cases.task(folder, "spread", "host:spread", images_per_prompt=2)
     config = cases.config(folder, workdir, **({"task": tasks, "max_nan_share": 0.5} | changes))
     self._calls = []
-    with cases.compilations() as self.compiled:
+    with compilations() as self.compiled:
       cases.run(config, devices=devices, calls=self._calls)
     self.metrics = cases.metrics(workdir)
 

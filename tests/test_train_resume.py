@@ -18,7 +18,7 @@ from rlft.algorithms import policy_gradient
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig
 from rlft.rewards.scoring.task import TaskScorer
-from rlft.run import preemption
+from rlft.run import preemption, unsettled
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
 
@@ -118,7 +118,7 @@ def test_stopped_with_other_settings(folder, tmp_path, variant):
 @pytest.mark.parametrize("waits", [False, True])
 def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, capfd, waits):
   """Also where, as on accelerators, numbers are fetched while the next images are drawn."""
-  monkeypatch.setattr(train, "waits", lambda: waits)
+  monkeypatch.setattr(unsettled, "waits", lambda: waits)
   rewards = shutil.copy(folder / "rewards.py", tmp_path)
   tasks = cases.task(folder), cases.task(folder, "green", "host:green", rewards)
   config = cases.config(folder, tmp_path / "run", task=tasks, iterations=3)
@@ -153,7 +153,7 @@ def test_a_check_fails_before_the_next_images_are_scored(folder, tmp_path, monke
   def fail(*_):
     raise UserError("the ratio is not 1")
 
-  monkeypatch.setattr(train, "waits", lambda: True)
+  monkeypatch.setattr(unsettled, "waits", lambda: True)
   monkeypatch.setattr(TaskScorer, "score", counted)
   monkeypatch.setattr(policy_gradient.Learning, "_numbers", fail)
   with pytest.raises(UserError, match="task red, iteration 0: the ratio is not 1"):

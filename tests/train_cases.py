@@ -351,22 +351,6 @@ def uninterrupted(folder: pathlib.Path) -> pathlib.Path:
   return workdir
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-  """The names of the programs that XLA compiles in the block, one for each time."""
-  names = []
-
-  def listen(event, _, **details):
-    if event == "/jax/core/compile/backend_compile_duration":
-      names.append(details["fun_name"])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 # Real processes.
 
 

@@ -1,9 +1,11 @@
-"""Compiled programs that are kept on disk, for the next process that needs the same ones.
+"""Compiled programs: kept on disk for the next process that needs the same ones, and counted.
 
 A program that is found there computes what it would compute if it were compiled again, to the last
 bit; on GPUs more surely so, since a compiler that tries kernels out may choose another one.
 """
 
+from collections.abc import Iterator
+import contextlib
 import logging
 import os
 
@@ -53,3 +55,19 @@ def _mistake(path: str) -> str:
   except OSError as error:
     return error.strerror or type(error).__name__
   return "" if os.access(path, os.W_OK) else "permission denied"
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+  """The names of the programs that are compiled in the block, one for each time."""
+  names: list[str] = []
+
+  def listen(event, _, **details):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(details["fun_name"])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -5,6 +5,7 @@ accelerator, so that a mistake is reported before anything is compiled.
 """
 
 from collections.abc import Iterator, Sequence
+import logging
 import math
 import re
 
@@ -15,6 +16,8 @@ from rlft.models import scheduler_config, stable_diffusion
 from rlft.models.files import lora_files, pretrained
 from rlft.storage import files
 from rlft.types import UserError
+
+_log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
 
@@ -188,4 +191,17 @@ def validate_sets(task: TaskConfig, on_sets: Sequence[str]) -> None:
     raise UserError(
       f"--task=name={task.name}: {', '.join(on_sets)} scores the images of a prompt as a set: give"
       " images_per_prompt, e.g. 16"
+    )
+
+
+def warn_if_bounded(config: Config, norm: float) -> None:
+  """Says so if the bound on gradients leaves the weights of losses without effect."""
+  bound = config.optimizer.max_grad_norm
+  if bound and norm > bound:
+    _log.warning(
+      "gradients are cut from %.2g, their mean norm, to --max_grad_norm=%g: a weight of a loss or"
+      " timestep (--pretrain_weight, --kl_weight, timestep_weights) does not change how long a step"
+      " is, unless it makes the gradient shorter than that",
+      norm,
+      bound,
     )

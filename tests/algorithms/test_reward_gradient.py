@@ -25,6 +25,7 @@ from rlft.models import stable_diffusion
 from rlft.models.files import pretrained, torch_layout
 from rlft.models.lora import Weights
 from rlft.parallel import sharding
+from rlft.parallel.compiled import compilations
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.run import state as state_lib
 from rlft.types import (
@@ -525,6 +526,6 @@ def test_a_reward_without_a_gradient_stops_a_run_before_it_draws(
   if "task" in changes:
     changes = {"task": (cases.task(folder, *changes["task"]),)}
   calls = []
-  with pytest.raises(UserError, match=message), cases.compilations() as compiled:
+  with pytest.raises(UserError, match=message), compilations() as compiled:
     cases.run(config(folder, tmp_path, algorithm="refl?last=2", **changes), calls=calls)
   assert not calls and not [name for name in compiled if "sample" in name]

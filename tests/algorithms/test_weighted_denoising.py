@@ -21,6 +21,7 @@ from rlft.diffusion import ddim
 from rlft.diffusion.policy import Policy
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
+from rlft.parallel.compiled import compilations
 from rlft.types import Conditioning, Drawn, Guidance, Moment, Prompt, TrainState, UserError
 
 
@@ -227,7 +228,7 @@ def test_a_run_of_raft(tmp_path_factory):
     train_timesteps=5,
     clip_range=1e-4,
   )
-  with cases.fast_compilation(folder / "cache"), cases.compilations() as compiled:
+  with cases.fast_compilation(folder / "cache"), compilations() as compiled:
     cases.run(config, devices=8)
   assert compiled.count("jit(update)") == 1
   lines = cases.metrics(workdir)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import train_cases
 
 from rlft.parallel import sharding
+from rlft.parallel.compiled import compilations
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
 
@@ -352,7 +352,7 @@ def test_a_save_compiles_nothing(tmp_path):
     "sharded": jax.device_put(jnp.ones((16, 24)), sharding.batch(mesh)),
   }
   checkpointer = Checkpointer(tmp_path)
-  with train_cases.compilations() as names:
+  with compilations() as names:
     checkpointer.save(1, placed, {})
     checkpointer.close()
   assert not names

@@ -1,7 +1,5 @@
 """What only an accelerator can get wrong: kernels, the ratio, samples, compilations, donation."""
 
-from collections.abc import Iterator
-import contextlib
 import statistics
 
 import jax
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.models import attention
-from rlft.parallel import sharding
+from rlft.parallel import compiled, sharding
 from rlft.performance.accelerator import measuring
 from rlft.performance.accelerator.measuring import Say
 from rlft.performance.accelerator.scales import Scale
@@ -86,7 +84,7 @@ def agreement(scale: Scale, say: Say) -> None:
   training = Training(settings(scale.checked, 2), scale.checked)
   training.compile()
   training.as_called()
-  with compilations() as names:
+  with compiled.compilations() as names:
     with jax.transfer_guard_device_to_host("disallow"):  # Which would wait for the device.
       text = training.encode()
       path, images = training.sample(text)
@@ -126,19 +124,3 @@ def _compare_samples(scale: Scale, say: Say) -> None:
   note = f"at most {difference.max():.2g}"
   ok = bool(difference.mean() <= _SAMPLES)
   say("float32 samples beside a CPU's: mean difference", float(difference.mean()), note=note, ok=ok)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-  """The names of the programs that are compiled in the block, one for each time."""
-  names: list[str] = []
-
-  def listen(event, _, **details):
-    if event == "/jax/core/compile/backend_compile_duration":
-      names.append(details["fun_name"])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)

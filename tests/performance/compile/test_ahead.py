@@ -11,6 +11,7 @@ import train_cases
 from rlft.config import fields
 from rlft.config.settings import Config, TaskConfig
 from rlft.parallel import sharding
+from rlft.parallel.compiled import compilations
 from rlft.performance.compile import ahead, communication, hlo, targets
 from rlft.performance.compile.abstract_run import AbstractRun
 from rlft.performance.compile.ahead import CompileConfig
@@ -207,7 +208,7 @@ def test_a_command_given_again_compiles_nothing(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(ahead, "open_model", lambda *_: train_cases.tiny_model(channels=32))
   output = tmp_path / "found.json"
   chosen = settings(tmp_path, programs="average", json=str(output))
-  with train_cases.compilations() as names:
+  with compilations() as names:
     ahead.compile_run(CONFIG, chosen)
     table = capsys.readouterr().out
     assert names.count("jit(average)") == 1

@@ -8,6 +8,7 @@ import train_cases
 
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig, TaskConfig
+from rlft.parallel.compiled import compilations
 from rlft.performance.compile import ahead, cost, plan, targets
 from rlft.performance.compile.abstract_run import AbstractRun, Call
 from rlft.performance.compile.chips import CHIPS
@@ -126,7 +127,7 @@ def described(run, tmp_path, monkeypatch):
 
 
 def test_a_plan_says_where_what_and_how_much(described, tmp_path):
-  with train_cases.compilations() as names:
+  with compilations() as names:
     text = described()
   assert not names and not list(tmp_path.iterdir())
   for words in (
