@@ -21,6 +21,7 @@ from remote_cases import dribbling, dropped, fine, hanging, scored, status, trun
 import train_cases as cases
 
 from rlft import catalog
+from rlft.report.metrics import MetricsWriter
 from rlft.rewards.remote import client as http_client
 from rlft.rewards.remote import protocol as open_inference
 from rlft.rewards.remote import server as remote_model
@@ -237,14 +238,14 @@ def test_a_run_stops_when_its_server_is_gone(folder, tmp_path, models, monkeypat
 
 def after_iteration(monkeypatch, number, action):
   """Does something when the metrics of an iteration are written."""
-  write = cases.train.MetricsWriter.write
+  write = MetricsWriter.write
 
   def written(self, iteration, metrics):
     write(self, iteration, metrics)
     if iteration == number:
       action()
 
-  monkeypatch.setattr(cases.train.MetricsWriter, "write", written)
+  monkeypatch.setattr(MetricsWriter, "write", written)
 
 
 # A server with faults, in this process.
