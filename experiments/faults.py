@@ -1,18 +1,21 @@
 """Does every kind of harm to a small run, at random moments, and sees whether anything is lost.
 
+    mkdir /tmp/faults; mount -t tmpfs -o size=64m tmpfs /tmp/faults
     python experiments/faults.py --faults=200 --seed=1 --workdir=/tmp/faults
 
 A run of launch/train.py on the tests' tiny model is harmed, started again with the same command,
 harmed again, and so on to its end, where its whole state and every number in metrics.jsonl must be
-those of a run that nobody disturbed, bit for bit; then the next run begins. A fault is recovered
-from if the harmed process ended as it should, with one line and no traceback, the next one went on
-from the last good checkpoint and made another, and the run ended with the same bits. What became of
-each fault is kept in WORKDIR/results.jsonl, so the command goes on where it was stopped.
+those of a run that nobody disturbed, bit for bit; then the next run begins. Every eighth is a run
+of two processes. A fault is recovered from if the harmed process ended as it should, with one line
+and no traceback, the next one went on from the last good checkpoint and made another, and the run
+ended with the same bits. What became of each fault is kept in WORKDIR/results.jsonl, so the command
+goes on where it was stopped, and WORKDIR/table.md has the table so far.
 
-Needs the extra `test`. A fault takes about 8 s of a core; experiments/faults.md has what this
-printed here.
+Without the small file system nothing can fill the disk, and that kind is left out. Needs the extra
+`test`. A fault takes about 6 s of a core; experiments/faults.md has what this printed here.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
@@ -27,27 +30,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-
-from absl import app, flags
 
 _ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(_ROOT / "tests"))
 
+import forked_cases  # noqa: E402
 import train_cases as cases  # noqa: E402
 
 from rlft.config.settings import Config  # noqa: E402
 from rlft.storage import files  # noqa: E402
 
-_FAULTS = flags.DEFINE_integer("faults", 24, "how many", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the moments and of what is damaged")
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of everything", required=True)
-_KINDS = flags.DEFINE_list("kinds", None, "only these kinds of fault, by name")
-
 ITERATIONS = 24  # of a run; one takes about 0.3 s, so there is time to harm it
 _MARGIN = 6  # last iterations, in which a run is left alone: it may end before it is harmed
 _PATIENCE_S = 1200.0  # a process that needs longer hangs
+_SMALL_DISK = 1 << 30  # bytes; one that is larger is not filled
 _SERVER = _ROOT / "experiments" / "rewards" / "remote_server.py"
 _REWARDS = """
 import pathlib
@@ -58,37 +55,55 @@ import numpy as np
 _FAULT = pathlib.Path(__file__).with_name("fault")
 
 
-def local(images, prompts, metadata):
+def _how(which, process=0):
+  found = _FAULT.read_text().split() if _FAULT.exists() else []
+  return found[1] if found and found[0] == which and found[2:] in ([], [str(process)]) else ""
+
+
+def _values(images, channel, how):
   time.sleep(0.1)
-  how = _FAULT.read_text() if _FAULT.exists() else ""
   if how == "raises":
     raise ValueError("no luck")
   if how == "hangs":
     time.sleep(3600)
-  return np.full(len(images), np.nan) if how == "nan" else images[..., 1].mean((1, 2))
+  values = images[..., channel].mean((1, 2))
+  return {"nan": np.full(len(images), np.nan), "misshapen": values[1:]}.get(how, values)
+
+
+def local(images, prompts, metadata):
+  import jax
+
+  return _values(images, 1, _how("local", jax.process_index()))
 
 
 def served(images, prompts, metadata):
-  time.sleep(0.1)
-  return images[..., 0].mean((1, 2))
+  return _values(images, 0, _how("served"))
 """
 
 
 class Bench:
-  """The folder of all runs, a reward server, and the run that is being harmed."""
+  """The folder of all runs, a reward server, and the run that is being harmed.
+
+  Attributes:
+    folder: of everything.
+    iterations: of a run.
+    processes: of the run that is being harmed.
+    chain: its number.
+    fault: a file that tells the rewards what to do.
+  """
 
   def __init__(self, folder: pathlib.Path, iterations: int = ITERATIONS):
-    self.folder, self.iterations, self.chain = folder, iterations, 0
+    self.folder, self.iterations, self.chain, self.processes = folder, iterations, 0, 1
     self._server = None
+    tiny = folder / "tiny"
     if not (folder / "port").exists():
-      shutil.rmtree(folder / "tiny", ignore_errors=True)
-      cases.make_folder(folder / "tiny")
-      (folder / "tiny" / "rewards.py").write_text(_REWARDS)
-      with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
-    self.fault = folder / "tiny" / "fault"
+      shutil.rmtree(tiny, ignore_errors=True)
+      cases.make_folder(tiny)
+      (tiny / "rewards.py").write_text(_REWARDS)
+      (folder / "port").write_text(str(_free_port()))
+    self.fault = tiny / "fault"
     self.fault.unlink(missing_ok=True)
+    self._nursery = forked_cases.Nursery(cases.environment_of_runs(tiny / "cache"))
 
   @property
   def workdir(self) -> pathlib.Path:
@@ -97,6 +112,10 @@ class Bench:
   @property
   def checkpoints(self) -> pathlib.Path:
     return self.workdir / "checkpoints"
+
+  @property
+  def has_small_disk(self) -> bool:
+    return shutil.disk_usage(self.folder).total < _SMALL_DISK
 
   def config(self, workdir: pathlib.Path) -> Config:
     tiny, port = self.folder / "tiny", (self.folder / "port").read_text()
@@ -119,30 +138,54 @@ class Bench:
     """Starts the reward server where it is not running."""
     if self._server is None:
       port, model = (self.folder / "port").read_text(), self.folder / "tiny" / "rewards.py"
-      command = [sys.executable, _SERVER, f"--model={model}:served", f"--port={port}"]
-      self._server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-      self._server.stdout.readline()
+      command = [_SERVER, f"--model={model}:served", f"--port={port}"]
+      self._server = self._nursery.start(command, self.folder / "served")
+      while not (self._server.output() or self._server.poll()):
+        time.sleep(0.02)
 
   def kill_server(self) -> None:
     if self._server is not None:
       self._server.kill()
-      self._server.communicate()
       self._server = None
 
-  def start(self) -> "Process":
-    """Starts the run, or lets it go on."""
+  def close(self) -> None:
+    self.kill_server()
+    self._nursery.close()
+
+  def start(self, workdir: pathlib.Path | None = None, name: str = "said") -> "Started":
+    """Starts the run, or lets it go on.
+
+    Args:
+      workdir: another one than that of the run that is being harmed.
+      name: of the files for what it prints.
+    """
     self.serve()
-    return Process(cases.start(self.config(self.workdir), self.folder / "tiny" / "cache"))
+    command = [
+      cases.ROOT / "launch" / "train.py",
+      *cases.flags(self.config(workdir or self.workdir)),
+    ]
+    if self.processes > 1:
+      command += [f"--coordinator=127.0.0.1:{_free_port()}", f"--num_processes={self.processes}"]
+      command += ["--process_timeout_s=30"]
+    said = self.folder / name
+    return Started(
+      [
+        self._nursery.start(
+          [*command, f"--process_id={i}"] if self.processes > 1 else command,
+          said.with_name(f"{name}_{i}"),
+        )
+        for i in range(self.processes)
+      ]
+    )
 
   def reference(self) -> pathlib.Path:
-    """The workdir of the run that nobody disturbed."""
-    workdir = self.folder / "reference"
+    """The workdir of the run, of as many processes, that nobody disturbed."""
+    workdir = self.folder / f"reference_{self.processes}"
     if not (workdir / "report.html").exists():
       shutil.rmtree(workdir, ignore_errors=True)
-      self.serve()
-      process = Process(cases.start(self.config(workdir), self.folder / "tiny" / "cache"))
-      if process.end():
-        raise SystemExit(f"the undisturbed run failed: {process.errors()}")
+      started = self.start(workdir)
+      if any(started.end()):
+        raise SystemExit(f"the undisturbed run failed: {started.errors()}")
     return workdir
 
   def saved(self) -> list[str]:
@@ -155,36 +198,41 @@ class Bench:
     return _place(self.saved()[-1])[0] if self.saved() else 0
 
 
+def _free_port() -> int:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
 def _place(name: str) -> tuple[int, int] | None:
   """(iteration, task) of a checkpoint's name."""
   found = re.fullmatch(r"iteration_(\d+)(?:_task_(\d+))?", name)
   return (int(found[1]), int(found[2] or 0)) if found else None
 
 
-class Process:
-  """A process of the run, and what it says."""
+class Started:
+  """The processes of a run, one of which, the victim, is harmed."""
 
-  def __init__(self, process: subprocess.Popen):
-    self.process, self.hung, self._lines = process, False, []
-    self._readers = [
-      threading.Thread(target=self._read, args=(stream, keep), daemon=True)
-      for stream, keep in ((process.stderr, self._lines), (process.stdout, []))
-    ]
-    for reader in self._readers:
-      reader.start()
+  def __init__(self, processes: Sequence[forked_cases.Forked]):
+    self.processes, self.victim, self.hung = processes, 0, False
 
-  def _read(self, stream, keep: list[str]) -> None:
-    for line in stream:
-      keep.append(line)
+  def send_signal(self, number: int) -> None:
+    """To the victim."""
+    self.processes[self.victim].send_signal(number)
+
+  @property
+  def others(self) -> list[forked_cases.Forked]:
+    return [process for i, process in enumerate(self.processes) if i != self.victim]
 
   def errors(self) -> str:
-    return "".join(self._lines)
+    """What all have said."""
+    return "".join(process.errors() for process in self.processes)
 
   def wait_for(self, condition: Callable[[], bool]) -> bool:
-    """Returns True when the condition holds; False if the process ends or hangs before."""
+    """Returns True when the condition holds; False if a process ends or hangs before."""
     deadline = time.monotonic() + _PATIENCE_S
     while not condition():
-      if self.process.poll() is not None:
+      if any(process.poll() is not None for process in self.processes):
         return condition()
       if time.monotonic() > deadline:
         self.hung = True
@@ -192,17 +240,19 @@ class Process:
       time.sleep(0.02)
     return True
 
-  def end(self) -> int:
-    """The exit status; one that hangs is killed."""
-    try:
-      self.process.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-      self.hung = True
-      self.process.kill()
-      self.process.wait()
-    for reader in self._readers:
-      reader.join()
-    return self.process.returncode
+  def end(self) -> list[int]:
+    """The exit statuses; what hangs is killed."""
+    for process in self.processes:
+      try:
+        process.wait(_PATIENCE_S)
+      except subprocess.TimeoutExpired:
+        self.hung = True
+        process.kill()
+    return [process.returncode for process in self.processes]
+
+  def kill(self) -> None:
+    for process in self.processes:
+      process.kill()
 
 
 # ---------------------------------------------------------------------------- kinds of fault
@@ -214,47 +264,85 @@ class Kind:
 
   Attributes:
     name: in the table.
-    harm: `(bench, process, random numbers)`; does it, while the process runs.
-    statuses: how the process may end; None if it goes on.
+    harm: `(bench, started, random numbers)`; does it, while the run goes on.
+    statuses: how the victim may end; None if it goes on.
+    others: how another process of the run must end; None in a run of one process.
     damage: what is then done to the newest checkpoint.
     early: strikes at any moment after the start, also before the run has gone on.
+    fills_disk: needs a disk that may be filled.
   """
 
   name: str
-  harm: Callable[[Bench, Process, random.Random], None]
+  harm: Callable[[Bench, Started, random.Random], None]
   statuses: Sequence[int] | None
+  _: dataclasses.KW_ONLY
+  others: int | None = None
   damage: Callable[[pathlib.Path, random.Random], None] | None = None
   early: bool = False
+  fills_disk: bool = False
 
 
-def _signals(*numbers: int) -> Callable[[Bench, Process, random.Random], None]:
-  def harm(bench, process, draw):
+def _signals(*numbers: int) -> Callable[[Bench, Started, random.Random], None]:
+  def harm(bench, started, draw):
     for number in numbers:
-      process.process.send_signal(number)
+      started.send_signal(number)
       time.sleep(draw.uniform(0, 0.3))
 
   return harm
 
 
-def _reward(how: str) -> Callable[[Bench, Process, random.Random], None]:
-  return lambda bench, process, draw: bench.fault.write_text(how)
+def _reward(which: str, how: str) -> Callable[[Bench, Started, random.Random], None]:
+  return lambda bench, started, draw: bench.fault.write_text(f"{which} {how}")
 
 
-def _fill_disk(bench: Bench, process: Process, draw: random.Random) -> None:
-  """Lets no file of the process become longer, which a full disk does to it, too."""
+def _raise_on_one(bench: Bench, started: Started, draw: random.Random) -> None:
+  bench.fault.write_text(f"local raises {started.victim}")
+
+
+def _kill_server(bench: Bench, started: Started, draw: random.Random) -> None:
+  bench.kill_server()
+
+
+def _limit_files(bench: Bench, started: Started, draw: random.Random) -> None:
+  """Lets no file of the process become longer, as a quota does."""
   longest = max(path.stat().st_size for path in _files(bench.checkpoints / bench.saved()[-1]))
-  limit = draw.randrange(longest)
-  resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+  limits = draw.randrange(longest), resource.RLIM_INFINITY
+  resource.prlimit(started.processes[0].pid, resource.RLIMIT_FSIZE, limits)
 
 
-def _second_run(bench: Bench, process: Process, draw: random.Random) -> None:
+def _fill_disk(bench: Bench, started: Started, draw: random.Random) -> None:
+  """Leaves less room on the disk than a checkpoint needs, until the run has ended."""
+  size = sum(path.stat().st_size for path in _files(bench.checkpoints / bench.saved()[-1]))
+  spare = bytes(draw.randrange(size))
+  filler, room = bench.folder / "filler", bench.folder / "room"
+  try:
+    room.write_bytes(spare)
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+      while True:
+        file.write(bytes(1 << 12))
+    room.unlink()
+    started.end()
+  finally:
+    filler.unlink()
+
+
+def _second_run(bench: Bench, started: Started, draw: random.Random) -> None:
   """Starts the same command beside the process, which stands still so long."""
-  process.process.send_signal(signal.SIGSTOP)
-  second = bench.start()
-  status, errors = second.end(), second.errors()
-  process.process.send_signal(signal.SIGCONT)
-  if status != 2 or "is being written to by process" not in errors or "Traceback" in errors:
-    raise Lost(f"a second run ended with {status}: {errors}")
+  started.send_signal(signal.SIGSTOP)
+  second = bench.start(name="second")
+  statuses, errors = second.end(), second.errors()
+  started.send_signal(signal.SIGCONT)
+  if statuses != [2] or "is being written to by process" not in errors or "Traceback" in errors:
+    raise Lost(f"a second run ended with {statuses}: {errors}")
+
+
+def _freeze(bench: Bench, started: Started, draw: random.Random) -> None:
+  """Stops the victim until the others have ended."""
+  started.send_signal(signal.SIGSTOP)
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    for other in started.others:
+      other.wait(_PATIENCE_S)
+  started.send_signal(signal.SIGKILL)
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -281,23 +369,31 @@ def _delete(step: pathlib.Path, draw: random.Random) -> None:
   draw.choice(_files(step)).unlink()
 
 
-_KILL = _signals(signal.SIGKILL)
+_KILL, _TERM = _signals(signal.SIGKILL), _signals(signal.SIGTERM)
 KINDS = (
   Kind("kill -9", _KILL, [-9]),
-  Kind("SIGTERM", _signals(signal.SIGTERM), [0]),
+  Kind("SIGTERM", _TERM, [0]),
   Kind("SIGUSR1", _signals(signal.SIGUSR1), [0]),
   # The second may come when all is saved and Python is about to end.
   Kind("SIGTERM twice", _signals(signal.SIGTERM, signal.SIGTERM), [0, -15]),
   Kind("kill -9 at the start", _KILL, [-9], early=True),
-  Kind("disk full", _fill_disk, [2]),
-  Kind("bit flipped", _KILL, [-9], _flip),
-  Kind("file truncated", _KILL, [-9], _truncate),
-  Kind("file missing", _KILL, [-9], _delete),
-  Kind("reward NaN", _reward("nan"), [2]),
-  Kind("reward raises", _reward("raises"), [2]),
-  Kind("reward hangs", _reward("hangs"), [2]),
-  Kind("reward server killed", lambda bench, process, draw: bench.kill_server(), [2]),
+  Kind("SIGTERM at the start", _TERM, [0, -15], early=True),
+  Kind("disk full", _fill_disk, [2], fills_disk=True),
+  Kind("files limited", _limit_files, [2]),
+  Kind("bit flipped", _KILL, [-9], damage=_flip),
+  Kind("file truncated", _KILL, [-9], damage=_truncate),
+  Kind("file missing", _KILL, [-9], damage=_delete),
+  Kind("reward NaN", _reward("local", "nan"), [2]),
+  Kind("reward raises", _reward("local", "raises"), [2]),
+  Kind("reward misshapen", _reward("local", "misshapen"), [2]),
+  Kind("reward hangs", _reward("local", "hangs"), [2]),
+  Kind("reward server killed", _kill_server, [2]),
+  Kind("reward server hangs", _reward("served", "hangs"), [2]),
   Kind("second run", _second_run, None),
+  Kind("kill -9 of one of two", _KILL, [-9], others=1),
+  Kind("SIGTERM to one of two", _TERM, [0], others=0),
+  Kind("one of two frozen", _freeze, [-9], others=1),
+  Kind("reward raises on one of two", _raise_on_one, [2], others=2),
 )
 
 
@@ -310,12 +406,23 @@ class Lost(Exception):
 
 @dataclasses.dataclass
 class Fault:
-  """What became of a fault; `number` counts all, `chain` the runs."""
+  """What became of a fault.
+
+  Attributes:
+    number: counts all.
+    chain: counts the runs.
+    kind: its name.
+    seen: why the run is lost.
+    seconds: until all processes had ended.
+    hung: whether one did not.
+    traceback: whether one was printed.
+  """
 
   number: int
   chain: int
   kind: str
   seen: str = ""
+  seconds: float = 0.0
   hung: bool = False
   traceback: bool = False
 
@@ -323,14 +430,16 @@ class Fault:
 class Harness:
   """Harms one run after another until there were enough faults."""
 
-  def __init__(self, bench: Bench, results: files.Path, seed: int, kinds: Sequence[Kind]):
-    self._bench, self._results, self._seed, self._kinds = bench, results, seed, kinds
-    self._done = [Fault(**line) for line in files.read_jsonl(results)]
+  def __init__(self, bench: Bench, folder: pathlib.Path, seed: int, kinds: Sequence[Kind]):
+    self._bench, self._seed, self._kinds = bench, seed, kinds
+    self._results, self._table = folder / "results.jsonl", folder / "table.md"
+    self._done = [Fault(**line) for line in files.read_jsonl(self._results)]
+    alone, shared = ([k for k in kinds if (k.others is None) == one] for one in (True, False))
+    self._turns = [alone] * 7 * bool(alone) + [shared] * bool(shared)
     bench.chain = max((fault.chain for fault in self._done), default=-1) + 1
 
   def run(self, faults: int) -> list[Fault]:
     """What became of each fault. A run that was going on when this was stopped is begun anew."""
-    self._bench.reference()
     while len(self._done) < faults:
       shutil.rmtree(self._bench.workdir, ignore_errors=True)
       chain: list[Fault] = []
@@ -345,38 +454,47 @@ class Harness:
       self._done += chain
       content = "".join(json.dumps(dataclasses.asdict(fault)) + "\n" for fault in self._done)
       files.write_atomic(self._results, content)
+      files.write_atomic(self._table, table(self._done, self._kinds) + "\n")
       self._bench.chain += 1
     return self._done
 
   def _harm_one_run(self, chain: list[Fault], most: int) -> None:
     """Appends to `chain` what is done to a run, until it has ended; raises `Lost`."""
     bench = self._bench
-    process, expected = bench.start(), None
+    kinds = self._turns[bench.chain % len(self._turns)]
+    bench.processes = 1 if kinds[0].others is None else 2
+    reference = bench.reference()
+    begun = time.monotonic()
+    started, expected = bench.start(), None
+    start_s = 0.0  # How long the last one took to go on.
     try:
       while True:
         number = len(self._done) + len(chain)
         draw = random.Random(f"{self._seed} {number}")
-        kind = self._kinds[number % len(self._kinds)]
+        kind = kinds[number % len(kinds)]
         finish = len(chain) == most
-        if kind.early and not finish:
-          time.sleep(draw.uniform(0, 8))
+        if kind.early and start_s and not finish:
+          time.sleep(draw.uniform(0, start_s))
         else:
-          self._go_on(process, chain, expected)
+          self._go_on(started, chain, expected)
+          start_s = time.monotonic() - begun
           time.sleep(draw.uniform(0, 1))
         if finish or bench.iterations_done() > bench.iterations - _MARGIN:
           break
         chain.append(Fault(number, bench.chain, kind.name))
-        process, expected = self._harm(kind, process, draw, chain[-1])
-      if status := process.end():
-        raise Lost(f"ended with {status}: {process.errors()}")
-      self._compare()
+        started.victim = draw.randrange(bench.processes)
+        expected = self._harm(kind, started, draw, chain[-1])
+        if kind.statuses is not None:
+          begun = time.monotonic()
+          started = bench.start()
+      if any(statuses := started.end()):
+        raise Lost(f"ended with {statuses}: {started.errors()}")
+      self._compare(reference)
     finally:
-      with contextlib.suppress(ProcessLookupError):
-        process.process.kill()
-      process.end()
+      started.kill()
       bench.fault.unlink(missing_ok=True)
 
-  def _go_on(self, process: Process, chain: Sequence[Fault], expected: int | None) -> None:
+  def _go_on(self, started: Started, chain: Sequence[Fault], expected: int | None) -> None:
     """Waits until a run has made two checkpoints and, if it was harmed, one more than before."""
     bench = self._bench
     before = max(map(_place, bench.saved()), default=(0, 0))
@@ -386,10 +504,10 @@ class Harness:
       ended = bench.iterations_done() == bench.iterations
       return len(saved) > 1 and (_place(saved[-1]) > before or ended)
 
-    going = process.wait_for(goes_on)
-    errors = process.errors()
+    going = started.wait_for(goes_on)
+    errors = started.errors()
     if chain:
-      chain[-1].hung |= process.hung
+      chain[-1].hung |= started.hung
       chain[-1].traceback |= "Traceback" in errors
     if not going:
       raise Lost(f"did not go on: {errors}")
@@ -398,65 +516,77 @@ class Harness:
     if chain:
       print(f"fault {chain[-1].number} ({chain[-1].kind}): goes on", flush=True)
 
-  def _harm(
-    self, kind: Kind, process: Process, draw: random.Random, fault: Fault
-  ) -> tuple[Process, int | None]:
-    """Does a fault; the process that goes on, and from which iteration it must."""
-    bench = self._bench
-    kind.harm(bench, process, draw)
+  def _harm(self, kind: Kind, started: Started, draw: random.Random, fault: Fault) -> int | None:
+    """Does a fault; from which iteration the run must go on."""
+    bench, begun = self._bench, time.monotonic()
+    kind.harm(bench, started, draw)
     if kind.statuses is None:
-      return process, None
-    status, errors = process.end(), process.errors()
-    fault.hung, fault.traceback = process.hung, "Traceback" in errors
+      return None
+    statuses, errors = started.end(), started.errors()
+    fault.seconds = round(time.monotonic() - begun, 1)
+    fault.hung, fault.traceback = started.hung, "Traceback" in errors
     bench.fault.unlink(missing_ok=True)
-    if status not in kind.statuses or (status == 2) != (errors.count("error: ") == 1):
-      raise Lost(f"{kind.name} ended with {status}: {errors}")
-    left = [path.name for path in bench.workdir.iterdir() if path.name.endswith(".tmp")]
-    if left and status >= 0:  # Nobody cleans up behind one that is killed.
+    allowed = [[kind.others]] * bench.processes
+    allowed[started.victim] = kind.statuses
+    for process, expected in zip(started.processes, allowed, strict=True):
+      said = process.errors().count("error: ")
+      if process.returncode not in expected or said != (process.returncode > 0):
+        raise Lost(f"{kind.name} ended with {statuses}: {errors}")
+    left = [path.name for path in bench.workdir.glob("*.tmp")]
+    if left and min(statuses) >= 0:  # Nobody cleans up behind one that is killed.
       raise Lost(f"{kind.name} left {left}")
     saved = bench.saved()
     if kind.damage is not None:
       kind.damage(bench.checkpoints / saved.pop(), draw)
-    return bench.start(), _place(saved[-1])[0] if saved else None
+    return _place(saved[-1])[0] if saved else None
 
-  def _compare(self) -> None:
+  def _compare(self, reference: pathlib.Path) -> None:
     """Raises `Lost` where the run is not, bit for bit, the one that nobody disturbed."""
     try:
-      cases.assert_same_run(self._bench.workdir, self._bench.reference())
+      cases.assert_same_run(self._bench.workdir, reference)
     except AssertionError as error:
       raise Lost(f"other numbers: {error}") from error
 
 
 def table(faults: Sequence[Fault], kinds: Sequence[Kind] = KINDS) -> str:
-  """By kind: how many were done, recovered from, lost, and how many hung or printed tracebacks."""
+  """By kind: how many were done, recovered from, lost, hung or printed tracebacks; longest end."""
   lines = [
-    "| fault | injected | recovered | lost | hangs | tracebacks |",
-    "|---|---|---|---|---|---|",
+    "| fault | injected | recovered | lost | hangs | tracebacks | ended within |",
+    "|---|---|---|---|---|---|---|",
   ]
   groups = [(kind.name, [one for one in faults if one.kind == kind.name]) for kind in kinds]
   for name, group in [*groups, ("**all**", list(faults))]:
     lost = sum(bool(one.seen) for one in group)
     hung, traced = (sum(getattr(one, key) for one in group) for key in ("hung", "traceback"))
     numbers = (len(group), len(group) - lost, lost, hung, traced)
-    lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
+    longest = max((one.seconds for one in group), default=0.0)
+    lines.append(f"| {name} | {' | '.join(map(str, numbers))} | {longest:.0f} s |")
   return "\n".join(lines)
 
 
-def main(_: Sequence[str]) -> None:
-  folder = pathlib.Path(_WORKDIR.value).absolute()
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--faults", type=int, default=24, help="how many")
+  parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is damaged")
+  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of everything")
+  parser.add_argument("--kinds", help="only these kinds of fault: names with commas between")
+  options = parser.parse_args(arguments)
+  folder = options.workdir.absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  kinds = [kind for kind in KINDS if _KINDS.value is None or kind.name in _KINDS.value]
-  bench = Bench(folder)
+  wanted = options.kinds.split(",") if options.kinds else [kind.name for kind in KINDS]
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Or the run would be left alone.
+  bench = Bench(folder)
+  kinds = [kind for kind in KINDS if kind.name in wanted]
+  kinds = [kind for kind in kinds if bench.has_small_disk or not kind.fills_disk]
   try:
-    done = Harness(bench, folder / "results.jsonl", _SEED.value, kinds).run(_FAULTS.value)
+    done = Harness(bench, folder, options.seed, kinds).run(options.faults)
   finally:
-    bench.kill_server()
-  print(table(done))
+    bench.close()
+  print(table(done, kinds))
   for fault in done:
     if fault.seen:
       print(f"fault {fault.number} ({fault.kind}, run {fault.chain}): {fault.seen}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -1,16 +1,18 @@
-"""Gives rlft bad input: flagfiles, prompts, images, models and what rewards return.
+"""Gives rlft bad input: flagfiles, prompts, images, models, checkpoints, and what rewards return.
 
     python experiments/fuzz.py --cases=10000 --seed=1
 
 Each case is a good input that was damaged, a pure function of (seed, number). It must end in
-success, or in a UserError of one line, which ends a program with status 2. What else happens is
-printed with the number of its case (`--only=NUMBER` does that one again), and the status is 1.
-A case takes about a hundredth of a second of a core.
+success with what is right, or in a UserError of one line, which ends a program with status 2. Most
+cases call functions; one in a hundred is the program. What else happens is printed with the number
+of its case (`--only=NUMBER` does that one again), and the status is 1. A case takes about 15 ms of
+a core. experiments/fuzz.md has what this printed here.
 """
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
+import functools
 import io
 import json
 import pathlib
@@ -22,25 +24,31 @@ import traceback
 from typing import Any
 
 from absl import app, flags
+import jax
 import numpy as np
 from PIL import Image
+import safetensors.numpy
 
 _ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(_ROOT / "tests"))
 
+import forked_cases  # noqa: E402
 import train_cases  # noqa: E402
 
 from rlft import catalog  # noqa: E402
 from rlft.config import flags as cli  # noqa: E402
 from rlft.config.settings import Config  # noqa: E402
-from rlft.data import pairs  # noqa: E402
-from rlft.models.files import pretrained  # noqa: E402
+from rlft.data import pairs, records  # noqa: E402
+from rlft.models.files import lora_files, pretrained  # noqa: E402
+from rlft.rewards.remote import protocol  # noqa: E402
 from rlft.rewards.scoring import host  # noqa: E402
 from rlft.run import checks  # noqa: E402
+from rlft.storage.checkpoint import Checkpointer  # noqa: E402
 from rlft.types import HostReward, Prompt, Scores, UserError  # noqa: E402
 
-_CASES = flags.DEFINE_integer("cases", 10_000, "how many", lower_bound=1)
+_CASES = flags.DEFINE_integer("cases", 10_000, "number of cases", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of all cases")
+_FIRST = flags.DEFINE_integer("first", 0, "number of the first case", lower_bound=0)
 _ONLY = flags.DEFINE_integer("only", None, "number of the one case to do")
 
 _PIECES = (
@@ -191,38 +199,155 @@ def _odd_json(content: bytes, draw: random.Random) -> bytes:
   return json.dumps(data).encode()
 
 
-def model(folder: pathlib.Path, draw: random.Random) -> None:
-  """A model's directory."""
-  target = folder / "model"
-  shutil.copytree(_model(), target)
-  files = sorted(path for path in target.rglob("*") if path.is_file())
-  for path in draw.sample(files, draw.randint(1, 2)):
-    how = draw.randrange(6)
+def _made(name: str, make: Callable[[pathlib.Path], Any]) -> pathlib.Path:
+  """What `make` made, once for all cases, in a directory of this process."""
+  path = pathlib.Path(_scratch.name) / name
+  if not path.exists():
+    make(path)
+  return path
+
+
+_scratch = tempfile.TemporaryDirectory(prefix="rlft-fuzz-")
+
+
+def _damage_files(folder: pathlib.Path, draw: random.Random) -> None:
+  """Damages one or two files of a directory, whatever they are."""
+  found = sorted(path for path in folder.rglob("*") if path.is_file())
+  for path in draw.sample(found, min(len(found), draw.randint(1, 2))):
+    how = draw.randrange(8)
     if how == 0:
       path.unlink()
     elif how == 1:
       path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")  # A pickle in disguise.
     elif how == 2:
-      name, weights = path.parent, path.stem if path.suffix == ".safetensors" else "model"
-      index = {"metadata": {}, "weight_map": {"a": draw.choice(("../../x", "/etc/passwd", 1, "b"))}}
-      (name / f"{weights}.safetensors.index.json").write_text(json.dumps(index))
-      (name / f"{weights}.safetensors").unlink(missing_ok=True)
-    elif how < 5 and path.suffix == ".json":
+      path.unlink()
+      path.mkdir()
+    elif how == 3:
+      content = bytearray(path.read_bytes() or b"\0")
+      content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+      path.write_bytes(content)
+    elif how < 6 and path.suffix == ".json":
       path.write_bytes(_odd_json(path.read_bytes(), draw))
     else:
       path.write_bytes(damaged(path.read_bytes(), draw))
+
+
+def model(folder: pathlib.Path, draw: random.Random) -> None:
+  """A model's directory."""
+  target = folder / "model"
+  shutil.copytree(_made("model", _make_model), target)
+  if draw.random() < 0.2:
+    path = draw.choice(sorted(target.rglob("*.safetensors")))
+    index = {"metadata": {}, "weight_map": {"a": draw.choice(("../../x", "/etc/passwd", 1, "b"))}}
+    path.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
+    path.unlink()
+  else:
+    _damage_files(target, draw)
   pretrained.load(pretrained.find(target), dtype=np.float32)
 
 
-def _model() -> pathlib.Path:
-  """The tests' tiny model, made once."""
-  if not _made:
-    _made.append(pathlib.Path(tempfile.mkdtemp(prefix="rlft-fuzz-")) / "model")
-    pretrained.save(_made[0], train_cases.tiny_model())
-  return _made[0]
+def _make_model(path: pathlib.Path) -> None:
+  pretrained.save(path, train_cases.tiny_model())
 
 
-_made: list[pathlib.Path] = []
+def _state(iteration: int) -> dict[str, Any]:
+  draw = np.random.RandomState(iteration)
+  return {"a": {"b/c": draw.randn(30, 40).astype(np.float32)}, "count": np.int32(iteration)}
+
+
+def checkpoint(folder: pathlib.Path, draw: random.Random) -> None:
+  """Two checkpoints; what is restored must be the state of its iteration, bit for bit."""
+  target = folder / "checkpoints"
+  shutil.copytree(_made("checkpoints", _make_checkpoints), target)
+  for name in ("iteration_2", "iteration_1")[: draw.choice((1, 1, 1, 2))]:
+    _damage_files(target / name, draw)
+  if draw.random() < 0.1:
+    (target / "iteration_3").mkdir()  # Not committed.
+  checkpointer = Checkpointer(target)
+  try:
+    iteration, state, meta = checkpointer.restore(jax.device_put(_state(0)))
+  finally:
+    checkpointer.close()
+  jax.tree.map(np.testing.assert_array_equal, state, _state(iteration))
+  assert meta == {"iteration": iteration}, meta
+
+
+def _make_checkpoints(path: pathlib.Path) -> None:
+  checkpointer = Checkpointer(path)
+  for iteration in (1, 2):
+    checkpointer.save(iteration, jax.device_put(_state(iteration)), {"iteration": iteration})
+  checkpointer.close()
+
+
+_ADAPTED = {f"mid_block/attentions_0/{name}": (8, 8) for name in ("to_q", "to_k", "to_v")}
+
+
+def adapter(folder: pathlib.Path, draw: random.Random) -> None:
+  """A LoRA, with what PEFT says of it in the header."""
+  made = {name: {"a": np.ones((8, 2)), "b": np.ones((2, 8))} for name in _ADAPTED}
+  form = draw.choice((lora_files.peft_state, lora_files.kohya_state))
+  told = json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.use_dora": False}).encode()
+  if draw.random() < 0.5:
+    told = _odd_json(told, draw) if draw.random() < 0.7 else damaged(told, draw)
+  content = safetensors.numpy.save(
+    form(made, scale=1.0),
+    metadata={"format": "pt", "lora_adapter_metadata": told.decode(errors="replace")},
+  )
+  path = folder / "lora.safetensors"
+  path.write_bytes(damaged(content, draw) if draw.random() < 0.5 else content)
+  for factors in lora_files.load(path, _ADAPTED).values():
+    assert len(factors["a"]) == factors["b"].shape[1] == 8 and np.isfinite(factors["b"]).all()
+
+
+_RECORDS = [Prompt(f"a dog {i}", {"n": i}) for i in range(30)]
+
+
+def dataset(folder: pathlib.Path, draw: random.Random) -> None:
+  """A data set of prompts; what is read must be what was written."""
+  target = folder / "prompts"
+  shutil.copytree(_made("records", _make_records), target)
+  _damage_files(target, draw)
+  rows = draw.sample(range(len(_RECORDS)), 3)
+  assert records.load(str(target), "train").take(rows) == [_RECORDS[row] for row in rows]
+
+
+def _make_records(path: pathlib.Path) -> None:
+  path.mkdir()
+  writer = records.Writer(str(path), "train")
+  for prompt in _RECORDS:
+    writer.add(prompt)
+  (path / records.MANIFEST).write_text(json.dumps({"splits": {"train": writer.close()}}))
+
+
+def answer(folder: pathlib.Path, draw: random.Random) -> None:
+  """What a reward server answers; the caller says the rest of the line."""
+  del folder
+  tensor: dict[str, Any] = {"name": "score", "datatype": "FP32", "shape": [4]}
+  values, headers, tail = [0.5, 1, -2, None], {}, b""
+  if draw.random() < 0.5:
+    tensor["data"] = values
+  else:
+    tail = np.array(values, np.float32).tobytes()
+    tensor["parameters"] = {"binary_data_size": len(tail)}
+  content = json.dumps({"id": "7", "outputs": [tensor]}).encode()
+  how = draw.random()
+  if how < 0.3:
+    odd = json.loads(_odd_json(json.dumps(tensor).encode(), draw))
+    content = json.dumps({"id": "7", "outputs": [odd]}).encode()
+  elif how < 0.5:
+    content = _odd_json(content, draw)
+  elif how < 0.6 and "data" in tensor:
+    content = content.replace(b"0.5", draw.choice((b"1" * 400, b"1e999", b'"x"', b"[1]", b"{}")))
+  elif how < 0.9:
+    content = damaged(content, draw)
+  if tail:
+    length = str(len(content)) if draw.random() < 0.9 else draw.choice(("-1", "x", "²", "9" * 99))
+    headers[protocol.JSON_LENGTH] = length
+  try:
+    found = protocol.decode(content + tail, headers, request_id="7", output="score", count=4)
+  except ValueError as error:
+    raise UserError(" ".join(str(error).split())) from error
+  assert found.shape == (4,) and found.dtype == np.float64
 
 
 def reward(folder: pathlib.Path, draw: random.Random) -> None:
@@ -266,37 +391,86 @@ def reward(folder: pathlib.Path, draw: random.Random) -> None:
     caller.close()
 
 
+def program(folder: pathlib.Path, draw: random.Random) -> None:
+  """launch/train.py with a damaged model, prompts, images or settings, in a process of its own."""
+  tiny = folder / "tiny"
+  shutil.copytree(_made("tiny", train_cases.make_folder), tiny)
+  command = train_cases.flags(train_cases.config(tiny, folder / "run", iterations=1))
+  how = draw.randrange(5)
+  if how == 0:
+    _damage_files(tiny / "model", draw)
+  elif how == 1:
+    path = tiny / draw.choice(("prompts.txt", "pairs/metadata.jsonl", "rewards.py"))
+    path.write_bytes(damaged(path.read_bytes(), draw))
+  elif how == 2:
+    _damage_files(tiny / "pairs", draw)
+  else:
+    at = draw.randrange(len(command))
+    text = damaged(command[at].encode(), draw).decode(errors="replace").replace("\0", "")
+    command[at] = text[:10_000]  # Of a longer argument the system makes no command.
+  started = _nursery().start([train_cases.ROOT / "launch" / "train.py", *command], folder / "said")
+  status, said = started.wait(600), started.errors()
+  assert "Traceback" not in said, said
+  assert status in (0, 2), (status, said)
+  lines = [line for line in said.splitlines() if line.startswith("error: ")]
+  assert len(lines) == (status == 2) and max(map(len, said.splitlines()), default=0) < 2000, said
+  left = [path.name for path in folder.glob("run/**/*.tmp")]
+  assert not left, left
+  if lines:
+    raise UserError(lines[0])
+
+
+@functools.cache
+def _nursery() -> forked_cases.Nursery:
+  cache = pathlib.Path(_scratch.name) / "cache"
+  return forked_cases.Nursery(train_cases.environment_of_runs(cache))
+
+
 KINDS: Mapping[str, Callable[[pathlib.Path, random.Random], None]] = {
   "flagfile": flagfile,
   "prompts": prompts,
   "images": images,
   "model": model,
+  "checkpoint": checkpoint,
+  "adapter": adapter,
+  "dataset": dataset,
   "reward": reward,
+  "answer": answer,
+  "program": program,
 }
+# Of a hundred cases; those that take long are fewer.
+_SHARES = dict(zip(KINDS, (14, 18, 18, 9, 5, 9, 8, 9, 9, 1), strict=True))
+_TURNS = [
+  kind for turn in range(max(_SHARES.values())) for kind, share in _SHARES.items() if turn < share
+]
 
 
 # ---------------------------------------------------------------------------- cases
 
 
 def one(seed: int, number: int) -> tuple[str, str]:
-  """(kind, what came of the case): '' for success, a UserError's line, or a traceback."""
-  kind = list(KINDS)[number % len(KINDS)]
-  draw = random.Random(f"{seed} {number}")
+  """(kind, what came of the case); see `case`."""
+  kind = _TURNS[number % len(_TURNS)]
+  return kind, case(kind, f"{seed} {number}")
+
+
+def case(kind: str, seed: str) -> str:
+  """What came of a case: '' for success, a UserError's line, or a traceback."""
   with tempfile.TemporaryDirectory(prefix="rlft-fuzz-") as folder:
     try:
-      KINDS[kind](pathlib.Path(folder), draw)
+      KINDS[kind](pathlib.Path(folder), random.Random(seed))
     except UserError as error:
       line = str(error).replace(folder, "DIR")
-      return kind, line if line and "\n" not in line else f"Traceback: {line!r} is not one line"
-    except BaseException as error:
-      if isinstance(error, KeyboardInterrupt):
-        raise
-      return kind, traceback.format_exc()
-  return kind, ""
+      return line if line and "\n" not in line else f"Traceback: {line!r} is not one line"
+    except KeyboardInterrupt:
+      raise
+    except BaseException:
+      return traceback.format_exc()
+  return ""
 
 
 def main(_: Sequence[str]) -> None:
-  numbers = [_ONLY.value] if _ONLY.value is not None else range(_CASES.value)
+  numbers = [_ONLY.value] if _ONLY.value is not None else range(_FIRST.value, _CASES.value)
   counts: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
   for number in numbers:
     kind, outcome = one(_SEED.value, number)

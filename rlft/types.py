@@ -19,6 +19,10 @@ import numpy as np
 class UserError(Exception):
   """A mistake in what the user gave. The message is one line that says what to do."""
 
+  def __init__(self, message: str):
+    """Joins the lines of the message: it may quote what has several."""
+    super().__init__(" ".join(message.splitlines()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:

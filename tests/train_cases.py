@@ -381,7 +381,18 @@ def start(
     arguments: further ones.
     **environment: further variables.
   """
-  environment = {
+  return subprocess.Popen(
+    [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],
+    env=environment_of_runs(cache) | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def environment_of_runs(cache: pathlib.Path) -> dict[str, str]:
+  """Variables of processes that keep programs in `cache` and are quick to compile them."""
+  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
     "PYTHONPATH": str(ROOT),
     "BROKEN": "",
     "JAX_PLATFORMS": "cpu",
@@ -390,12 +401,4 @@ def start(
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    **environment,
   }
-  return subprocess.Popen(
-    [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )

@@ -34,6 +34,7 @@ _REPEATED = {
 }
 _SHIPPED = (EMOJI_SD, EMOJI)  # names that stand where a path may stand
 _TOKENIZER = "?tokenizer="
+_LONGEST = 1200  # characters of an error
 
 Settings = typing.TypeVar("Settings")
 
@@ -216,5 +217,8 @@ def _tells_something(record: logging.LogRecord) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  line = " ".join(message.split())
+  if len(line) > _LONGEST:  # It quotes a file; what to do about it stands at the end.
+    line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+  print(f"error: {line}", file=sys.stderr)
   sys.exit(2)

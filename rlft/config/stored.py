@@ -46,7 +46,7 @@ def from_json(text: str) -> Config:
       if name in values:
         values[name] = tuple(kind(**entry) for entry in values[name])
     config = fields.build(Config, values)
-  except (ValueError, TypeError, AttributeError) as error:
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(
       f"the stored configuration cannot be read ({error}): go on with the version of rlft that "
       "wrote it"

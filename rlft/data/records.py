@@ -60,7 +60,7 @@ class Records(Source):
   def _reading(self):
     try:
       yield
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
       raise UserError(
         f"{self._path} holds no prompts of rlft, which are JSON objects with 'prompt': make it with"
         " launch/prepare_prompts.py"
@@ -100,15 +100,17 @@ def _splits(where: str) -> Mapping[str, Mapping[str, Any]]:
   try:
     with open(where, "rb") as file:
       splits = json.load(file)["splits"]
-    if not all({"rows", "bytes", "sha256"} <= told.keys() for told in splits.values()):
-      raise KeyError("rows, bytes, sha256")
+    for told in splits.values():
+      for key, kind in (("rows", int), ("bytes", int), ("sha256", str)):
+        if not isinstance(told[key], kind):
+          raise TypeError(f"{key} is {told[key]!r:.100}")
     return splits
   except OSError as error:
     raise UserError(
       f"{where} cannot be read ({error.strerror or error}): give the directory of a data set that"
       " launch/prepare_prompts.py made"
     ) from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(
       f"{where} is no manifest of prompts ({error}): make the data set anew with"
       " launch/prepare_prompts.py"

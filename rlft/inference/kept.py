@@ -82,5 +82,5 @@ def _read(file: files.Path, about: Mapping[str, Any]) -> tuple[dict[str, EvalRes
       return {}, {}
     kept = content["results"]
     return {name: EvalResult.from_json(name, result) for name, result in kept.items()}, kept
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(f"{file} holds no measurements ({error!r}): move the file away") from error

@@ -133,7 +133,7 @@ def _read(path: files.Path) -> Sheet | None:
     prompts = tuple(about["prompts"])
     cells = tuple(np.split(pixels, len(prompts)))
     return Sheet(int(path.stem), prompts, cells, about["image_size"], about["across"])
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return None
 
 

@@ -262,7 +262,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       entry = json.loads(line)
       if not isinstance(entry, dict):
         raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       if number == len(lines):
         break
       raise UserError(

@@ -145,7 +145,7 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     cli.define(Config)
     def run():
       cli.read(Config)
-      raise types.UserError("first\\nsecond")
+      raise types.UserError("first\\n" + 9000 * "x" + " last")
     for argv in json.loads(sys.argv[1]):
       sys.argv = ["train.py", *argv]
       try:
@@ -167,7 +167,7 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     ([f"--flagfile={spaced}"], "'--seed 1': write --seed=1"),
     ([f"--flagfile={stray}"], "unexpected argument 'seed=1'"),
     ([f"--flagfile={binary}"], "a flagfile is not text"),
-    (["--seed=1"], "first second"),
+    (["--seed=1"], f"first {'x' * 594} ... {'x' * 595} last"),
   ]
   done = subprocess.run(
     [sys.executable, "-c", script, json.dumps([argv for argv, _ in cases])],

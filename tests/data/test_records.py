@@ -79,7 +79,8 @@ def test_a_damaged_data_set_is_refused(folder):
   assert "cannot be read" in refusal(prompts.load_file, str(path))
   path.unlink()
   assert "has 0 bytes" in refusal(records.load, str(folder), "train")
-  for content in ("", "[]", '{"splits": {"train": {}}}', '{"splits": []}'):
+  odd = json.dumps({"splits": {"train": {"rows": 1, "bytes": [1], "sha256": "0"}}})
+  for content in ("", "[]", '{"splits": {"train": {}}}', '{"splits": []}', odd, '{"a":' * 2000):
     (folder / records.MANIFEST).write_text(content)
     assert "is no manifest of prompts" in refusal(records.load, str(folder), "train")
   message = refusal(records.load, str(folder / "none"), "train")

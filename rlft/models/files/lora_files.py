@@ -167,14 +167,21 @@ def load(
       raise UserError(f"{path}: {next(iter(found.values()))} is half of a LoRA: get it again")
     a, b = (np.asarray(state[found[factor]], np.float32).T for factor in ("a", "b"))
     fan_in, fan_out = targets[target]
-    if a.shape != (fan_in, len(b)) or b.shape[1:] != (fan_out,):
+    alpha = state[found["alpha"]] if "alpha" in found else None
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != len(b) or not len(b) or np.size(alpha) != 1:
+      raise UserError(f"{path}: the LoRA of {_torch_name(target)} is no two matrices: get it again")
+    if (len(a), b.shape[1]) != (fan_in, fan_out):
       raise UserError(
-        f"{path}: the LoRA of {_torch_name(target)} leads from {a.shape[0]} features to"
-        f" {b.shape[-1]}, the model's module from {fan_in} to {fan_out}: give an adapter of this"
+        f"{path}: the LoRA of {_torch_name(target)} leads from {len(a)} features to"
+        f" {b.shape[1]}, the model's module from {fan_in} to {fan_out}: give an adapter of this"
         " model"
       )
-    scale = float(state[found["alpha"]]) / len(b) if "alpha" in found else stored
-    adapter[target] = {"a": a, "b": scale * b}
+    scale = stored if alpha is None else float(alpha.reshape(())) / len(b)
+    with np.errstate(over="ignore"):
+      b = np.float32(scale) * b
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+      raise UserError(f"{path}: the LoRA of {_torch_name(target)} is not finite: get it again")
+    adapter[target] = {"a": a, "b": b}
   return adapter
 
 
@@ -190,11 +197,24 @@ def _scale(path: str | os.PathLike[str]) -> float:
   """alpha / rank of all modules, as the file's header says it; 1 if it says nothing."""
   with safetensors.safe_open(path, framework="numpy") as file:
     text = (file.metadata() or {}).get(_METADATA, "{}")
-  said = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+  try:
+    said = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+    scale = float(said["lora_alpha"] / said["r"]) if said else 1.0
+  except (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise UserError(
+      f"{path}: {_METADATA} in its header cannot be read: get the file again"
+    ) from error
   for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora"):
     if said.get(key):
       raise UserError(f"{path}: {key}={said[key]} is not supported: give an adapter without it")
-  return said["lora_alpha"] / said["r"] if said else 1.0
+  return scale
 
 
 def _split(name: str) -> tuple[str, str]:

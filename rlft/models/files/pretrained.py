@@ -102,11 +102,18 @@ def _read_json(source: str | pathlib.Path, name: str) -> dict[str, Any]:
   return sources.read_json(file)
 
 
-def _check_class(where: str, found: str | None, expected: Collection[str]) -> None:
-  if found not in expected:
+def _check_class(where: str, found: Any, expected: Collection[str]) -> None:
+  if not isinstance(found, str) or found not in expected:
     raise UserError(
       f"{where}: _class_name is {found!r}, expected {' or '.join(map(repr, expected))}; "
       f"{config_lib.USE_SUPPORTED}"
+    )
+
+
+def _check_type(where: str, key: str, found: Any, kind: type) -> None:
+  if not isinstance(found, kind):
+    raise UserError(
+      f"{where}: {key} is {str(found)[:100]!r}, no {kind.__name__}; get the file again"
     )
 
 
@@ -220,8 +227,12 @@ def _read_directory(
   options = {**_read_json(source, file), **scheduler}
   scheduler_config.SchedulerConfig.from_dict(options, f"{source}/{file}")
   # Which of the two names diffusers believes depends on how it is asked.
-  if named := index.get("scheduler"):
-    scheduler_config.check_class(named[-1], f"{source}/{INDEX}")
+  named = index.get("scheduler") or [None, None]
+  _check_type(f"{source}/{INDEX}", "scheduler", named, list)
+  scheduler_config.check_class(named[-1], f"{source}/{INDEX}")
+  # As in diffusers, where SDXL's index does not say.
+  zero_empty = index.get("force_zeros_for_empty_prompt", True)
+  _check_type(f"{source}/{INDEX}", "force_zeros_for_empty_prompt", zero_empty, bool)
   tokenizers = tuple(
     vocabulary.open_clip(
       source, modules[name].config, folder=name.replace("text_encoder", "tokenizer")
@@ -235,8 +246,7 @@ def _read_directory(
     what={name: file for name, (_, file) in opened.items()},
     tokenizers=tokenizers,
     scheduler=options,
-    # As in diffusers, where SDXL's index does not say.
-    zero_empty=len(texts) > 1 and index.get("force_zeros_for_empty_prompt", True),
+    zero_empty=len(texts) > 1 and zero_empty,
   )
 
 

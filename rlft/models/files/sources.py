@@ -88,12 +88,15 @@ def find_file(source: str | os.PathLike[str], name: str) -> pathlib.Path | None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Parses a JSON file; raises `UserError` if it is missing or is none."""
+  """Parses a file of a JSON object; raises `UserError` if it is missing or holds none."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+      raise ValueError("it holds no object")
+    return found
   except FileNotFoundError as error:
     raise UserError(f"{path} does not exist; put the model's own there") from error
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON ({error}); get it again") from error
 
 

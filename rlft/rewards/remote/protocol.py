@@ -117,8 +117,10 @@ def decode(
   for tensor in answer["outputs"]:
     if not isinstance(tensor, dict):
       raise ValueError("an output is no JSON object")
-    size = (tensor.get("parameters") or {}).get("binary_data_size")
-    part = None
+    parameters, part = tensor.get("parameters") or {}, None
+    if not isinstance(parameters, dict):
+      raise ValueError("an output's 'parameters' are no JSON object")
+    size = parameters.get("binary_data_size")
     if size is not None:
       if not isinstance(size, int) or not 0 <= size <= len(rest):
         raise ValueError(f"binary_data_size is {size!r}, but {len(rest)} bytes are left")
@@ -145,7 +147,7 @@ def _json_length(headers: Mapping[str, str], size: int) -> int:
 def _scores(tensor: Mapping[str, Any], part: bytes | None, count: int) -> np.ndarray:
   """The numbers of one output, from the bytes that belong to it or from its JSON."""
   name, datatype, shape = (tensor.get(key) for key in ("name", "datatype", "shape"))
-  if datatype not in _DTYPES:
+  if not isinstance(datatype, str) or datatype not in _DTYPES:
     raise ValueError(f"output {name!r} has the datatype {datatype!r}, expected e.g. 'FP32'")
   if shape not in ([count], [count, 1]):
     raise ValueError(f"output {name!r} has the shape {shape}, expected [{count}]")
@@ -154,7 +156,7 @@ def _scores(tensor: Mapping[str, Any], part: bytes | None, count: int) -> np.nda
       values = np.frombuffer(part, _DTYPES[datatype]).astype(np.float64)
     else:
       values = np.array(tensor.get("data"), np.float64).ravel()  # null becomes NaN.
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, OverflowError) as error:
     raise ValueError(f"output {name!r} does not hold {datatype} numbers ({error})") from error
   if len(values) != math.prod(shape):
     raise ValueError(f"output {name!r} has {len(values)} numbers, expected {count}")

@@ -154,7 +154,9 @@ def ask(client: Client, path: str, start_s: float) -> Description:
     inputs, outputs = (
       {tensor["name"]: tensor for tensor in about.get(key) or ()} for key in ("inputs", "outputs")
     )
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    if not all(isinstance(name, str) for name in (*inputs, *outputs)):
+      raise TypeError("a name is no text")
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise RewardError(
       f"{client.server}{path} does not describe a model: give the address of a server of the Open"
       " Inference Protocol v2"
@@ -174,7 +176,7 @@ def reads_binary(client: Client) -> bool:
   )
   try:
     return answer.status == 200 and _BINARY in json.loads(answer.data)["extensions"]
-  except (ValueError, TypeError, KeyError):
+  except (ValueError, TypeError, KeyError, RecursionError):
     return False
 
 

@@ -250,7 +250,8 @@ def probability(data: bytes, answer: str) -> float:
     if not isinstance(token, str) or not numbers:
       raise ValueError(f"expected a token and its log-probability, got {token!r}: {logprob!r}")
     if logprob > _ROUNDING:
-      raise ValueError(f"the token {token!r} has a log-probability of {logprob:g}, more than 0")
+      raise ValueError(f"the token {token!r} has the log-probability {logprob}, which is above 0")
+  listed = [(token, _float(logprob)) for token, logprob in listed]
   if any(math.isnan(logprob) for _, logprob in listed):
     return math.nan
   word = answer.strip().casefold()
@@ -258,6 +259,14 @@ def probability(data: bytes, answer: str) -> float:
   if total > 1 + _ROUNDING:
     raise ValueError(f"the tokens of {answer!r} have a probability of {total:g}, more than 1")
   return min(total, 1.0)
+
+
+def _float(number: float) -> float:
+  """A number <= 0 of JSON, which may be an integer below all floats."""
+  try:
+    return float(number)
+  except OverflowError:
+    return -math.inf
 
 
 def _geometric(found: Sequence[float]) -> float:

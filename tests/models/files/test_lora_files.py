@@ -145,6 +145,8 @@ def test_what_diffusers_saves_is_loaded(tmp_path, prefix, said):
     ({"unet.x.lora_A.weight": np.zeros((2, 3)), "y": np.zeros(1)}, " and 1 more: nothing but"),
     ({next(iter(diffusers_state())): np.zeros((2, 4))}, "leads from 4 features to 1, .* 3 to 1"),
     ({next(reversed(diffusers_state())): None}, "is half of a LoRA"),
+    ({next(iter(diffusers_state())): np.zeros(3)}, "is no two matrices"),
+    ({name: x[:0] if len(x) == 2 else x[:, :0] for name, x in diffusers_state().items()}, "is no"),
   ],
 )
 def test_adapters_of_something_else(tmp_path, change, words):
@@ -171,9 +173,21 @@ def test_what_is_no_adapter(tmp_path):
   )
   with pytest.raises(UserError, match="has LoRAs of the ranks 2, 4: give one of a single rank"):
     lora_files.rank(path)
-  header = {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}
-  safetensors.numpy.save_file(
-    diffusers_state(), path, {"lora_adapter_metadata": json.dumps(header)}
-  )
-  with pytest.raises(UserError, match="use_rslora=True is not supported"):
+
+
+@pytest.mark.parametrize(
+  ("header", "message"),
+  [
+    ({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}, "use_rslora=True is not supp"),
+    ({"unet.r": 0, "unet.lora_alpha": 2}, "lora_adapter_metadata in its header cannot be read"),
+    ({"unet.r": 2}, "lora_adapter_metadata in its header cannot be read"),
+    ([2], "lora_adapter_metadata in its header cannot be read"),
+    ({"unet.r": 2, "unet.lora_alpha": 1e308}, "to_out.0 is not finite"),
+  ],
+)
+def test_what_the_header_says_of_an_adapter(tmp_path, header, message):
+  path = tmp_path / "lora.safetensors"
+  said = {"lora_adapter_metadata": json.dumps(header)}
+  safetensors.numpy.save_file(diffusers_state(), path, said)
+  with pytest.raises(UserError, match=message):
     lora_files.load(path, {PATH: (3, 1)})

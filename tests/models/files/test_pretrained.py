@@ -244,8 +244,26 @@ def test_damaged_files(copy):
   with pytest.raises(UserError, match="cannot be read") as e:
     pretrained.load(copy)
   one_line(e)
-  (copy / "vae" / "config.json").write_text("{")
-  with pytest.raises(UserError, match="cannot be read as JSON") as e:
+  for content in ("{", "[]", '{"a":' * 2000):
+    (copy / "vae" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"vae/config\.json cannot be read as JSON") as e:
+      pretrained.load(copy)
+    one_line(e)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"_class_name": ["StableDiffusionPipeline"]}, r"_class_name is \['StableDiffusionPipeline'\]"),
+    ({"scheduler": 1.5}, "scheduler is '1.5', no list"),
+    ({"scheduler": {"a": 1}}, "scheduler is .*, no list"),
+    ({"scheduler": ["diffusers", [1]]}, r"\[1\] samples networks"),
+    ({"force_zeros_for_empty_prompt": "x"}, "force_zeros_for_empty_prompt is 'x', no bool"),
+  ],
+)
+def test_an_index_with_values_of_other_types(copy, values, message):
+  set_json(copy / "model_index.json", **values)
+  with pytest.raises(UserError, match=rf"model_index\.json: {message}") as e:
     pretrained.load(copy)
   one_line(e)
 

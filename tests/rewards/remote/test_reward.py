@@ -377,6 +377,9 @@ def test_a_restarted_server_may_still_load_its_model(faulty):
     (change(data=[1, 2, 3]), "'score' has 3 numbers, expected 4"),
     (change(data=["a", "b", "c", "d"]), "'score' does not hold FP32 numbers"),
     (change(data=[[1], [2, 3], [4]]), "'score' does not hold FP32 numbers"),
+    (change(data=[10**400, 2, 3, 4]), "'score' does not hold FP32 numbers"),
+    (change(datatype=["FP32"]), r"has the datatype \['FP32'\], expected e.g. 'FP32'"),
+    (change(parameters=[16]), "'parameters' are no JSON object"),
     (change(datatype="BYTES"), "has the datatype 'BYTES', expected e.g. 'FP32'"),
     (change(parameters={"binary_data_size": 16}), "binary_data_size is 16, but 0 bytes are left"),
     (

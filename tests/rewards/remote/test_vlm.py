@@ -194,7 +194,14 @@ def first(answer):
     (lambda _, answer: first(answer).update(top_logprobs=None), "expected top_logprobs of a token"),
     (lambda _, answer: first(answer).update(top_logprobs=[]), "top_logprobs is empty"),
     (lambda _, answer: first(answer)["top_logprobs"][2].update(logprob="0"), "got 'No': '0'"),
-    (lambda _, answer: first(answer)["top_logprobs"][2].update(logprob=0.5), "'No' has a log-prob"),
+    (
+      lambda _, answer: first(answer)["top_logprobs"][2].update(logprob=0.5),
+      "'No' has the log-prob",
+    ),
+    (
+      lambda _, answer: first(answer)["top_logprobs"][2].update(logprob=10**400),
+      "'No' has the log",
+    ),
     (
       lambda _, answer: [one.update(logprob=0) for one in first(answer)["top_logprobs"]] and None,
       "the tokens of 'yes' have a probability of 2, more than 1",
@@ -215,11 +222,12 @@ def test_nan_is_not_scored_and_what_is_not_listed_is_0(judge):
     lambda _, answer: first(answer)["top_logprobs"][2].update(logprob=float("nan")),
     lambda _, answer: first(answer).update(top_logprobs=[{"token": "Maybe", "logprob": -0.1}]),
     lambda _, answer: first(answer)["top_logprobs"][0].update(logprob=-math.inf),
+    lambda _, answer: first(answer)["top_logprobs"][0].update(logprob=-(10**400)),
   ]
-  images, prompts = red(3)
+  images, prompts = red(4)
   images[...] = 1
   found = scored(catalog.make_reward(judge.address + ONE), images, prompts)
-  np.testing.assert_allclose(found, [np.nan, 0, 0.25], rtol=1e-6)
+  np.testing.assert_allclose(found, [np.nan, 0, 0.25, 0.25], rtol=1e-6)
 
 
 def test_a_server_that_dies_and_comes_back(judge):

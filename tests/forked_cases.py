@@ -1,0 +1,118 @@
+"""Processes that start within a moment: forked from one that has imported what they need.
+
+The parent has no threads and has asked JAX for no devices, so what is forked from it is as good as
+a process of its own: it has its own devices, signals, and end.
+"""
+
+from collections.abc import Mapping, Sequence
+import gc
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+
+class Nursery:
+  """The parent; an end of the process that made it, or `close`, ends it, but not its children."""
+
+  def __init__(self, environment: Mapping[str, str]):
+    """Starts it with an environment, which its children have, too."""
+    self._parent = subprocess.Popen(
+      [sys.executable, __file__],
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def start(self, command: Sequence[Any], said: pathlib.Path) -> "Forked":
+    """Starts a script; what it prints goes into the files `said` and `said`.errors."""
+    return Forked(self, self.ask({"command": [*map(str, command)], "said": str(said)}), said)
+
+  def ask(self, request: Any) -> Any:
+    self._parent.stdin.write(json.dumps(request) + "\n")
+    self._parent.stdin.flush()
+    return json.loads(self._parent.stdout.readline())
+
+  def close(self) -> None:
+    self._parent.communicate()
+
+
+class Forked:
+  """A process; `returncode` is as that of `subprocess.Popen`."""
+
+  def __init__(self, nursery: Nursery, pid: int, said: pathlib.Path):
+    self.pid, self.returncode = pid, None
+    self._nursery, self._said = nursery, said
+
+  def output(self) -> str:
+    return self._said.read_text()
+
+  def errors(self) -> str:
+    return pathlib.Path(f"{self._said}.errors").read_text()
+
+  def poll(self) -> int | None:
+    """The exit status, or None while it runs."""
+    if self.returncode is None:
+      self.returncode = self._nursery.ask(self.pid)
+    return self.returncode
+
+  def send_signal(self, number: int) -> None:
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def wait(self, timeout: float) -> int:
+    """The exit status; raises subprocess.TimeoutExpired."""
+    deadline = time.monotonic() + timeout
+    while self.poll() is None:
+      if time.monotonic() > deadline:
+        raise subprocess.TimeoutExpired(str(self.pid), timeout)
+      time.sleep(0.02)
+    return self.returncode
+
+  def kill(self) -> None:
+    """Ends it, if it has not ended."""
+    self.send_signal(signal.SIGKILL)
+    self.wait(60)
+
+
+def _status(pid: int) -> int | None:
+  found, status = os.waitpid(pid, os.WNOHANG)
+  return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _become(command: Sequence[str], streams: Sequence[int]) -> None:
+  for number, stream in enumerate(streams):
+    os.dup2(stream, number)
+    os.close(stream)
+  sys.argv[:] = command
+  runpy.run_path(command[0], run_name="__main__")
+
+
+def _main() -> None:
+  import rlft.performance.compile.plan
+  import rlft.train  # noqa: F401
+
+  gc.freeze()
+  for line in sys.stdin:
+    request = json.loads(line)
+    if isinstance(request, int):
+      answer = _status(request)
+    else:
+      said = request["said"]
+      paths = os.devnull, said, f"{said}.errors"
+      streams = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
+      if not (answer := os.fork()):
+        return _become(request["command"], streams)
+      for stream in streams:
+        os.close(stream)
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+  _main()
