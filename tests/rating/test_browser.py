@@ -1,6 +1,6 @@
 """The page in headless Chromium: by mouse, by touch at 390 pixels, by keys alone.
 
-Needs Debian's chromium and chromium-driver, and selenium: pip install selenium
+Needs chromium and chromedriver, of Debian's chromium-driver say; skipped without.
 """
 
 import shutil
@@ -37,6 +37,7 @@ class Server:
   """The page on a port of its own, in a thread; to be stopped and started again."""
 
   def __init__(self, study):
+    self.study = study
     client, self.links, self.votes = rating_cases.make_client(study)
     self._app, self.port = client.app, 0
     self.start()
@@ -119,22 +120,36 @@ def test_by_mouse_on_a_desktop(chromium, server):
 
 def test_by_touch_at_the_width_of_a_phone(chromium, server):
   show(chromium, 390, 844, touch=True)
-  chromium.get(server.rater(1) + "/rate")
-  until(lambda: is_ready(chromium))
-  width, seen = chromium.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-  assert width == seen == 390
-  left, right, tie = (side(chromium, value).rect for value in ("left", "right", "tie"))
-  assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
-  assert tie["y"] + tie["height"] <= 844 and min(tie["height"], left["height"]) >= 44
-  chromium.find_element(By.CSS_SELECTOR, "label").click()
-  large = side(chromium, "left").rect
-  assert large["width"] > 1.9 * left["width"] and side(chromium, "right").rect["y"] > large["y"]
+  chromium.get(server.rater(1))
+  begin = chromium.find_element(By.ID, "begin")
+  assert begin.rect["y"] + begin.rect["height"] <= 844 and fits(chromium)
+  tap(chromium, begin)
+  until(lambda: "/rate" in chromium.current_url and is_ready(chromium))
+  assert fits(chromium)
+  top, bottom, tie = (side(chromium, value).rect for value in ("left", "right", "tie"))
+  assert top["y"] + top["height"] <= bottom["y"] and bottom["y"] + bottom["height"] <= tie["y"]
+  assert tie["y"] + tie["height"] <= 844 and min(tie["height"], top["height"]) >= 44
+  assert side(chromium, "left").text == "Top" and side(chromium, "right").text == "Bottom"
+  # More than twice what they would have beside one another.
+  pictures = chromium.find_elements(By.CSS_SELECTOR, "main img")
+  assert all(picture.rect["height"] > 250 for picture in pictures)
   for number in (1, 2):
     tap(chromium, side(chromium, "left"))
     answered(server, chromium, number)
-  assert side(chromium, "left").rect["width"] == large["width"]  # Stays as it was chosen.
   tap(chromium, chromium.find_element(By.CSS_SELECTOR, '[data-key="u"]'))
   answered(server, chromium, 1)
+  for number, value in enumerate(("right", "tie", "right"), start=2):
+    tap(chromium, side(chromium, value))
+    given = answered(server, chromium, number)
+  assert [vote.answer for vote in given] == ["left", "right", "tie", "right"]
+  assert "Thank you" in chromium.page_source and fits(chromium)
+  chromium.get(f"http://127.0.0.1:{server.port}/o/{server.links.organizer()}")
+  assert "4 of 20 votes" in chromium.page_source and fits(chromium)
+
+
+def fits(driver):
+  """Whether nothing is wider than the screen of a phone."""
+  return driver.execute_script("return document.documentElement.scrollWidth") == 390
 
 
 def tap(driver, element):
@@ -189,6 +204,52 @@ def test_an_answer_waits_for_the_server(chromium, server):
   server.start()
   assert answered(server, chromium, 1)[0].answer == "right"
   assert not chromium.find_element(By.ID, "offline").is_displayed()
+
+
+def test_nobody_judges_a_picture_that_is_not_there(chromium, server):
+  show(chromium, 1280, 800, touch=False)
+  chromium.execute_cdp_cmd("Network.enable", {})
+  try:
+    chromium.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/picture/*"]})
+    chromium.get(server.rater(1) + "/rate")
+    until(lambda: chromium.find_element(By.ID, "offline").is_displayed())
+    press(chromium, Keys.ARROW_RIGHT)
+    assert not is_ready(chromium)
+  finally:
+    chromium.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+  until(lambda: is_ready(chromium))
+  assert not chromium.find_element(By.ID, "offline").is_displayed()
+  assert server.votes.answered() == []
+  press(chromium, Keys.ARROW_RIGHT)
+  answered(server, chromium, 1)
+
+
+def test_neither_page_nor_addresses_say_who_drew_what(chromium, server):
+  show(chromium, 1280, 800, touch=False)
+  chromium.get(server.rater(1) + "/rate")
+  until(lambda: is_ready(chromium))
+  loaded = chromium.execute_script(
+    "return performance.getEntriesByType('resource').map(e => e.name)"
+  )
+  assert len([address for address in loaded if "/picture/" in address]) == 2
+  said = chromium.page_source + " ".join(loaded)
+  for contender in server.study.contenders:
+    assert contender.name not in said and contender.source not in said
+
+
+def test_a_stranger_sees_nothing(chromium, server):
+  chromium.get(server.rater(1) + "/rate")
+  until(lambda: is_ready(chromium))
+  picture = chromium.find_element(By.CSS_SELECTOR, "main img").get_attribute("src")
+  token, other = server.links.rater(1), server.links.rater(2)
+  mine = picture.rpartition(token)[0]
+  for wrong in ("", token[:-1], f"1-{other.partition('-')[2]}", other):
+    chromium.get(picture.replace(token, wrong))
+    assert chromium.find_element(By.TAG_NAME, "body").text == "Not found"
+    assert chromium.find_elements(By.TAG_NAME, "img") == []
+  for page in (f"{mine}{token[:-1]}/rate", mine, f"http://127.0.0.1:{server.port}/o/{token}"):
+    chromium.get(page)
+    assert chromium.find_element(By.TAG_NAME, "body").text == "Not found"
 
 
 def test_without_the_script(chromium, server):

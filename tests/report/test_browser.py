@@ -1,6 +1,6 @@
 """The report in headless Chromium, at a phone's width: the slider, the large pictures, the keys.
 
-Needs Debian's chromium and chromium-driver, and selenium: pip install selenium
+Needs chromium and chromedriver, of Debian's chromium-driver say; skipped without.
 """
 
 import json

@@ -6,11 +6,31 @@ const RETRY_MS = 1500;
 
 let ready = false;
 
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
+function showOffline(isOffline) {
+  document.getElementById("offline").hidden = !isOffline;
+}
+
+// Nobody is to judge a picture that is not there.
+async function show(picture) {
+  for (;;) {
+    try {
+      return await picture.decode();
+    } catch {
+      showOffline(true);
+      await pause(RETRY_MS);
+      picture.src = picture.src;
+    }
+  }
+}
+
 async function settle() {
   ready = false;
-  const pictures = [...document.querySelectorAll("main img")];
-  await Promise.allSettled(pictures.map((picture) => picture.decode()));
-  await new Promise((done) => setTimeout(done, PAUSE_MS));
+  document.body.dataset.ready = "no";
+  await Promise.all([...document.querySelectorAll("main img")].map(show));
+  showOffline(false);
+  await pause(PAUSE_MS);
   ready = true;
   document.body.dataset.ready = "yes";
 }
@@ -26,8 +46,8 @@ async function send(form, button) {
     } catch {
       // The server is away; it comes back where it stopped.
     }
-    document.getElementById("offline").hidden = false;
-    await new Promise((done) => setTimeout(done, RETRY_MS));
+    showOffline(true);
+    await pause(RETRY_MS);
   }
 }
 
@@ -37,27 +57,21 @@ async function submit(event) {
   ready = false;
   document.body.dataset.ready = "no";
   const text = await send(event.target, event.submitter);
-  document.getElementById("offline").hidden = true;
   if (text === null) {
     location.reload();
     return;
   }
-  const large = document.getElementById("large")?.checked;
   const page = new DOMParser().parseFromString(text, "text/html");
-  document.querySelector("main").replaceWith(page.querySelector("main"));
+  document.querySelector("main").replaceChildren(...page.querySelector("main").childNodes);
   document.title = page.title;
-  const box = document.getElementById("large");
-  if (box && large) box.checked = true;
   window.scrollTo(0, 0);
   await settle();
 }
 
 function press(event) {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  const key = event.key.toLowerCase();
-  const box = document.getElementById("large");
-  const target =
-    key === "l" ? box : document.querySelector(`[data-key="${CSS.escape(key)}"]:not(:disabled)`);
+  const key = CSS.escape(event.key.toLowerCase());
+  const target = document.querySelector(`[data-key="${key}"]:not(:disabled)`);
   if (!target) return;
   event.preventDefault();
   target.click();
