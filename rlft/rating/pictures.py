@@ -11,14 +11,17 @@ import PIL.ImageOps
 from rlft import catalog
 from rlft.data import lines
 from rlft.inference import contenders as contenders_lib
+from rlft.inference import load as finetuned
 from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
+from rlft.models.files import pretrained
 from rlft.rating.settings import PromptSet
 from rlft.rating.study import Item, Study
 from rlft.storage import images
 from rlft.types import Prompt, UserError
 
 _LISTING = "metadata.jsonl"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def is_folder(source: str) -> bool:
@@ -43,6 +46,21 @@ def prompts_of(entry: PromptSet, contenders: Sequence[Contender]) -> list[Prompt
   return [source[place * len(source) // count] for place in range(count)]
 
 
+def check(study: Study) -> None:
+  """Finds what is missing before anything is written, or drawn for hours.
+
+  Raises:
+    UserError: there is no such model or folder, or a folder lacks a prompt.
+  """
+  for contender in range(len(study.contenders)):
+    source = _source(study, contender)
+    if is_folder(source):
+      for place in range(len(study.sets)):
+        _copies(study, contender, place)
+    else:
+      _check_model(source, study.settings.pretrained)
+
+
 def collect(study: Study, *, batch_size: int) -> list[str]:
   """Draws or copies the pictures that are not there yet.
 
@@ -64,7 +82,8 @@ def collect(study: Study, *, batch_size: int) -> list[str]:
     missing = [place for place in range(len(study.sets)) if _is_missing(study, contender, place)]
     if is_folder(source):
       for place in missing:
-        _copy(study, contender, place)
+        for path, target in _copies(study, contender, place):
+          images.save_png(target, _decode(path))
       said.append(f"{source}: pictures as they are")
       continue
     drawing = _drawing(study, contender, batch_size)
@@ -95,6 +114,21 @@ def _is_missing(study: Study, contender: int, place: int) -> bool:
 
 
 # ---------------------------------------------------------------------------- models
+
+
+def _check_model(source: str, base: str) -> None:
+  """Raises `UserError` if there is neither a run nor a model."""
+  config = contenders_lib.config_of(source)
+  if config is not None:
+    finetuned.check_base(source, base or config.pretrained)
+    return
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir() and any(path.suffix.lower() in _PICTURES for path in folder.iterdir()):
+    raise UserError(
+      f"{source} has pictures and no {_LISTING}: add one, with a line"
+      ' {"file_name": ..., "text": ...} for each picture and its prompt'
+    )
+  pretrained.find(source)
 
 
 def _drawing(study: Study, contender: int, batch_size: int) -> Drawing:
@@ -147,10 +181,14 @@ def _listed(source: str) -> dict[str, list[pathlib.Path]]:
   return found
 
 
-def _copy(study: Study, contender: int, place: int) -> None:
-  """Copies a folder's pictures of a set of prompts, the first that it has of each."""
+def _copies(study: Study, contender: int, place: int) -> list[tuple[pathlib.Path, pathlib.Path]]:
+  """A folder's pictures of a set of prompts, the first that it has of each: from where to where.
+
+  Raises:
+    UserError: it has not enough of them, or as `_listed`.
+  """
   source, entry = _source(study, contender), study.sets[place]
-  listed = _listed(source)
+  listed, found = _listed(source), []
   for number, item in _items(study, place):
     paths = listed.get(item.text, [])
     if len(paths) < entry.images:
@@ -158,8 +196,8 @@ def _copy(study: Study, contender: int, place: int) -> None:
         f"{source} has {len(paths)} pictures of {item.text!r}, of which set {entry.name} needs"
         f" {entry.images}: add them to {_LISTING}, or give other prompts"
       )
-    for target, path in zip(study.pictures(number, contender), paths, strict=False):
-      images.save_png(target, _decode(path))
+    found += zip(paths, study.pictures(number, contender), strict=False)
+  return found
 
 
 def _decode(path: pathlib.Path) -> np.ndarray:

@@ -36,7 +36,7 @@ def rate(
     page: how it is served and who rates.
 
   Returns:
-    The results.
+    The results, and where they are.
 
   Raises:
     UserError: something cannot be read, drawn, served or written.
@@ -56,7 +56,11 @@ def rate(
     checks=study.settings.checks,
     seed=study.settings.seed,
   )
-  # Votes of people are never among those of oracles.
+  # Votes of people are never among those of oracles, which begin anew: with another --noise, say.
+  if page.simulate:
+    with files.writing(directory):
+      for path in directory.glob(f"{_SIMULATED}*"):
+        path.unlink()
   votes = Votes(directory / (_SIMULATED if page.simulate else _VOTES), plan)
   try:
     if page.simulate:
@@ -66,7 +70,8 @@ def rate(
     answered = votes.answered()
     found = results.find(study, answered, min_consistency=page.min_consistency)
     name = "simulated" if page.simulate else "results"
-    return results.write(study, answered, found, name=name)
+    text = results.write(study, answered, found, name=name)
+    return f"{text}\nwrote {directory / name}.md, .json, .csv and -votes.csv"
   finally:
     votes.close()
 
@@ -102,6 +107,7 @@ def open_study(
   if kept is not None:
     study_lib.check_same(kept, given)
     return kept
+  pictures.check(given)
   with files.writing(directory):
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
   given.save()

@@ -1,6 +1,10 @@
 """Raters whom oracles simulate, so that the whole way can be shown without people."""
 
+import itertools
+import sys
+
 import numpy as np
+import tqdm
 
 from rlft import catalog
 from rlft.config.settings import ScoringSettings
@@ -58,6 +62,7 @@ def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0)
   Raises:
     UserError: as `scores`.
   """
+  _say("asking the oracles of all pictures")
   liked = scores(study)
   pairs = study.pairs
   items = np.array([pair.item for pair in pairs])
@@ -68,17 +73,22 @@ def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0)
   units = np.array([statistics.spread((second - first)[sets == k]) for k in range(len(study.sets))])
   unit = np.where(units > 0, units, 1.0)[sets]
   # First everybody's share, then what that leaves.
-  for more in (False, True):
-    for number in range(1, count + 1):
-      # Luck of its own when a pair comes again.
-      opinions = [
-        raters.preferred(second / unit, first / unit, noise=noise, raters=1, seed=[seed, number, k])
-        for k in range(2)
-      ]
-      coin = np.random.default_rng([seed, number])
-      while question := votes.next(number, more=more):
-        answer = _answer(question, opinions[question.again], study.settings.ties, coin)
-        votes.answer(number, question.id, answer)
+  _say(f"{count} simulated raters compare {len(pairs)} pairs")
+  turns = [*itertools.product((False, True), range(1, count + 1))]
+  for more, number in tqdm.tqdm(turns, desc="raters", disable=None, leave=False):
+    # Luck of its own when a pair comes again.
+    opinions = [
+      raters.preferred(second / unit, first / unit, noise=noise, raters=1, seed=[seed, number, k])
+      for k in range(2)
+    ]
+    coin = np.random.default_rng([seed, number])
+    while question := votes.next(number, more=more):
+      answer = _answer(question, opinions[question.again], study.settings.ties, coin)
+      votes.answer(number, question.id, answer)
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 def _answer(question: Question, opinion: np.ndarray, ties: bool, coin: np.random.Generator) -> str:

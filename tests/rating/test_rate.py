@@ -1,5 +1,6 @@
 """The whole way from folders or models to tables, and mistakes of users."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -10,6 +11,8 @@ import PIL.Image
 import pytest
 import rating_cases
 
+from rlft.config import stored
+from rlft.config.settings import Config
 from rlft.inference.contenders import Contender
 from rlft.rating import pictures, rate, simulate
 from rlft.rating.settings import PRESETS, PageSettings, PromptSet, StudySettings, parse_set
@@ -122,9 +125,33 @@ def test_a_list_names_nothing_outside_of_its_folder(tmp_path, name):
   (tmp_path / "b" / "link").symlink_to(tmp_path / "secret.png")
   rating_cases.write_listing(tmp_path / "b", [{"file_name": name, "text": "x"}])
   models = [str(tmp_path / "a"), str(tmp_path / "b")]
-  study = rate.open_study(tmp_path / "out", models, [], StudySettings())
   with pytest.raises(UserError, match="which is outside: remove its line"):
-    pictures.collect(study, batch_size=1)
+    rate.open_study(tmp_path / "out", models, [], StudySettings())
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("bare", r"bare has pictures and no metadata.jsonl: add one, with a line \{\"file_name\": "),
+    ("typo", "typo is not a directory: give a Stable Diffusion model"),
+    ("moved", "the base model of the run in .*moved: .*gone is not a directory.*--pretrained"),
+    ("other", r"other has 0 pictures of 'x', of which set pictures needs 1: add them"),
+  ],
+)
+def test_what_is_missing_is_found_before_anything_is_written(tmp_path, name, said):
+  """Or else the command, put right, would be one of another comparison."""
+  rating_cases.write_folder(tmp_path / "a", 1, prompts=["x"])
+  rating_cases.write_folder(tmp_path / "other", 1, prompts=["y"])
+  rating_cases.write_folder(tmp_path / "bare", 1, prompts=["x"])
+  (tmp_path / "bare" / "metadata.jsonl").unlink()
+  checkpoint = tmp_path / "moved" / "checkpoints" / "00000001"
+  checkpoint.mkdir(parents=True)
+  config = dataclasses.replace(Config(), pretrained=str(tmp_path / "gone"))
+  (tmp_path / "moved" / "config.json").write_text(stored.to_json(config))
+  models = [str(tmp_path / "a"), "emoji-sd", str(tmp_path / name)]
+  with pytest.raises(UserError, match=said):
+    rate.open_study(tmp_path / "out", models, [], StudySettings())
+  assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_that_is_none(tmp_path):
@@ -160,6 +187,21 @@ def test_simulated_raters_follow_the_oracle_with_noise(tmp_path, monkeypatch):
   assert 0.2 < np.mean(noisy) < 0.8
 
 
+def test_simulated_raters_begin_anew(tmp_path, monkeypatch):
+  """Another noise would be without effect on answers that are there."""
+  study = rating_cases.make_study(tmp_path, checks=0.0)
+  monkeypatch.setattr(simulate, "scores", lambda _: np.stack([np.ones(8), np.zeros(8)], axis=1))
+
+  def preferred(noise):
+    page = PageSettings(output=str(study.directory), simulate=5, noise=noise)
+    rate.rate([], [], StudySettings(), page)
+    return json.loads((study.directory / "simulated.json").read_text())["rates"][0]["rate"]
+
+  assert preferred(1e-3) == 0
+  assert preferred(100.0) > 0.2
+  assert preferred(1e-3) == 0
+
+
 def test_from_folders_to_tables_by_simulated_raters(tmp_path):
   """The launch script, in a process of its own, with an oracle from a file."""
   for name in ("base", "tuned"):
@@ -185,6 +227,8 @@ def test_from_folders_to_tables_by_simulated_raters(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert "tuned is preferred to base in 100.0 % of 60 votes" in done.stdout
+  assert "wrote out/simulated.md, .json, .csv and -votes.csv" in done.stdout
+  assert "5 simulated raters compare 12 pairs" in done.stderr
   found = json.loads((tmp_path / "out" / "simulated.json").read_text())
   assert [(row["set"], row["wins"]) for row in found["rates"]] == [
     ("one", 40),
