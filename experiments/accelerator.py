@@ -18,10 +18,10 @@ important first:
     run         the miniature's default run from its start to its report
 
 Each runs in a process of its own, so that what fails costs only itself, and is ended when its
-share of the budget is over; what a part leaves goes to the next. Every figure is written as it is
-found, a line of JSON beside `--output`, which is the table at the end. The status is not 0 if a
-check or a part failed. `accelerator.md` says what to carry to a machine without network, and has
-the results.
+share of the budget is over; what a part leaves goes to the next. Tiny ones have no shares: each may
+take what is left. Every figure is written as it is found, a line of JSON beside `--output`, which
+is the table at the end. The status is not 0 if a check or a part failed; a part that was ended has
+not. `accelerator.md` says what to carry to a machine without network, and has the results.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,15 +53,17 @@ _PARTS = flags.DEFINE_list("parts", [], "only these parts, with commas between")
 _OUTPUT = flags.DEFINE_string("output", "runs/accelerator.md", "file for the table")
 _PART = flags.DEFINE_string("part", "", "what a process of the script itself runs")
 
-# JAX takes most of a device's memory at once, but in the process of PyTorch.
-_OURS = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+# JAX takes most of a device's memory at once, but not where another library, or the process of a
+# run, wants some.
+_OURS = {"XLA_CLIENT_MEM_FRACTION": "0.92"}
 _SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _DEVICE = "device"  # what each part says first
+_WHOLE = "the whole part"  # what is said of it last
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A part, its share of the budget, and the environment of its process."""
+  """A part, its share of the budget at full scale, and the environment of its process."""
 
   run: Callable[[Scale, Say], None]
   share: float
@@ -69,15 +71,15 @@ class Part:
 
 
 PARTS = {
-  "kernels": Part(checks.kernels, 0.09),
+  "kernels": Part(checks.kernels, 0.07),
   "agreement": Part(checks.agreement, 0.09),
-  "large": Part(speed.large, 0.28),
-  "trace": Part(speed.traced, 0.09),
-  "diffusers": Part(speed.diffusers, 0.25, _SHARED),
-  "levers": Part(speed.levers, 0.05),
-  "wide": Part(speed.wide, 0.07),
-  "rewards": Part(speed.rewards, 0.03, _SHARED),
-  "run": Part(speed.whole_run, 0.05, _SHARED),
+  "large": Part(speed.large, 0.40),
+  "trace": Part(speed.traced, 0.11),
+  "diffusers": Part(speed.diffusers, 0.26, _SHARED),
+  "levers": Part(speed.levers, 0.025),
+  "wide": Part(speed.wide, 0.025),
+  "rewards": Part(speed.rewards, 0.01),
+  "run": Part(speed.whole_run, 0.01, _SHARED),
 }
 
 
@@ -95,6 +97,8 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     lines.write_text("")
   ends = deadlines({name: PARTS[name].share for name in chosen}, _BUDGET.value)
+  if _SCALE.value == "tiny":
+    ends = dict.fromkeys(chosen, _BUDGET.value)
   start = time.monotonic()
   with tempfile.TemporaryDirectory(prefix="rlft-accelerator-") as scratch:
     for name in chosen:
@@ -127,12 +131,15 @@ def deadlines(shares: dict[str, float], budget: float) -> dict[str, float]:
 def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
   """Runs a part in a process of its own, and ends it when its time is over."""
   if seconds <= 0:
-    say("not begun", note="no time was left")
+    say(_WHOLE, "not begun", note=f"no time was left: --parts={name} runs it alone")
     return
   command = [sys.executable, __file__, f"--part={name}", f"--scale={_SCALE.value}"]
   command.append(f"--output={_OUTPUT.value}")
-  # Parts with the same programs compile them once.
-  environment = {"JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"), **PARTS[name].environment}
+  environment = {  # Parts with the same programs compile them once.
+    "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    **PARTS[name].environment,
+  }
   if _SCALE.value == "tiny":  # Nothing is measured there.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
   with (scratch / name).open("w+") as errors:
@@ -148,15 +155,15 @@ def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
       if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    took = f"after {time.monotonic() - start:.0f} s"
+    seconds = time.monotonic() - start
     if status is None:
-      say("ended early", note=f"{took}, its share of the budget")
+      say(_WHOLE, "not finished", note=f"ended after {seconds:.0f} s, its part of the budget")
     elif status:
       errors.seek(0)
       last = errors.read().strip().rpartition("\n")[2]
-      say("failed", note=f"{took}: {last[:300]}", ok=False)
+      say(_WHOLE, note=f"after {seconds:.0f} s: {last[:300]}", ok=False)
     else:
-      say("took", time.monotonic() - start, "s")
+      say(_WHOLE, seconds, "s")
 
 
 # ---------------------------------------------------------------------------- the table
@@ -179,7 +186,7 @@ def _version(package: str) -> str:
 
 def table(found: Sequence[Found]) -> str:
   """What the parts have found, in Markdown."""
-  lines = ["| part | what | | |", "|---|---|---|---|"]
+  lines = ["| part | what was measured | found | about it |", "|---|---|---|---|"]
   part = ""
   for one in found:
     if one.what != _DEVICE:
@@ -195,7 +202,8 @@ def _value(found: Found) -> str:
   if isinstance(value, float):
     value = f"{value:.0%}" if found.unit == "share" else f"{value:.4g}"
   words = f"{value} {found.unit}" if found.unit not in ("", "share") else str(value)
-  return {None: words, True: f"{words}, as it should", False: f"**{words}: wrong**"}[found.ok]
+  wrong = f"**{words}: wrong**" if words else "**failed**"
+  return {None: words, True: f"{words}, as it should", False: wrong}[found.ok]
 
 
 if __name__ == "__main__":

@@ -46,7 +46,29 @@ def test_without_packages_that_a_rented_machine_lacks(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "| kernels | attention 64 x 64, 2 heads of 16: chosen | xla |" in output.read_text()
   assert output.read_text() in done.stdout
-  assert found(output.with_suffix(".jsonl"))["took"]["unit"] == "s"
+  assert found(output.with_suffix(".jsonl"))["the whole part"]["unit"] == "s"
+
+
+def test_kernels_beside_xla(tmp_path, monkeypatch, little_optimisation):
+  """Here what is chosen is XLA's, too; and a shape that fails costs itself."""
+  compiled = checks._compile
+
+  def compile_one(images, queries, keys, *others):
+    if keys != queries:
+      raise jax.errors.JaxRuntimeError("INTERNAL: no plan\nand more")
+    return compiled(images, queries, keys, *others)
+
+  monkeypatch.setitem(checks._FUSED, "cpu", "")  # Every program has it.
+  monkeypatch.setattr(checks, "_compile", compile_one)
+  checks.kernels(TINY, Say("kernels", tmp_path / "lines"))
+  lines = found(tmp_path / "lines")
+  square, other = "attention 64 x 64, 2 heads of 16", "attention 64 x 7, 2 heads of 16"
+  assert lines[f"{square}: chosen"]["value"] == "fused"
+  for what in ("output", "gradients"):
+    assert lines[f"{square}: {what}, error"]["ok"]
+    assert 1e-4 < lines[f"{square}: {what}, error"]["value"] < 2e-2  # Of bfloat16.
+  assert lines[f"{square}: forward and backward"]["value"] > 0
+  assert not lines[other]["ok"] and lines[other]["note"] == "INTERNAL: no plan"
 
 
 def test_agreement(tmp_path, little_optimisation):
@@ -87,8 +109,8 @@ def test_a_part_that_fails_or_takes_too_long_costs_itself(experiment, tmp_path, 
   experiment._run("levers", 0, tmp_path, Say("levers", lines))
   failed, late, never = map(json.loads, lines.read_text().splitlines())
   assert not failed["ok"] and "no such kernel" in failed["note"]
-  assert late["what"] == "ended early" and late["ok"] is None
-  assert never["what"] == "not begun"
+  assert late["value"] == "not finished" and late["ok"] is None
+  assert never["value"] == "not begun" and "--parts=levers" in never["note"]
 
 
 def test_table(experiment):
@@ -98,12 +120,14 @@ def test_table(experiment):
       Found("kernels", "chosen", "fused", ok=True),
       Found("kernels", "|error|", 0.12345678, ok=False, note="a | b"),
       Found("trace", "convolutions", 0.417, "share"),
+      Found("trace", "the whole part", note="after 3 s: ValueError", ok=False),
     ]
   ).splitlines()
   assert lines[2:] == [
     "| kernels | chosen | fused, as it should |  |",
     "|  | \\|error\\| | **0.1235: wrong** | a \\| b |",
     "| trace | convolutions | 42% |  |",
+    "|  | the whole part | **failed** | after 3 s: ValueError |",
   ]
 
 

@@ -53,7 +53,10 @@ def write(root: pathlib.Path, model: StableDiffusion, dtype: Any) -> None:
 
 
 def describe(root: pathlib.Path, model: StableDiffusion) -> list[str]:
-  """Writes everything but the weights; returns the names of the networks, which have a folder."""
+  """Writes everything but the weights; returns the names of the networks, which have a folder.
+
+  Of a model without tokenizers, whose weights are random, none are written.
+  """
   names = ("text_encoder", "text_encoder_2")[: len(model.text_encoders)]
   pipeline = next(name for name, texts in PIPELINES.items() if texts == names)
   index: dict[str, Any] = {
@@ -85,7 +88,7 @@ def describe(root: pathlib.Path, model: StableDiffusion) -> list[str]:
       config |= {"_class_name": CLASSES[name], "_diffusers_version": _DIFFUSERS_VERSION}
     _write_json(root / name / "config.json", config)
     index[name] = ["transformers" if name in names else "diffusers", CLASSES[name]]
-  for name, tokenizer in zip(names, model.tokenizers, strict=True):
+  for name, tokenizer in zip(names, model.tokenizers, strict=bool(model.tokenizers)):
     name = name.replace("text_encoder", "tokenizer")
     vocabulary.write_clip(root / name, tokenizer)
     index[name] = ["transformers", "CLIPTokenizer"]

@@ -1,6 +1,8 @@
 """What only an accelerator can get wrong: kernels, the ratio, samples, compilations, donation."""
 
+from concurrent import futures
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +26,49 @@ _SAMPLES = 2e-3  # mean difference of pixels in [0, 1], both in float32
 
 def kernels(scale: Scale, say: Say) -> None:
   """Which attention is chosen for each shape, whether it is right, and what it gains."""
-  platform = jax.default_backend()
-  for images, queries, keys, heads, features in scale.attention:
+  with futures.ThreadPoolExecutor() as threads:
+    tasks = [(shape, threads.submit(_compile, *shape)) for shape in scale.attention]
+  for (_, queries, keys, heads, features), task in tasks:
     name = f"attention {queries} x {keys}, {heads} heads of {features}"
-    arrays = tuple(
-      jax.random.normal(jax.random.key(i), (images, n, heads, features), jnp.bfloat16)
-      for i, n in enumerate((queries, keys, keys))
-    )
-    chosen, plain = (jax.jit(_with_gradient(how)) for how in ("auto", "xla"))
-    fused = _FUSED.get(platform, "\0") in chosen.lower(*arrays).as_text()
-    # On TPUs the kernel is for long self-attention alone; not all GPUs take wide heads.
-    ok = fused if platform == "gpu" and features <= 128 else None
-    say(f"{name}: chosen", "fused" if fused else "xla", ok=ok)
-    if fused:
-      _compare(name, chosen, plain, arrays, scale, say)
+    try:
+      is_fused, programs, arrays = task.result()
+      # On TPUs the kernel is for long self-attention alone; not all GPUs take wide heads.
+      ok = is_fused if jax.default_backend() == "gpu" and features <= 128 else None
+      say(f"{name}: chosen", "fused" if is_fused else "xla", ok=ok)
+      if is_fused:
+        _compare(name, programs, arrays, scale, say)
+    except jax.errors.JaxRuntimeError as error:  # Costs this shape alone.
+      say(name, note=str(error).partition("\n")[0][:300], ok=False)
 
 
-def _compare(name, chosen, plain, arrays, scale: Scale, say: Say) -> None:
-  """The chosen kernel's output and gradients beside XLA's, both against float32."""
+def _compile(images: int, queries: int, keys: int, heads: int, features: int) -> Any:
+  """Whether a kernel is chosen for a shape; if so also the programs to compare, and arrays.
+
+  The programs are the chosen one, XLA's, and XLA's in float32.
+  """
+  arrays = tuple(
+    jax.random.normal(jax.random.key(i), (images, n, heads, features), jnp.bfloat16)
+    for i, n in enumerate((queries, keys, keys))
+  )
+  chosen = jax.jit(_with_gradient("auto")).lower(*arrays)
+  if _FUSED.get(jax.default_backend(), "\0") not in chosen.as_text():
+    return False, (), arrays
+  plain = jax.jit(_with_gradient("xla"))
   with jax.default_matmul_precision("highest"):
-    exact = jax.jit(_with_gradient("xla"))(*(x.astype(jnp.float32) for x in arrays))
-  errors = [_errors(run(*arrays), exact) for run in (chosen, plain)]
+    exact = plain.lower(*(x.astype(jnp.float32) for x in arrays)).compile()
+  return True, (chosen.compile(), plain.lower(*arrays).compile(), exact), arrays
+
+
+def _compare(name: str, programs: Any, arrays: Any, scale: Scale, say: Say) -> None:
+  """The chosen kernel's output and gradients beside XLA's, both against float32."""
+  *halves, in_full = programs
+  exact = in_full(*(x.astype(jnp.float32) for x in arrays))
+  errors = [_errors(run(*arrays), exact) for run in halves]
   for what, ours, others in zip(("output", "gradients"), *errors, strict=True):
-    note = f"XLA's own in bfloat16: {others:.2g}"
+    note = f"relative; XLA's own in bfloat16: {others:.2g}"
     say(f"{name}: {what}, error", round(ours, 5), note=note, ok=ours <= 2 * others + 1e-3)
   seconds = [
-    measuring.median(lambda run=run: run(*arrays), scale.repeats) for run in (chosen, plain)
+    measuring.median(lambda run=run: run(*arrays), scale.repeats, is_warm=True) for run in halves
   ]
   note = f"XLA's {1e3 * seconds[1]:.3g} ms, {seconds[1] / seconds[0]:.2f} x"
   say(f"{name}: forward and backward", 1e3 * seconds[0], "ms", note=note)

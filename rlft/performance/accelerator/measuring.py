@@ -67,19 +67,27 @@ def matrix_rate(size: int, dtype: Any = jnp.bfloat16) -> float:
   return 2.0 * _PRODUCTS * size**3 / min(seconds)
 
 
-def times(call: Callable[[], Any], repeats: int) -> list[float]:
-  """Seconds of each of some calls, after one that is not timed; fewer of such as take long."""
+def times(call: Callable[[], Any], repeats: int, *, is_warm: bool = False) -> list[float]:
+  """Seconds of each of some calls; fewer of such as take long.
+
+  Args:
+    call: what to time.
+    repeats: at most so many are timed.
+    is_warm: whether it was called before; else it is, and that call is not timed.
+  """
+  if not is_warm:
+    jax.block_until_ready(call())
   found: list[float] = []
-  while len(found) < 2 or (len(found) <= repeats and sum(found) < _ENOUGH):
+  while not found or (len(found) < repeats and sum(found) < _ENOUGH):
     start = time.perf_counter()
     jax.block_until_ready(call())
     found.append(time.perf_counter() - start)
-  return found[1:]
+  return found
 
 
-def median(call: Callable[[], Any], repeats: int) -> float:
+def median(call: Callable[[], Any], repeats: int, *, is_warm: bool = False) -> float:
   """The median of `times`."""
-  return statistics.median(times(call, repeats))
+  return statistics.median(times(call, repeats, is_warm=is_warm))
 
 
 def peak_bytes() -> int | None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import math
 import pathlib
 import re
 import tempfile
+import time
 from typing import Any
 
 import jax
@@ -34,6 +36,14 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trace:
+  """The kernels that ran in a call, and the seconds that it took."""
+
+  events: Sequence[Event]
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
   """Kernels of a kind: their share of all kernels' time, and which take most of it."""
 
@@ -42,15 +52,17 @@ class Kind:
   note: str
 
 
-def record(call: Callable[[], Any]) -> list[Event]:
-  """The kernels that a call runs on the first device."""
+def record(call: Callable[[], Any]) -> tuple[Any, Trace]:
+  """The result of a call, and the kernels that it runs on the first device."""
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder, profiler_options=options):
-      jax.block_until_ready(call())
+      start = time.perf_counter()
+      result = jax.block_until_ready(call())
+      seconds = time.perf_counter() - start
     (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-    return _events(jax.profiler.ProfileData.from_file(str(path)))
+    return result, Trace(_events(jax.profiler.ProfileData.from_file(str(path))), seconds)
 
 
 def _events(data: Any) -> list[Event]:
@@ -64,8 +76,8 @@ def _events(data: Any) -> list[Event]:
     for line in lines
     if re.search(wanted, line.name)
     for event in line.events
-    # On CPUs some hold others, or say where one ends.
-    if devices or not re.search(r"::|^end: ", event.name)
+    # Loops, and on CPUs some more, hold others; or say where one ends.
+    if not re.search(r"^%?while" if devices else r"^while|::|^end: ", event.name)
   ]
 
 
@@ -90,12 +102,10 @@ def kind_of(kernel: str) -> str:
   return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), _REST)
 
 
-def busy(events: Sequence[Event]) -> float:
-  """The share of the time, from the first to the last, in which at least one kernel runs."""
-  ordered = sorted(events, key=lambda event: event.start)
-  end = begin = ordered[0].start
-  total = 0.0
-  for event in ordered:
+def busy(trace: Trace) -> float:
+  """The share of a call's time in which at least one kernel runs."""
+  total, end = 0.0, -math.inf
+  for event in sorted(trace.events, key=lambda event: event.start):
     total += max(0.0, event.start + event.duration - max(end, event.start))
     end = max(end, event.start + event.duration)
-  return total / ((end - begin) or 1.0)
+  return total / (1e9 * trace.seconds)

@@ -1,5 +1,7 @@
 """Images a second, the share of the device's rate, memory; beside diffusers on the same device."""
 
+from collections.abc import Callable
+import contextlib
 import importlib.util
 import pathlib
 import statistics
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from rlft.performance.accelerator import measuring, profile
 from rlft.performance.accelerator.measuring import Say
 from rlft.performance.accelerator.scales import Model, Scale
 from rlft.performance.accelerator.training import Training, described, flops, settings, work_of
-from rlft.performance.benchmark import ports, reward, torch_policy
+from rlft.performance.benchmark import ports, reward, torch_policy, torch_ports
 from rlft.performance.benchmark.contest import Unavailable
 from rlft.storage import files
 
@@ -45,7 +48,8 @@ def _speed(training: Training, model: Model, scale: Scale, say: Say) -> None:
   work = flops(training.config, training.run.model)
   lora = f", LoRA {model.lora_rank}" if model.lora_rank else ""
   about = (
-    f"{model.images} images, {model.steps} steps, guidance, microbatch {model.microbatch}{lora}"
+    f"{model.images} images, {model.steps} steps, guidance, microbatch {model.microbatch}{lora};"
+    f" {training.config.algorithm.train_timesteps} updates an iteration"
   )
   say("work", model.name, note=about)
   training.compile()
@@ -63,7 +67,7 @@ def _speed(training: Training, model: Model, scale: Scale, say: Say) -> None:
     ("sampling", lambda: training.sample(training.encode())),
     ("iteration", training.iteration),
   ):
-    seconds = measuring.median(call, scale.repeats)
+    seconds = measuring.median(call, scale.repeats, is_warm=True)
     say_rate(name, model.images, work[name] / seconds, rate, seconds, say)
 
 
@@ -76,7 +80,7 @@ def say_rate(name: str, images: int, done: float, rate: float, seconds: float, s
 def _say_peak(name: str, training: Training, say: Say) -> None:
   """The most memory that was ever in use, when a program has run that takes more than others."""
   peak, what = measuring.peak_bytes(), f"{name}: most memory in use"
-  note = f"predicted {training.programs[name].needed / _GIB:.2f}"
+  note = f"predicted {training.programs[name].needed / _GIB:.2f} GiB"
   if peak is None:
     say(what, "not counted here", note=note)
   else:
@@ -87,27 +91,27 @@ def traced(scale: Scale, say: Say) -> None:
   """Where the time of sampling and of an update goes, and the memory that they take.
 
   A part of its own: its programs were compiled by another process, so that what a compiler takes to
-  try kernels out is not in the memory.
+  try kernels out is not in the memory. Each is recorded in its first call, as sampling takes long.
   """
   training = Training(settings(scale.large, scale.timesteps), scale.large)
   training.compile()
-  text = training.encode()
-  drawn = jax.block_until_ready(training.sample(text))
-  _say_peak("sample", training, say)
-  jax.block_until_ready(training.update(text, *drawn))
-  _say_peak("update", training, say)
-  for name, call in (
-    ("update", lambda: training.update(text, *drawn)),
-    ("sampling", lambda: training.sample(text)),
-  ):
-    found = profile.record(call)
-    if not found:
-      say(f"{name}: no kernels in the trace", ok=False)
-      continue
-    for kind in profile.by_kind(found):
-      say(f"{name}: {kind.name}", kind.share, "share", note=kind.note)
-    idle = 1 - profile.busy(found)
-    say(f"{name}: no kernel runs", idle, "share", note="of the time from the first to the last")
+  text = jax.block_until_ready(training.encode())
+  drawn = _record("sample", training, lambda: training.sample(text), say)
+  _record("update", training, lambda: training.update(text, *drawn), say)
+
+
+def _record(name: str, training: Training, call: Callable[[], Any], say: Say) -> Any:
+  """Says which kernels a call runs, and what memory was in use until then; returns its result."""
+  result, trace = profile.record(call)
+  _say_peak(name, training, say)
+  if not trace.events:
+    say(f"{name}: kernels", "none in the trace", ok=False)
+    return result
+  for kind in profile.by_kind(trace.events):
+    say(f"{name}: {kind.name}", kind.share, "share", note=f"of the kernels' time: {kind.note}")
+  note = f"of {trace.seconds:.3g} s, with the profiler; also if it misses kernels (loops in graphs)"
+  say(f"{name}: no kernel is seen to run", 1 - profile.busy(trace), "share", note=note)
+  return result
 
 
 def levers(scale: Scale, say: Say) -> None:
@@ -132,16 +136,22 @@ def _try(name: str, training: Training, scale: Scale, rate: float, say: Say) -> 
   training.compile()
   text = training.encode()
   drawn = training.sample(text)
+  jax.block_until_ready(training.update(text, *drawn))
   for what, call in (
     ("update", lambda: (training.update(text, *drawn), training.state)),
     ("sampling", lambda: training.sample(text)),
   ):
-    seconds = measuring.median(call, scale.repeats)
+    seconds = measuring.median(call, scale.repeats, is_warm=True)
     say_rate(f"{name}: {what}", scale.large.images, work[what] / seconds, rate, seconds, say)
 
 
 def diffusers(scale: Scale, say: Say) -> None:
   """The same work by diffusers' PyTorch networks."""
+  try:
+    torch_ports.start(*torch_policy.PACKAGES)
+  except Unavailable as reason:
+    say("diffusers", "not measured", note=f"{reason}: carry its wheel along")
+    return
   rate = measuring.matrix_rate(scale.product)
   config = settings(scale.large, scale.timesteps)
   model = described(scale.large, config)
@@ -153,14 +163,15 @@ def diffusers(scale: Scale, say: Say) -> None:
       for what in ("sampling", "update"):
         name = f"diffusers, {'torch.compile' if is_compiled else 'eager'}: {what}"
         try:
-          side = torch_policy.side(what, work, is_compiled=is_compiled)
+          with contextlib.closing(torch_policy.side(what, work, is_compiled=is_compiled)) as side:
+            # To compile it was called.
+            seconds = measuring.median(side.run, scale.repeats, is_warm=is_compiled)
         except Unavailable as reason:
           say(name, "not measured", note=str(reason))
           continue
-        try:
-          seconds = measuring.median(side.run, scale.repeats)
-        finally:
-          side.close()
+        except RuntimeError as error:  # Out of memory, a kernel: costs this figure alone.
+          say(name, note=str(error).partition("\n")[0][:300], ok=False)
+          continue
         say_rate(name, scale.large.images, counted[what] / seconds, rate, seconds, say)
 
 
@@ -193,7 +204,7 @@ def whole_run(scale: Scale, say: Say) -> None:
     )
     seconds = time.perf_counter() - start
     if done.returncode:
-      say("a whole run", "failed", note=done.stderr.strip().rpartition("\n")[2], ok=False)
+      say("a whole run", note=done.stderr.strip().rpartition("\n")[2], ok=False)
       return
     say("a whole run, from its start to its report", seconds, "s", note=scale.run_note)
     metrics = files.read_jsonl(root / "run" / "metrics.jsonl")

@@ -20,6 +20,7 @@ from rlft.performance.benchmark.contest import Side, Unavailable, seconds_of
 from rlft.performance.benchmark.torch_ports import start
 from rlft.performance.benchmark.work import Work
 
+PACKAGES = ("diffusers", "transformers")  # beside torch
 _CLIP_RANGE = AlgorithmSettings.clip_range
 _DECODED = 4  # images at once in a GPU's decoder
 
@@ -30,7 +31,7 @@ def side(what: str, work: Work, *, is_compiled: bool = False) -> Side:
   Raises:
     Unavailable: it does not run, or does not compile, here.
   """
-  place = start("diffusers", "transformers")
+  place = start(*PACKAGES)
   policy = Policy(work, place, trains=what != "sampling")
   if is_compiled:
     import torch

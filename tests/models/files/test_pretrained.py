@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlft.models.files import pretrained, torch_layout
+from rlft.models.files import diffusers_layout, pretrained, torch_layout
 from rlft.types import UserError
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -54,6 +54,14 @@ def test_what_is_saved_is_loaded(model, saved):
   prompts = list(models_cases.PROMPTS)
   np.testing.assert_array_equal(loaded.tokenize(prompts)[0], model.tokenize(prompts)[0])
   assert loaded.tokenize(prompts)[0].shape == (len(prompts), 1, 16)
+
+
+def test_a_model_without_tokenizers_is_described(model, tmp_path):
+  """By the networks alone: weights that are random need no words."""
+  names = diffusers_layout.describe(tmp_path, dataclasses.replace(model, tokenizers=()))
+  assert names == ["unet", "vae", "text_encoder"]
+  assert {path.name for path in tmp_path.iterdir()} == {*names, "scheduler", "model_index.json"}
+  assert "tokenizer" not in json.loads((tmp_path / "model_index.json").read_text())
 
 
 def test_without_weights_their_shapes_are_known(model, copy):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlft.performance.accelerator import profile
-from rlft.performance.accelerator.profile import Event
+from rlft.performance.accelerator.profile import Event, Trace
 
 # Names as cuDNN, cuBLAS, NCCL and XLA give them.
 KERNELS = {
@@ -42,14 +42,17 @@ def test_shares_and_idle_time():
   assert (products.name, products.share) == ("matrix products", 0.6)
   assert products.note == "nvjet_a 30%, nvjet_b 30%"
   assert (elementwise.name, elementwise.share) == ("elementwise", 0.4)
-  assert profile.busy(events) == pytest.approx(90 / 150)
+  assert profile.busy(Trace(events, seconds=180e-9)) == pytest.approx(90 / 180)
 
 
 def test_a_trace_of_this_machine():
-  program = jax.jit(lambda x: jnp.sin(x @ x).sum())
+  program = jax.jit(lambda x: jax.lax.fori_loop(0, 9, lambda _, x: jnp.sin(x @ x), x).sum())
   x = jnp.ones((256, 256))
   program(x)
-  events = profile.record(lambda: program(x))
-  assert any("sine" in event.name for event in events)
-  assert sum(kind.share for kind in profile.by_kind(events)) == pytest.approx(1)
-  assert 0 < profile.busy(events) <= 1
+  result, trace = profile.record(lambda: program(x))
+  assert result.shape == ()
+  names = [event.name for event in trace.events]
+  assert any("sine" in name for name in names)
+  assert not any("while" in name for name in names)  # Which hold the others.
+  assert sum(kind.share for kind in profile.by_kind(trace.events)) == pytest.approx(1)
+  assert 0 < profile.busy(trace) <= 1
