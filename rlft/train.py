@@ -76,7 +76,8 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
     - Order between two iterations: metrics, checkpoint, evaluation. What a crash loses is done
       again, and what was written twice is dropped when the run resumes.
     - The numbers of a unit, and what they are checked for, are waited for while the devices do the
-      next one, but before anything of that is used and before the state is saved.
+      next one, also of the next iteration, but before anything of that is used and before the state
+      is saved.
     - An evaluation, which takes long and calls what users wrote, begins when the state that it
       measures is on disk.
   """
@@ -88,6 +89,20 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
         stack.enter_context(Usage(run.workdir, since=start))
         writer = stack.enter_context(output.open_writer(run, cursor.iteration))
         progress = stack.enter_context(Progress(config.iterations, cursor.iteration))
+
+    def record(iteration, found):
+      metrics = iteration_metrics.summarise(found, images)
+      metrics |= {
+        "learning_rate": config.optimizer.learning_rate,
+        "images_seen": images * (iteration + 1),
+      }
+      if iteration == 0:
+        checks.warn_if_bounded(config, metrics["grad_norm"])
+      with processes.together():
+        if run.writes:
+          writer.write(iteration, metrics)
+          progress.update(metrics)
+
     try:
       while True:
         iteration, between = cursor.iteration, cursor.task == 0
@@ -95,6 +110,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
         measured = between and not cursor.evaluated and is_due(config, iteration)
         every = config.output.checkpoint_every
         if between and iteration and (last or measured or (every and iteration % every == 0)):
+          unsettled.settle()
           save(run, state, cursor)
         if measured:
           run.checkpointer.wait()
@@ -119,19 +135,8 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
           unsettled.put(numbers, cursor.metrics)
         if config.optimizer.ema_decay:
           state = programs.average(state)
-        unsettled.settle()
-        metrics = iteration_metrics.summarise(cursor.metrics, images)
-        metrics |= {
-          "learning_rate": config.optimizer.learning_rate,
-          "images_seen": images * (iteration + 1),
-        }
-        if iteration == 0:
-          checks.warn_if_bounded(config, metrics["grad_norm"])
+        unsettled.then(functools.partial(record, iteration, cursor.metrics))
         cursor = Cursor(iteration + 1)
-        with processes.together():
-          if run.writes:
-            writer.write(iteration, metrics)
-            progress.update(metrics)
     except (RewardError, ImageError, Stopped) as reason:
       unsettled.settle()
       save(run, state, cursor)

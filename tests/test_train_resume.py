@@ -1,6 +1,7 @@
 """A run that was stopped and goes on is, bit for bit, the run that was not."""
 
 from concurrent import futures
+import functools
 import os
 import pathlib
 import random
@@ -17,6 +18,7 @@ from rlft import train
 from rlft.algorithms import policy_gradient
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig
+from rlft.report.metrics import MetricsWriter
 from rlft.rewards.scoring.task import TaskScorer
 from rlft.run import preemption, unsettled
 from rlft.storage.checkpoint import Checkpointer
@@ -141,6 +143,26 @@ def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, ca
   monkeypatch.delenv("BROKEN")
   cases.run(config)
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
+
+
+def test_an_iteration_is_written_while_the_next_is_drawn(folder, tmp_path, monkeypatch):
+  """And before a checkpoint, on accelerators."""
+  done, draw, save, write = [], train.draw, train.save, MetricsWriter.write
+
+  def noted(name, call, *args):
+    done.append(name)
+    return call(*args)
+
+  monkeypatch.setattr(unsettled, "waits", lambda: True)
+  monkeypatch.setattr(train, "draw", functools.partial(noted, "draw", draw))
+  monkeypatch.setattr(train, "save", functools.partial(noted, "save", save))
+  monkeypatch.setattr(
+    MetricsWriter, "write", lambda self, i, values: noted(f"line {i}", write, self, i, values)
+  )
+  settings = {"task": (cases.task(folder),), "pretrain_weight": 0.0, "checkpoint_every": 2}
+  cases.run(cases.config(folder, tmp_path, iterations=3, **settings))
+  assert done == ["draw", "draw", "line 0", "line 1", "save", "draw", "line 2", "save"]
+  assert [line["iteration"] for line in cases.metrics(tmp_path)] == [0, 1, 2]
 
 
 def test_a_check_fails_before_the_next_images_are_scored(folder, tmp_path, monkeypatch):
