@@ -72,6 +72,7 @@ def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0)
   # Divided by what a set's differences are, so that one noise serves all oracles.
   units = np.array([statistics.spread((second - first)[sets == k]) for k in range(len(study.sets))])
   unit = np.where(units > 0, units, 1.0)[sets]
+  second = np.where(second == first, np.nan, second)  # No difference: nothing to be said.
   # First everybody's share, then what that leaves.
   _say(f"{count} simulated raters compare {len(pairs)} pairs")
   turns = [*itertools.product((False, True), range(1, count + 1))]
@@ -92,7 +93,7 @@ def _say(line: str) -> None:
 
 
 def _answer(question: Question, opinion: np.ndarray, ties: bool, coin: np.random.Generator) -> str:
-  """A tie, if allowed, where the oracle says nothing; a coin decides otherwise."""
+  """A tie, if allowed, where the oracle says nothing or the same of both; else a coin decides."""
   second = opinion[question.pair]
   if np.isnan(second):
     return TIE if ties else SIDES[coin.integers(2)]

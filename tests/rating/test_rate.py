@@ -187,6 +187,16 @@ def test_simulated_raters_follow_the_oracle_with_noise(tmp_path, monkeypatch):
   assert 0.2 < np.mean(noisy) < 0.8
 
 
+@pytest.mark.parametrize("ties", [True, False])
+def test_simulated_raters_where_the_oracle_sees_no_difference(tmp_path, monkeypatch, ties):
+  study = rating_cases.make_study(tmp_path, checks=0.0, ties=ties)
+  equal = np.array([0.3] * 6 + [0.1, 0.2])
+  monkeypatch.setattr(simulate, "scores", lambda _: np.stack([equal, np.full(8, 0.3)], axis=1))
+  values = [vote.value for vote in simulated(study, noise=1e-3) if vote.pair < 6]
+  assert len(values) == 30
+  assert set(values) == ({0.5} if ties else {0.0, 1.0})
+
+
 def test_simulated_raters_begin_anew(tmp_path, monkeypatch):
   """Another noise would be without effect on answers that are there."""
   study = rating_cases.make_study(tmp_path, checks=0.0)
