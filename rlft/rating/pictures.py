@@ -21,7 +21,7 @@ from rlft.storage import images
 from rlft.types import Prompt, UserError
 
 _LISTING = "metadata.jsonl"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def is_folder(source: str) -> bool:
@@ -122,13 +122,18 @@ def _check_model(source: str, base: str) -> None:
   if config is not None:
     finetuned.check_base(source, base or config.pretrained)
     return
-  folder = pathlib.Path(source).expanduser()
-  if folder.is_dir() and any(path.suffix.lower() in _PICTURES for path in folder.iterdir()):
+  try:
+    pretrained.find(source)
+  except UserError:
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir() or all(
+      path.suffix.lower() not in _SUFFIXES for path in folder.iterdir()
+    ):
+      raise
     raise UserError(
       f"{source} has pictures and no {_LISTING}: add one, with a line"
       ' {"file_name": ..., "text": ...} for each picture and its prompt'
-    )
-  pretrained.find(source)
+    ) from None
 
 
 def _drawing(study: Study, contender: int, batch_size: int) -> Drawing:

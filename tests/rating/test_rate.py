@@ -154,6 +154,17 @@ def test_what_is_missing_is_found_before_anything_is_written(tmp_path, name, sai
   assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_comes_with_pictures_is_a_model(tmp_path):
+  """Published models have some beside their card."""
+  rating_cases.write_folder(tmp_path / "a", 1, prompts=["x"])
+  rating_cases.write_folder(tmp_path / "model", 1, prompts=["x"])
+  (tmp_path / "model" / "metadata.jsonl").unlink()
+  (tmp_path / "model" / "model_index.json").write_text("{}")
+  models = [str(tmp_path / "a"), str(tmp_path / "model")]
+  study = rate.open_study(tmp_path / "out", models, [], StudySettings())
+  assert Study.load(tmp_path / "out") == study
+
+
 def test_a_picture_that_is_none(tmp_path):
   for folder in ("a", "b"):
     rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
