@@ -18,8 +18,10 @@ import json
 import pathlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from typing import Any
 
@@ -392,7 +394,10 @@ def reward(folder: pathlib.Path, draw: random.Random) -> None:
 
 
 def program(folder: pathlib.Path, draw: random.Random) -> None:
-  """launch/train.py with a damaged model, prompts, images or settings, in a process of its own."""
+  """launch/train.py with a damaged model, prompts, images or settings, in a process of its own.
+
+  A run that has opened everything is told to stop.
+  """
   tiny = folder / "tiny"
   shutil.copytree(_made("tiny", train_cases.make_folder), tiny)
   command = train_cases.flags(train_cases.config(tiny, folder / "run", iterations=1))
@@ -409,6 +414,9 @@ def program(folder: pathlib.Path, draw: random.Random) -> None:
     text = damaged(command[at].encode(), draw).decode(errors="replace").replace("\0", "")
     command[at] = text[:10_000]  # Of a longer argument the system makes no command.
   started = _nursery().start([train_cases.ROOT / "launch" / "train.py", *command], folder / "said")
+  while not (folder / "run" / "config.json").exists() and started.poll() is None:
+    time.sleep(0.05)
+  started.send_signal(signal.SIGTERM)
   status, said = started.wait(600), started.errors()
   assert "Traceback" not in said, said
   assert status in (0, 2), (status, said)

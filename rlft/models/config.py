@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 import dataclasses
-import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -85,7 +84,7 @@ def _fits(value: Any, hint: Any, allowed: range) -> bool:
   if hint is int:
     return isinstance(value, int) and value in allowed
   if hint is float:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= _LARGEST  # Which NaN is not.
   return isinstance(value, hint)
 
 

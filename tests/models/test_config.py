@@ -79,6 +79,9 @@ def test_a_size_that_is_none_is_refused(value):
     ("num_hidden_layers", 1001),
     ("hidden_act", 1),
     ("layer_norm_eps", float("inf")),
+    ("layer_norm_eps", float("nan")),
+    ("layer_norm_eps", 10**12),
+    ("layer_norm_eps", 10**400),
     ("eos_token_id", "2"),
   ],
 )

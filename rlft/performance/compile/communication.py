@@ -30,11 +30,11 @@ def expected(mesh: Mesh, *, gathers: Any, scatters: Any) -> dict[str, int]:
   # XLA's collectives on CPUs are at least 32 bits wide.
   least = 4 if mesh.devices.flat[0].platform == "cpu" else 1
   for leaf in jax.tree.leaves(gathers):
-    if _is_spread(leaf):
+    if is_spread(leaf):
       found["all-gather"] += leaf.size * max(leaf.dtype.itemsize, least)
   for leaf in jax.tree.leaves(scatters):
     size = leaf.size * jnp.dtype(jnp.float32).itemsize
-    if _is_spread(leaf):
+    if is_spread(leaf):
       found["reduce-scatter"] += size
       if mesh.shape["data"] > 1:
         found["all-reduce"] += size // mesh.shape["fsdp"]
@@ -51,7 +51,7 @@ def sparable(mesh: Mesh, gathers: Any) -> int:
   if mesh.devices.flat[0].platform != "tpu":
     return 0
   leaves = jax.tree.leaves(gathers)
-  return sum(2 * leaf.size for leaf in leaves if leaf.dtype == jnp.float32 and _is_spread(leaf))
+  return sum(2 * leaf.size for leaf in leaves if leaf.dtype == jnp.float32 and is_spread(leaf))
 
 
 def surprises(
@@ -86,5 +86,6 @@ def surprises(
   )
 
 
-def _is_spread(leaf: Any) -> bool:
+def is_spread(leaf: Any) -> bool:
+  """Whether each device along 'fsdp' has its own part of the array."""
   return "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec))
