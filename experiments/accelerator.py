@@ -58,6 +58,7 @@ _PART = flags.DEFINE_string("part", "", "what a process of the script itself run
 _OURS = {"XLA_CLIENT_MEM_FRACTION": "0.92"}
 _SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _DEVICE = "device"  # what each part says first
+_SAID = 3000  # characters of a failed part's stderr that are passed on
 _WHOLE = "the whole part"  # what is said of it last
 
 
@@ -138,6 +139,7 @@ def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
   environment = {  # Parts with the same programs compile them once.
     "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_TRACEBACK_FILTERING": "off",  # Else the last line says only that it is on.
     **PARTS[name].environment,
   }
   if _SCALE.value == "tiny":  # Nothing is measured there.
@@ -160,7 +162,9 @@ def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
       say(_WHOLE, "not finished", note=f"ended after {seconds:.0f} s, its part of the budget")
     elif status:
       errors.seek(0)
-      last = errors.read().strip().rpartition("\n")[2]
+      said = errors.read().strip()
+      print(said[-_SAID:], file=sys.stderr)
+      last = said.rpartition("\n")[2]
       say(_WHOLE, note=f"after {seconds:.0f} s: {last[:300]}", ok=False)
     else:
       say(_WHOLE, seconds, "s")
