@@ -47,7 +47,7 @@ from rlft.storage import files  # noqa: E402
 
 # ---------------------------------------------------------------------------- measured
 
-ITERATIONS = 12  # of which the first two compile
+ITERATIONS = 8  # of which the first two compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Point:
 
 
 AXES: Mapping[str, Sequence[Point]] = {
-  "images": [Point(images=n) for n in (8, 32, 128, 512)],
-  "prompts": [Point(prompts=n) for n in (1000, 30_000, 1_000_000, 2_000_000)],
-  "tasks": [Point(images=64, tasks=n) for n in (1, 2, 4, 8)],
+  "images": [Point(images=n) for n in (8, 32, 128)],
+  "prompts": [Point(prompts=n) for n in (1000, 1_000_000, 2_000_000)],
+  "tasks": [Point(images=64, tasks=n) for n in (1, 2, 8)],
   "devices": [Point(devices=n) for n in (1, 2, 4, 8)],
   "processes": [Point(devices=4, processes=n) for n in (1, 2, 4)],
 }
@@ -159,6 +159,7 @@ UTILISATION = 0.4  # of the peak: the higher it is, the more communication weigh
 CHIP_COUNTS = (8, 128, 1024)
 _FSDP = 8  # parameters are spread over this many chips, a machine of GPUs
 _LINK_S, _NETWORK_S = 1e-6, 5e-6  # until a message is there
+_SUMMED_AT_ONCE = 2**25  # bytes; compiled programs have one all-reduce for each 40 MiB
 # A ring along one axis of a 3-D torus has 2 of a chip's 6 links; sums over 'data' have the others.
 _RING = 1 / 3
 MODELS = {
@@ -214,22 +215,23 @@ def seconds(programs: Mapping[str, Any], chip: Chip, chips: int) -> tuple[float,
   """(computing, sending, bytes that a device sends), of an iteration.
 
   Rings: of what is gathered or scattered over n devices, a device sends (n - 1) / n; of what is
-  summed, twice that. A sum waits for a message up and down a tree, a ring for one around it.
+  summed, twice that. A message for each array goes around 'fsdp'; sums over 'data' go up and down a
+  tree.
   """
   data = chips // _FSDP
   computing = sum(one["flops"] for one in programs.values()) / (chip.flops * UTILISATION)
-  inside = chip.link_rate * (1 if chip.network_rate else _RING)
-  across, latency = chip.network_rate or chip.link_rate * (1 - _RING), _LINK_S
   if chip.network_rate:
-    latency = _NETWORK_S
+    inside, across, latency = chip.link_rate, chip.network_rate, _NETWORK_S
+  else:
+    inside, across, latency = chip.link_rate * _RING, chip.link_rate * (1 - _RING), _LINK_S
   sending = sent = 0.0
   for one in programs.values():
-    ring = (one["gathered"] + one["scattered"]) * (_FSDP - 1) / _FSDP
-    ring += 2 * one["summed"] * (_FSDP - 1) / _FSDP
+    ring = (one["gathered"] + one["scattered"] + 2 * one["summed"]) * (_FSDP - 1) / _FSDP
     # The shards of what was scattered, and what is whole, are summed over 'data'.
-    sums = 2 * (one["scattered"] / _FSDP + one["summed"]) * (data - 1) / data
-    sending += ring / inside + sums / across
-    sending += one["arrays"] * ((_FSDP - 1) * _LINK_S + 2 * math.log2(data) * latency)
+    summed = one["scattered"] / _FSDP + one["summed"]
+    sums = 2 * summed * (data - 1) / data
+    sending += ring / inside + sums / across + one["arrays"] * (_FSDP - 1) * _LINK_S
+    sending += math.ceil(summed / _SUMMED_AT_ONCE) * 2 * math.log2(data) * latency
     sent += ring + sums
   return computing, sending, sent
 

@@ -12,6 +12,7 @@ the remains of a crash: so one process, that of a run's which is first, holds th
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import datetime
 import logging
 import os
 import re
@@ -371,23 +372,31 @@ class Checkpointer:
       self.wait()
 
 
+class _Found(ocp.path.step.Metadata):
+  """A checkpoint, for Orbax, which would else read a time from a file that may be damaged."""
+
+  @property
+  def commit_timestamp(self) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(0, tz=datetime.UTC)  # Nothing is kept by its age.
+
+
 class _Names(ocp.path.step.NameFormat):
   """Names of checkpoints, for Orbax, which knows them by number."""
 
   def build_name(self, step: int) -> str:
     return _name(step)
 
-  def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+  def find_all(self, base_path: epath.PathLike) -> Iterator[_Found]:
     for path in _entries(epath.Path(base_path)):
       step = _step(path.name)
       if step is not None and ocp.path.step.is_path_finalized(path):
-        yield ocp.path.step.Metadata(step=step, path=path)
+        yield _Found(step=step, path=path)
 
-  def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+  def find_step(self, base_path: epath.PathLike, step: int) -> _Found:
     path = epath.Path(base_path) / _name(step)
     if not path.exists():
       raise ValueError(f"there is no {path}")
-    return ocp.path.step.Metadata(step=step, path=path)
+    return _Found(step=step, path=path)
 
 
 def newest(directory: str | os.PathLike[str]) -> str:

@@ -78,6 +78,15 @@ def test_the_state_is_placed_as_the_template_says(tmp_path):
   assert_equal(found, state(1.0))
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"a":' * 2000, '{"commit_timestamp_nsecs": "x"}'])
+def test_a_file_that_has_no_sum_is_damaged(tmp_path, content):
+  save(tmp_path, 1, 2)
+  (tmp_path / "iteration_2" / "_CHECKPOINT_METADATA").write_text(content)
+  step, found, _ = restore(tmp_path)
+  assert step == 1 and "iteration_2.unreadable" in names(tmp_path)
+  assert_equal(found, state(1.0))
+
+
 def test_a_save_is_of_the_state_at_the_time_of_the_call(tmp_path):
   checkpointer = Checkpointer(tmp_path)
   following = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
