@@ -40,7 +40,8 @@ VARIANTS: Mapping[str, Mapping[str, int]] = {
 }
 TASKS = ("jax", "host", "remote", "set")
 DEVICES = 4
-CLOSE = 1e-5  # float32 sums in another order, through a few updates
+CLOSE = 1e-5  # parameters: float32 sums in another order, through a few updates
+REWARDS_CLOSE = 1e-4  # a standard deviation is small beside the rewards that it is of
 
 
 @contextlib.contextmanager
@@ -69,7 +70,8 @@ def run(
   settings: Mapping[str, int],
 ) -> pathlib.Path:
   """The workdir of a run on all devices."""
-  workdir = folder / f"{processes}_{'_'.join(map(str, settings.values()))}_{len(settings)}"
+  name = "_".join(f"{key}_{value}" for key, value in settings.items())
+  workdir = folder / f"run_{processes}_{name}"
   tasks = (
     cases.task(folder, "jax", "jax:red"),
     cases.task(folder, "host", "host:green"),
@@ -150,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     nursery.close()
   if options.output:
     options.output.write_text(page(rows))
-  sys.exit(max(map(max, rows.values())) > CLOSE)
+  sys.exit(any(max(rewards) > REWARDS_CLOSE or own > CLOSE for *rewards, own in rows.values()))
 
 
 if __name__ == "__main__":
