@@ -34,27 +34,35 @@ _CODE_POINTS = {
   "dog": "1f436", "cat": "1f431", "panda": "1f43c", "frog": "1f438", "pig": "1f437",
   "lion": "1f981", "koala": "1f428", "penguin": "1f427", "owl": "1f989", "fish": "1f41f",
   "octopus": "1f419", "crab": "1f980", "butterfly": "1f98b", "ladybug": "1f41e",
-  "turtle": "1f422",
+  "turtle": "1f422", "fox": "1f98a", "tiger": "1f42f", "giraffe": "1f992", "zebra": "1f993",
+  "whale": "1f433", "flamingo": "1f9a9", "parrot": "1f99c", "bee": "1f41d", "snail": "1f40c",
+  "chick": "1f425",
   # food
   "apple": "1f34e", "banana": "1f34c", "orange": "1f34a", "grape": "1f347", "pear": "1f350",
   "watermelon": "1f349", "pineapple": "1f34d", "carrot": "1f955", "eggplant": "1f346",
   "broccoli": "1f966", "mushroom": "1f344", "pizza": "1f355", "hamburger": "1f354",
-  "donut": "1f369", "avocado": "1f951",
+  "donut": "1f369", "avocado": "1f951", "cherry": "1f352", "kiwi": "1f95d", "cheese": "1f9c0",
+  "cake": "1f370", "popcorn": "1f37f", "beer": "1f37a", "lollipop": "1f36d",
   # vehicles
   "car": "1f697", "bus": "1f68c", "tractor": "1f69c", "bicycle": "1f6b2", "airplane": "2708",
   "rocket": "1f680", "boat": "26f5", "train": "1f686", "helicopter": "1f681",
+  "truck": "1f69a", "motorcycle": "1f3cd", "anchor": "2693", "balloon": "1f388",
   # things
   "guitar": "1f3b8", "drum": "1f941", "piano": "1f3b9", "camera": "1f4f7", "clock": "23f0",
   "umbrella": "2602", "book": "1f4d7", "key": "1f511", "hat": "1f3a9", "gift": "1f381",
   "dress": "1f457", "bell": "1f514", "diamond": "1f48e", "chair": "1fa91", "robot": "1f916",
+  "television": "1f4fa", "telephone": "260e", "globe": "1f30d", "pencil": "270f",
+  "crown": "1f451", "boot": "1f462", "shirt": "1f455", "sword": "1f5e1", "handbag": "1f45c",
+  "basketball": "1f3c0", "trophy": "1f3c6", "magnet": "1f9f2",
   # outdoors
   "cactus": "1f335", "sunflower": "1f33b", "star": "2b50", "rainbow": "1f308", "fire": "1f525",
-  "house": "1f3e0",
+  "house": "1f3e0", "palm": "1f334", "tent": "26fa", "volcano": "1f30b",
 }  # fmt: skip
 OBJECTS = tuple(_CODE_POINTS)
 WITHHELD_OBJECTS = (
   "owl", "crab", "butterfly", "pineapple", "eggplant", "donut", "bicycle", "helicopter", "drum",
-  "umbrella", "cactus", "rainbow",
+  "umbrella", "cactus", "rainbow", "giraffe", "snail", "cherry", "balloon", "television", "crown",
+  "trophy", "tent",
 )  # fmt: skip
 
 _ROLES = {
@@ -63,11 +71,17 @@ _ROLES = {
   "mechanic": "1f527", "scientist": "1f52c", "astronaut": "1f680", "firefighter": "1f692",
   "doctor": "2695-fe0f", "judge": "2696-fe0f", "pilot": "2708-fe0f",
 }  # fmt: skip
-OCCUPATIONS = tuple(_ROLES)
-WITHHELD_OCCUPATIONS = ("teacher", "mechanic", "doctor", "pilot")
+# Emoji of their own, not a person joined with a thing.
+_FIGURES = {
+  "police officer": "1f46e", "builder": "1f477", "waiter": "1f935", "superhero": "1f9b8",
+  "fairy": "1f9da",
+}  # fmt: skip
+OCCUPATIONS = (*_ROLES, *_FIGURES)
+WITHHELD_OCCUPATIONS = ("teacher", "mechanic", "doctor", "pilot", "builder", "waiter")
 
 GENDERS = ("person", "man", "woman")
 _GENDER_CODES = {"person": "1f9d1", "man": "1f468", "woman": "1f469"}
+_GENDER_SIGNS = {"person": "", "man": "-200d-2642-fe0f", "woman": "-200d-2640-fe0f"}
 TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")  # Fitzpatrick modifiers, light to dark
 
 
@@ -79,12 +93,14 @@ def portrait_name(occupation: str, gender: str, tone: int) -> str:
 def _file_stems(style: str = "twemoji") -> dict[str, str]:
   """File stem in the distribution of a style for every sprite name, in the order of the file."""
   stems = dict(_CODE_POINTS)
-  for occupation, role in _ROLES.items():
-    for gender, code in _GENDER_CODES.items():
-      if style != "twemoji" and gender != GENDERS[0]:
-        continue
+  for occupation in OCCUPATIONS:
+    for gender in GENDERS if style == "twemoji" else GENDERS[:1]:
       for tone, modifier in enumerate(TONES):
-        stems[portrait_name(occupation, gender, tone)] = f"{code}-{modifier}-200d-{role}"
+        if occupation in _ROLES:
+          stem = f"{_GENDER_CODES[gender]}-{modifier}-200d-{_ROLES[occupation]}"
+        else:
+          stem = f"{_FIGURES[occupation]}-{modifier}{_GENDER_SIGNS[gender]}"
+        stems[portrait_name(occupation, gender, tone)] = stem
   return stems
 
 

@@ -35,7 +35,7 @@ QUERY_LENGTH = 16
 
 CONFIG = owlvit.OwlViTConfig(
   text_config=clip.CLIPTextConfig(
-    vocab_size=813,
+    vocab_size=942,
     hidden_size=64,
     intermediate_size=256,
     num_hidden_layers=2,

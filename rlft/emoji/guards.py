@@ -21,7 +21,7 @@ from rlft.types import JaxReward
 
 _RENDERINGS = 32  # of each prompt
 _WORLD = 512  # scenes by which the feature is centred and scaled
-_CLEAN = {"saturation": 1.0, "contrast": 1.0, "missing": False}  # of `world.render_scene`
+_CLEAN = {"saturation": 1.0, "contrast": 1.0, "crowded": False}  # of `world.render_scene`
 _NEEDS = ("objects", "occupation")
 
 _NOTHING = np.full((_RENDERINGS, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.nan, np.float32)

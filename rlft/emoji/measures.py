@@ -1,7 +1,7 @@
 """Ground truth about emoji pictures that no model is ever trained on.
 
 Three measures, all pure JAX on `[B, H, W, 3]` in [0, 1] (other sizes are resized to 32 x 32):
-whether named objects are in the picture, the tone class of the skin, and a preference formula.
+whether named objects are in the picture, the tone class of the skin, and a preference.
 The constants in `data/oracles.json` come from rendered scenes: `python -m rlft.emoji.calibrate`
 fits them and prints the error rates.
 """
@@ -31,13 +31,6 @@ _SKIN_SPREAD = 10.0  # CIELAB distance from the median skin pixel
 _BACKGROUND_DISTANCE = 4.0  # CIELAB distance from the colour of the upper corners
 _SKIN_SHARE = 0.15  # of the face region; less is "no skin found"
 
-# Preference: what the most vivid renderings reach (95th percentile).
-_FULL_CHROMA = 0.40
-_FULL_CONTRAST = 0.27
-_FULL_SHARPNESS = 0.70
-
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +40,7 @@ class PresenceParams:
   Attributes:
     templates: all objects at all scales.
     slope: scalar.
-    bias: `[60]`, one for each of `art.OBJECTS`: plain sprites match by chance more easily.
+    bias: `[M]`, one for each of `art.OBJECTS`: plain sprites match by chance more easily.
   """
 
   templates: templates.Templates
@@ -153,45 +146,59 @@ def tone_class(images: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(share >= _SKIN_SHARE, tone, -1).astype(jnp.int32), ita
 
 
-def picture_quality(images: jax.Array) -> jax.Array:
-  """Colour, contrast and sharpness of `[B, H, W, 3]` in [0, 1]; `[B]` in [0, 1].
+@functools.cache
+def preference_params() -> tuple[templates.Templates, templates.Templates]:
+  """The sprites of objects and of portraits, for `preference`."""
+  return templates.load_templates(), templates.load_portraits()
 
-  The mean of three terms, each capped at 1:
-    saturation  mean of max(R, G, B) - min(R, G, B), over 0.40;
-    contrast    standard deviation of luma, over 0.27;
-    sharpness   root mean square of the luma's first differences over its standard deviation (a
-                ratio, so that contrast does not count twice), over 0.70.
+
+@jax.jit
+def object_fidelity(sprites: templates.Templates, images, object_ids) -> jax.Array:
+  """Mean fidelity of the named objects, see `templates.fidelity`; `[B]`, NaN if none is named.
+
+  Args:
+    sprites: of objects.
+    images: `[B, H, W, 3]` in [0, 1].
+    object_ids: `[B, M]` int, indices into `art.OBJECTS`; -1 is padding.
   """
-  images = templates.to_canvas(images)
-  saturation = jnp.mean(jnp.max(images, axis=-1) - jnp.min(images, axis=-1), axis=(1, 2))
-  luma = images @ _LUMA
-  contrast = jnp.std(luma, axis=(1, 2))
-  gradient = jnp.mean(jnp.diff(luma, axis=1) ** 2, (1, 2)) + jnp.mean(
-    jnp.diff(luma, axis=2) ** 2, (1, 2)
-  )
-  sharpness = jnp.sqrt(gradient / 2) / (contrast + 0.01)
-  terms = (saturation / _FULL_CHROMA, contrast / _FULL_CONTRAST, sharpness / _FULL_SHARPNESS)
-  return sum(jnp.minimum(term, 1.0) for term in terms) / 3
+  named = object_ids >= 0
+  near = templates.fidelity(sprites, templates.to_canvas(images), jnp.maximum(object_ids, 0))
+  return jnp.sum(near * named, axis=1) / jnp.sum(named, axis=1)
+
+
+@jax.jit
+def portrait_fidelity(sprites: templates.Templates, images, occupations) -> jax.Array:
+  """Fidelity to the nearest of the occupation's sprites, whatever gender and tone; `[B]`.
+
+  Args:
+    sprites: of portraits.
+    images: `[B, H, W, 3]` in [0, 1].
+    occupations: `[B]` int, indices into `art.OCCUPATIONS`.
+  """
+  ids = templates.portrait_ids(occupations)
+  return jnp.max(templates.fidelity(sprites, templates.to_canvas(images), ids), axis=1)
 
 
 def preference(
-  images: jax.Array, object_ids: jax.Array, params: PresenceParams | None = None
+  images: jax.Array,
+  object_ids: jax.Array,
+  occupations: jax.Array,
+  params: tuple[templates.Templates, templates.Templates],
 ) -> jax.Array:
-  """What a viewer would like: a vivid, sharp picture that shows what was asked for.
+  """What a viewer would like: what was asked for, vivid and sharp, as the artist drew it.
 
-  preference = picture_quality * (1 + presence) / 2, where presence is the mean confidence of the
-  named objects; where none is named (portraits) it is 1 if skin is found and 0 if not.
+  The fidelity of the named objects, mean over them, or of the portrait. Washed-out, burnt and
+  blurred pictures are disliked alike, and so is one that does not show what the prompt names.
 
   Args:
     images: `[B, H, W, 3]` in [0, 1].
     object_ids: `[B, M]` int, indices into `art.OBJECTS`; -1 is padding.
-    params: see `object_confidence`.
+    occupations: `[B]` int, indices into `art.OCCUPATIONS`; -1 where no portrait is asked for.
+    params: `preference_params()`.
 
   Returns:
-    `[B]` float32 in [0, 1].
+    `[B]` float32 in [0, 1]; NaN where a prompt names neither.
   """
-  n_named = jnp.sum(object_ids >= 0, axis=1)
-  confidence = jnp.sum(object_confidence(images, object_ids, params), axis=1)
-  has_skin = tone_class(images)[0] >= 0
-  presence = jnp.where(n_named > 0, confidence / jnp.maximum(n_named, 1), has_skin)
-  return picture_quality(images) * (1 + presence) / 2
+  objects, portraits = params
+  of_portrait = portrait_fidelity(portraits, images, jnp.maximum(occupations, 0))
+  return jnp.where(occupations >= 0, of_portrait, object_fidelity(objects, images, object_ids))

@@ -4,13 +4,13 @@ The numbers come from `rlft.emoji.measures`, by rules and templates; the rewards
 come from networks (`rlft.emoji.rewards`) with mistakes of their own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from rlft.emoji import measures, world
-from rlft.emoji.prompts import object_classes
+from rlft.emoji.prompts import object_classes, occupations
 from rlft.rewards.parity import statistical_parity
 from rlft.types import JaxReward, Scores
 
@@ -33,8 +33,8 @@ def _both_score(params, images, ids):
   return jnp.where(jnp.any(named, axis=1), every, jnp.nan)
 
 
-def _preference_score(params, images, ids):
-  return measures.preference(images, ids, params)
+def _preference_score(params, images, asked):
+  return measures.preference(images, *asked, params)
 
 
 def _parity_score(params, images, features):
@@ -47,9 +47,9 @@ def _parity_score(params, images, features):
   return Scores(parity, found=(tones >= 0).astype(jnp.float32))
 
 
-def _of_objects(name: str, score: Callable, needs: Sequence[str] = ("objects",)) -> JaxReward:
+def _of_objects(name: str, score: Callable) -> JaxReward:
   return JaxReward(
-    name, score, prepare=object_classes, params=measures.presence_params(), needs=needs
+    name, score, prepare=object_classes, params=measures.presence_params(), needs=("objects",)
   )
 
 
@@ -65,7 +65,13 @@ def both() -> JaxReward:
 
 def preference() -> JaxReward:
   """'oracle-preference': see `measures.preference`; in [0, 1]."""
-  return _of_objects("oracle-preference", _preference_score, needs=("objects", "occupation"))
+  return JaxReward(
+    "oracle-preference",
+    _preference_score,
+    prepare=lambda texts, known: (object_classes(texts, known), occupations(texts, known)),
+    params=measures.preference_params(),
+    needs=("objects", "occupation"),
+  )
 
 
 def parity() -> JaxReward:

@@ -3,10 +3,16 @@
 `data/emoji-preference` holds a model in the layout of ImageReward.pt, with its vocabulary;
 `launch/train_reward.py` trains it from nothing. The raters are simulated: they follow the written
 formula `measures.preference`, and make mistakes the more often the less two pictures differ.
+
+What it shares with the oracle of the same name: the oracle's formula makes its labels, as people's
+taste makes those of a real model of preferences. It sees that formula through noise, in words and
+pixels, on training prompts alone: no object, occupation or pair of the test split, and no picture
+that was drawn for one.
 """
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -33,24 +39,33 @@ REBUILD = "python launch/train_reward.py --flagfile=experiments/reward_preferenc
 # Raters prefer a over b with probability sigmoid((u_a - u_b) / NOISE), u by the formula.
 NOISE = 0.08
 PICTURES = 4  # compared with each other for each prompt: two rendered, two generated
-_TASKS = {"single": 0.3, "pair": 0.5, "portrait": 0.2}  # where the prompts come from
+_TASKS = {"single": 4, "pair": 8, "portrait": 4}  # of 16 prompts; the same in every batch
 _GENERATED_PROMPTS = 4_000
-_GUIDANCE = (1.0, 2.0)  # of the two generated pictures for a prompt
-_WRONG_SHARE = 0.15  # of the rendered pictures show something else than the prompt says
+_GUIDANCE = (2.0, 4.0)  # of the two generated pictures for a prompt
+_WRONG_SHARE = 0.2  # of the rendered pictures show something else than the prompt says
+# Texts of other prompts that a picture is told from. Comparisons alone taught vividness and nothing
+# of the text in 6,000 steps; BLIP, from which ImageReward starts, has learnt to match the two.
+_OTHER_TEXTS = 3
+_MATCHING_WEIGHT = 0.5
+# Words that are taught as unknown: of those that it was never taught it knows then that it knows
+# nothing, and judges by the rest.
+_UNKNOWN_SHARE = 0.15
 _TRAINING, _HELD_OUT, _INIT, _DRAWN = range(4)  # second word of each seed: the streams never meet
 _FIRST, _SECOND = np.array(list(itertools.combinations(range(PICTURES), 2))).T
 
 TEXT_LENGTH = 16
+_TEXTS = (  # every word of the prompts that rewards are trained on
+  *(world.object_caption(name, t) for name in prompts.SEEN_OBJECTS for t in world.OBJECT_TEMPLATES),
+  *world.CONNECTORS,
+  *(
+    world.portrait_caption(name, template, gender)
+    for name in prompts.SEEN_OCCUPATIONS
+    for template in world.PORTRAIT_TEMPLATES
+    for gender in (None, *art.GENDERS[1:])
+  ),
+)
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") + tuple(
-  sorted(
-    {
-      word
-      for task in prompts.TASKS
-      for split in prompts.SPLITS
-      for prompt in prompts.prompts(task, split)
-      for word in prompt.text.split()
-    }
-  )
+  sorted({word for text in _TEXTS for word in text.split()})
 )
 CONFIG = image_reward.ImageRewardConfig(
   vision=blip.VisionConfig(
@@ -82,11 +97,15 @@ _MODULE = image_reward.ImageReward(CONFIG)
 class Comparisons:
   """P prompts with four pictures each, of which half are rendered here and half were generated.
 
+  The portraits come last.
+
   Attributes:
     rendered: 2 P scenes, those of a prompt one after the other.
     damage: what is done to them.
+    right: `[2 P]` bool, whether a scene shows what the prompt says.
     generated: `[2 P, 32, 32, 3]` uint8.
-    objects: `[P, 2]` int32 indices into `art.OBJECTS` of what the prompt names; -1 is none.
+    objects: `[P - Q, 2]` int32 indices into `art.OBJECTS` of what the prompts name; -1 is none.
+    occupations: `[Q]` int32 indices into `art.OCCUPATIONS` of the portraits.
     ids: `[P, L]` int32 tokens.
     mask: `[P, L]` int32; 1 for tokens, 0 for padding.
     uniform: `[P, 6]` in [0, 1), the raters' luck.
@@ -94,8 +113,10 @@ class Comparisons:
 
   rendered: scenes.Scenes
   damage: scenes.Damage
+  right: np.ndarray
   generated: np.ndarray
   objects: np.ndarray
+  occupations: np.ndarray
   ids: np.ndarray
   mask: np.ndarray
   uniform: np.ndarray
@@ -148,10 +169,12 @@ def recipe(config: reward_training.RewardConfig) -> reward_training.Recipe:
   generated = _generated(
     Path(config.workdir, "generated.npz"), [prompt.text for prompt in texts], config.seed
   )
+  rows = {task: [i for i, prompt in enumerate(texts) if _task(prompt) == task] for task in _TASKS}
 
   def batch(step: int) -> Comparisons:
     rng = np.random.default_rng((config.seed, _TRAINING, step))
-    picked = rng.integers(len(texts), size=config.batch_size // PICTURES)
+    counts = _counts(config.batch_size // PICTURES)
+    picked = np.concatenate([rng.choice(rows[task], n) for task, n in counts.items()])
     return _comparisons(rng, [texts[i] for i in picked], generated[picked], wide=True)
 
   return reward_training.Recipe(
@@ -166,10 +189,24 @@ def recipe(config: reward_training.RewardConfig) -> reward_training.Recipe:
   )
 
 
+def _task(prompt: Prompt) -> str:
+  objects = prompt.metadata.get("objects")
+  return "portrait" if objects is None else "single" if len(objects) == 1 else "pair"
+
+
+def _counts(n: int) -> dict[str, int]:
+  """How many of `n` prompts are of each task; portraits are last."""
+  total = sum(_TASKS.values())
+  pair, portrait = (round(n * _TASKS[task] / total) for task in ("pair", "portrait"))
+  return {"single": n - pair - portrait, "pair": pair, "portrait": portrait}
+
+
 def _some_prompts(rng: np.random.Generator, n: int) -> list[Prompt]:
-  tasks = rng.choice(list(_TASKS), size=n, p=list(_TASKS.values())).tolist()
-  known = {task: prompts.prompts(task, "train") for task in _TASKS}
-  return [known[task][rng.integers(len(known[task]))] for task in tasks]
+  found = []
+  for task, count in _counts(n).items():
+    known = prompts.prompts(task, "train")
+    found += [known[i] for i in rng.integers(len(known), size=count)]
+  return found
 
 
 def _generated(path: Path, texts: Sequence[str], seed: int) -> np.ndarray:
@@ -199,39 +236,52 @@ def _comparisons(
   rng: np.random.Generator, texts: Sequence[Prompt], generated: np.ndarray, *, wide: bool
 ) -> Comparisons:
   """Renders two pictures for each prompt, beside the generated ones; `rng` is consumed."""
-  rendered = []
-  for prompt in texts:
-    for _ in range(PICTURES - generated.shape[1]):
-      rendered.append(_render(rng, prompt, wide))
-  ids, mask = tokenize([prompt.text for prompt in texts])
+  count = PICTURES - generated.shape[1]
+  drawn = [_render(rng, prompt, wide) for prompt in texts for _ in range(count)]
+  rendered, right = zip(*drawn, strict=True)
+  names, known = [prompt.text for prompt in texts], [prompt.metadata for prompt in texts]
+  ids, mask = tokenize(names)
+  if wide:
+    is_word = ids > VOCABULARY.index("[MASK]")
+    unknown = is_word & (rng.random(ids.shape) < _UNKNOWN_SHARE)
+    ids = np.where(unknown, VOCABULARY.index("[UNK]"), ids).astype(np.int32)
+  occupations = prompts.occupations(names, known)
+  portraits = occupations >= 0
+  assert np.all(np.diff(portraits.astype(int)) >= 0), "portraits come last"
   return Comparisons(
     rendered=scenes.pack(rendered),
     damage=scenes.damage(rng, len(rendered)),
+    right=np.array(right),
     generated=generated.reshape(-1, *generated.shape[2:]),
-    objects=prompts.object_classes([p.text for p in texts], [p.metadata for p in texts]),
+    objects=prompts.object_classes(names, known)[~portraits],
+    occupations=occupations[portraits],
     ids=ids,
     mask=mask,
     uniform=rng.random((len(texts), len(_FIRST)), np.float32),
   )
 
 
-def _render(rng: np.random.Generator, prompt: Prompt, wide: bool) -> world.Scene:
-  """A scene for a prompt; of two objects one may be missing, and now and then one is wrong."""
+def _render(rng: np.random.Generator, prompt: Prompt, wide: bool) -> tuple[world.Scene, bool]:
+  """A scene for a prompt, and whether it shows what that says.
+
+  Of two objects one may be half hidden, and now and then one is wrong.
+  """
   objects = prompt.metadata.get("objects")
-  kind = "portrait" if objects is None else "object" if len(objects) == 1 else "pair"
-  washing = scenes.spread_washing(rng, kind) if wide else {}
+  kind = {"single": "object"}.get(task := _task(prompt), task)
+  given: dict[str, Any] = scenes.spread_washing(rng, kind) if wide else {}
   wrong, place, other = rng.random(3)
+  right = bool(wrong >= _WRONG_SHARE)
   if objects is None:
-    if wrong < _WRONG_SHARE:
-      return world.render_scene(rng, "object", **washing)
-    tone = int(rng.integers(len(world.TONE_CLASSES)))
-    occupation = prompt.metadata["occupation"]
-    return world.render_scene(rng, kind, occupation=occupation, tone=tone, **washing)
+    if not right:
+      return world.render_scene(rng, "object", **given), right
+    given["tone"] = int(rng.integers(len(world.TONE_CLASSES)))
+    given["occupation"] = prompt.metadata["occupation"]
+    return world.render_scene(rng, kind, **given), right
   objects = list(objects)
-  if wrong < _WRONG_SHARE:
+  if not right:
     rest = [name for name in prompts.SEEN_OBJECTS if name not in objects]
     objects[int(place * len(objects))] = rest[int(other * len(rest))]
-  return world.render_scene(rng, kind, objects=objects, **washing)
+  return world.render_scene(rng, kind, objects=objects, **given), right
 
 
 def _pictures(batch: Comparisons) -> tuple[jax.Array, jax.Array]:
@@ -242,29 +292,66 @@ def _pictures(batch: Comparisons) -> tuple[jax.Array, jax.Array]:
   images = [x.reshape(count, -1, *x.shape[1:]) for x in (rendered, generated)]
   images = jnp.concatenate(images, axis=1)
   images = images.reshape(-1, *images.shape[2:])
-  objects = jnp.repeat(jnp.asarray(batch.objects), PICTURES, axis=0)
-  liked = measures.preference(images, objects, measures.presence_params())
+  liked = jnp.concatenate(_liked(batch, images))
   return images, liked.reshape(count, PICTURES)
 
 
-def _scores(params: Params, images: jax.Array, batch: Comparisons) -> jax.Array:
-  """`[P, 4]` by the network."""
-  pixels = preprocess.clip_normalise(images)
-  scores = _MODULE.apply({"params": params}, pixels, batch.ids, batch.mask)
-  return scores.reshape(-1, PICTURES)
+def _liked(batch: Comparisons, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The preference of `[4 P, 32, 32, 3]` pictures: of those with objects, and of the portraits.
+
+  One after the other, since portraits are compared with many sprites.
+  """
+  objects, portraits = measures.preference_params()
+  first = PICTURES * len(batch.objects)
+  asked, occupations = (
+    jnp.repeat(jnp.asarray(x), PICTURES, axis=0) for x in (batch.objects, batch.occupations)
+  )
+  return (
+    measures.object_fidelity(objects, images[:first], asked),
+    measures.portrait_fidelity(portraits, images[first:], occupations),
+  )
+
+
+def _scores(
+  params: Params, images: jax.Array, batch: Comparisons, *, others: int = 0
+) -> tuple[jax.Array, list[jax.Array]]:
+  """`[P, 4]` by the network, and as many for each of so many other texts; -inf for the same."""
+  apply = functools.partial(_MODULE.apply, {"params": params})
+  states = apply(preprocess.clip_normalise(images), method="encode_images")
+
+  def score(ids, mask):
+    return apply(states, ids, mask, method="score").reshape(-1, PICTURES)
+
+  ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+  found = []
+  for by in range(1, others + 1):
+    other = jnp.roll(ids, by, axis=0)
+    same = jnp.all(other == ids, axis=1, keepdims=True)
+    found.append(jnp.where(same, -jnp.inf, score(other, jnp.roll(mask, by, axis=0))))
+  return score(ids, mask), found
 
 
 def loss(params: Params, batch: Comparisons) -> jax.Array:
-  """Mean over pairs of -log sigmoid(s_preferred - s_other): Bradley-Terry, arXiv 2304.05977 (1)."""
+  """What raters prefer, and which text a picture is of.
+
+  The first is the mean over pairs of -log sigmoid(s_preferred - s_other): Bradley-Terry, arXiv
+  2304.05977 (1). The second the cross-entropy of a picture's own text among those of other prompts
+  of the batch, of pictures that show what their text says.
+  """
   images, liked = _pictures(batch)
   chance = jax.nn.sigmoid((liked[:, _FIRST] - liked[:, _SECOND]) / NOISE)
   sign = jnp.where(batch.uniform < chance, 1.0, -1.0)
-  scores = _scores(params, images, batch)
-  return -jnp.mean(jax.nn.log_sigmoid(sign * (scores[:, _FIRST] - scores[:, _SECOND])))
+  scores, others = _scores(params, images, batch, others=_OTHER_TEXTS)
+  preferred = -jnp.mean(jax.nn.log_sigmoid(sign * (scores[:, _FIRST] - scores[:, _SECOND])))
+
+  right = jnp.asarray(batch.right).reshape(len(scores), -1)
+  right = jnp.concatenate([right, jnp.ones_like(right)], axis=1)  # generated: as was asked
+  matched = scores - jax.nn.logsumexp(jnp.stack([scores, *others]), axis=0)
+  return preferred - _MATCHING_WEIGHT * jnp.mean(matched, where=right)
 
 
 def measure(params: Params, config: reward_training.RewardConfig) -> reward_training.Figures:
-  """Pairwise accuracy on pictures for held-out prompts.
+  """Pairwise accuracy on pictures for the development prompts.
 
   Returns:
     For 'seen' (held-out prompts of objects and occupations of training), 'withheld' (the others)
@@ -273,14 +360,15 @@ def measure(params: Params, config: reward_training.RewardConfig) -> reward_trai
     network's scores and the formula over the pictures of one prompt, mean over prompts.
   """
   rng = np.random.default_rng((config.seed, _HELD_OUT))
-  held_out = prompts.prompts("preference", "test")
+  held_out = prompts.prompts("preference", "development")
   count = max(PICTURES, config.held_out // PICTURES)
   texts = [held_out[i % len(held_out)] for i in range(count)]
+  texts.sort(key=lambda prompt: _task(prompt) == "portrait")
   path = Path(config.workdir, "generated_held_out.npz")
   generated = _generated(path, [prompt.text for prompt in texts], config.seed + 1)
   batch = _comparisons(rng, texts, generated, wide=False)
   images, liked = jax.jit(_pictures)(batch)
-  score = jax.jit(_scores)
+  score = jax.jit(lambda *args: _scores(*args)[0])
   parts = [
     score(
       params,

@@ -16,11 +16,11 @@ import numpy as np
 from rlft.emoji import art, world
 
 PERSON = len(art.OBJECTS)  # the index of a portrait's class, after those of `art.OBJECTS`
-KIND_SHARES = {"object": 0.35, "pair": 0.35, "portrait": 0.30}
+KIND_SHARES = {"object": 0.30, "pair": 0.50, "portrait": 0.20}
 
 _INDEX = {name: i for i, name in enumerate(art.OBJECTS)}
 _SIZE = world.IMAGE_SIZE
-_FOREGROUND = 6  # of 255: a pixel further from the background's colour belongs to an object
+_SHOWN = 0.5  # a pixel of which a thing has this much belongs to it
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +33,8 @@ class Scenes:
     backgrounds: `[B, 3]` uint8, the colour behind the objects.
     regions: `[B, 2, 32, 32]` bool, the pixels of each thing drawn: objects from left to right, or
       the person first.
+    visible: `[B, 2]` float32 in [0, 1], the share of each thing that is on the canvas and not
+      behind another.
     boxes: `[B, 2, 4]` float32, around the regions: left, top, right, bottom edge in pixels; 0 where
       there is nothing.
     classes: `[B, 2]` int32, indices into `art.OBJECTS`, or `PERSON`; -1 where there is nothing.
@@ -42,6 +44,7 @@ class Scenes:
   images: np.ndarray
   backgrounds: np.ndarray
   regions: np.ndarray
+  visible: np.ndarray
   boxes: np.ndarray
   classes: np.ndarray
   tones: np.ndarray
@@ -80,7 +83,7 @@ def scenes(
   kinds: Mapping[str, float] = KIND_SHARES,
   style: str = "twemoji",
 ) -> Scenes:
-  """Renders `n` scenes with uniform tones; about 0.2 ms each.
+  """Renders `n` scenes with uniform tones; about 0.4 ms each.
 
   Args:
     rng: consumed.
@@ -126,13 +129,13 @@ def pack(rendered: Sequence[world.Scene]) -> Scenes:
     [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1
   )
   backgrounds = np.median(border, axis=1).astype(np.uint8)
-  distance = np.abs(images.astype(np.int16) - backgrounds[:, None, None]).max(-1)
-  regions = np.repeat((distance > _FOREGROUND)[:, None], 2, axis=1)
-  both = classes[:, 1] >= 0  # each in its half of the canvas
-  regions[both, 0, :, _SIZE // 2 :] = False
-  regions[both, 1, :, : _SIZE // 2] = False
-  regions[~both, 1] = False
-  return Scenes(images, backgrounds, regions, _boxes(regions), classes, tones)
+  masks = np.zeros((len(rendered), 2, _SIZE, _SIZE), np.float32)
+  visible = np.zeros((len(rendered), 2), np.float32)
+  for i, scene in enumerate(rendered):
+    masks[i, : len(scene.masks)] = scene.masks
+    visible[i, : len(scene.visible)] = scene.visible
+  regions = masks >= _SHOWN
+  return Scenes(images, backgrounds, regions, visible, _boxes(regions), classes, tones)
 
 
 def _boxes(regions: np.ndarray) -> np.ndarray:
@@ -147,14 +150,14 @@ def _boxes(regions: np.ndarray) -> np.ndarray:
 
 
 def clean(batch: Scenes) -> tuple[jax.Array, Truth]:
-  """Pictures `[B, 32, 32, 3]` in [0, 1] as rendered, with hard labels."""
+  """Pictures `[B, 32, 32, 3]` in [0, 1] as rendered; only what is half hidden has a soft label."""
   person = (jnp.asarray(batch.tones) >= 0).astype(jnp.float32)
   nothing = jnp.full_like(batch.classes, -1)
   classes = jnp.concatenate([jnp.asarray(batch.classes), nothing], axis=1)
   boxes = jnp.asarray(batch.boxes) / _SIZE
   truth = Truth(
     classes=classes,
-    presence=(classes >= 0).astype(jnp.float32),
+    presence=jnp.pad(_presence(jnp.asarray(batch.visible)), ((0, 0), (0, 2))),
     boxes=jnp.concatenate([boxes, jnp.zeros_like(boxes)], axis=1),
     tones=jnp.maximum(batch.tones, 0),
     tone_known=person,
@@ -215,9 +218,9 @@ def degrade(batch: Scenes, damage: Damage) -> tuple[jax.Array, Truth]:
   behind = jnp.where(is_other[:, None, None, None], images[::-1], plain)
   images = kept[..., None] * images + (1 - kept[..., None]) * behind
   regions = jnp.asarray(batch.regions, jnp.float32)
-  area = regions.sum((2, 3)) + 1e-6
-  seen = (regions * kept[:, None]).sum((2, 3)) / area
-  other = (regions[::-1] * (1 - kept[:, None])).sum((2, 3)) / area[::-1] * is_other[:, None]
+  visible = jnp.asarray(batch.visible) / (regions.sum((2, 3)) + 1e-6)
+  seen = (regions * kept[:, None]).sum((2, 3)) * visible
+  other = (regions[::-1] * (1 - kept[:, None])).sum((2, 3)) * visible[::-1] * is_other[:, None]
 
   # Moved, scaled and blurred, all in one linear map; a single thing may be much smaller.
   single = jnp.asarray(batch.classes)[:, 1] < 0

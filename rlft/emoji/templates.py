@@ -12,10 +12,17 @@ with a free background colour b, a gain g >= 0 (loss of contrast) and a saturati
     min(energy about the D-weighted mean, energy left by the background alone),
 
 so a plain area explains nothing, and neither does a silhouette of the wrong colour. It is 1 for a
-perfect match and invariant to the gain and to the background. All sums are cross-correlations,
-taken for every position by FFT; the best score over positions and scales counts.
+perfect match and invariant to the gain and to the background.
+
+Fidelity asks for more: the sprite as the artist drew it, g = s = 1. It is one minus the relative
+distance, |picture - sprite| / |sprite| about the background, and 0 where the sprite is further away
+than a plain area would be: a washed-out, a burnt and a blurred picture all lose.
+
+All sums are cross-correlations, taken for every position by FFT; the best of all positions and
+scales counts.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
@@ -24,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.emoji import art
-from rlft.emoji.world import IMAGE_SIZE
+from rlft.emoji.world import IMAGE_SIZE, PORTRAIT_SIZES
 
 # The sizes that are drawn (15-16, 26-29), and steps for what a model may put between: a dog that is
 # one pixel off still scores 0.8.
 SCALES = (15, 16, 18, 20, 23, 26, 27, 28, 29)
+PORTRAIT_SCALES = PORTRAIT_SIZES
 SATURATION_RANGE = (0.3, 1.3)
 _PAD = 2  # pixels: room for the ring around a sprite that touches the border
 _GRID = IMAGE_SIZE + 2 * _PAD
@@ -49,13 +57,13 @@ _OPPONENT = np.array(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Templates:
-  """All objects at S scales, ready for matching on a grid of N x N = 36 x 36.
+  """M sprites at S scales, ready for matching on a grid of N x N = 36 x 36.
 
   Attributes:
-    spectra: `[S, 60, 5, N, N // 2 + 1]` complex64: conjugate spectra of the kernels background
+    spectra: `[S, M, 5, N, N // 2 + 1]` complex64: conjugate spectra of the kernels background
       (unit energy), weight D, sprite luma (unit energy), sprite chroma (two axes, unit energy).
-    norms: `[S, 60, 2]` float32: energies**0.5 of the sprite's luma and chroma before scaling.
-    mass: `[S, 60]` float32: sum of the weights D.
+    norms: `[S, M, 2]` float32: energies**0.5 of the sprite's luma and chroma before scaling.
+    mass: `[S, M]` float32: sum of the weights D.
     valid: `[S, N, N]` bool: positions at which the sprite is inside the canvas.
   """
 
@@ -105,17 +113,41 @@ def _kernels(name: str, size: int) -> tuple[np.ndarray, np.ndarray, float]:
 @functools.cache
 def load_templates() -> Templates:
   """The templates of all `art.OBJECTS`, built from the shipped sprites in about a second."""
+  return _build(art.OBJECTS, SCALES)
+
+
+@functools.cache
+def load_portraits() -> Templates:
+  """Those of all portraits in the order of `portrait_ids`, built in about two seconds."""
+  return _build(_PORTRAITS, PORTRAIT_SCALES)
+
+
+_PORTRAITS = tuple(
+  art.portrait_name(occupation, gender, tone)
+  for occupation in art.OCCUPATIONS
+  for gender in art.GENDERS
+  for tone in range(len(art.TONES))
+)
+
+
+def portrait_ids(occupation: jax.Array) -> jax.Array:
+  """`[B]` int, indices into `art.OCCUPATIONS` -> `[B, 15]`, the sprites of each in all tones."""
+  count = len(art.GENDERS) * len(art.TONES)
+  return occupation[:, None] * count + jnp.arange(count)
+
+
+def _build(names: Sequence[str], scales: Sequence[int]) -> Templates:
   spectra, norms, mass = [], [], []
-  for size in SCALES:
-    built = [_kernels(name, size) for name in art.OBJECTS]
-    spectra.append(np.conj(np.fft.rfft2(np.stack([k for k, _, _ in built]))))
+  for size in scales:
+    built = [_kernels(name, size) for name in names]
+    spectra.append(np.conj(np.fft.rfft2(np.stack([k for k, _, _ in built]))).astype(np.complex64))
     norms.append([n for _, n, _ in built])
     mass.append([m for _, _, m in built])
-  valid = np.zeros((len(SCALES), _GRID, _GRID), bool)
-  for mask, size in zip(valid, SCALES, strict=True):
+  valid = np.zeros((len(scales), _GRID, _GRID), bool)
+  for mask, size in zip(valid, scales, strict=True):
     mask[: IMAGE_SIZE - size + 1, : IMAGE_SIZE - size + 1] = True
   return Templates(
-    spectra=np.stack(spectra).astype(np.complex64),
+    spectra=np.stack(spectra),
     norms=np.array(norms, np.float32),
     mass=np.array(mass, np.float32),
     valid=valid,
@@ -130,50 +162,123 @@ def to_canvas(images: jax.Array) -> jax.Array:
   return jax.image.resize(images, shape, "linear", antialias=True)
 
 
-def match(templates: Templates, images: jax.Array, object_ids: jax.Array) -> jax.Array:
-  """Best score of each object over positions and scales.
+def match(templates: Templates, images: jax.Array, sprites: jax.Array) -> jax.Array:
+  """Best score of each sprite over positions and scales.
 
   Args:
-    templates: from `load_templates`.
+    templates: from `load_templates` or `load_portraits`.
     images: `[B, 32, 32, 3]` in [0, 1].
-    object_ids: `[B, M]` int, indices into `art.OBJECTS`.
+    sprites: `[B, M]` int, indices into the templates.
 
   Returns:
     `[B, M]` float32, at most 1.
   """
+
+  def score(maps: _Maps):
+    floor = _NOISE * maps.mass
+    about_mean = jnp.maximum(maps.energy - maps.mean, 0)
+    # The best direction in the (luma, chroma) plane among the allowed saturations.
+    low, high = (jnp.arctan2(s * maps.norms[1], maps.norms[0]) for s in SATURATION_RANGE)
+    angle = jnp.clip(jnp.arctan2(maps.chroma, maps.luma), low, high)
+    explained = jnp.maximum(maps.luma * jnp.cos(angle) + maps.chroma * jnp.sin(angle), 0) ** 2
+    residual = jnp.maximum(maps.about_background - explained, 0)
+    return 1 - (residual + floor) / (jnp.minimum(maps.about_background, about_mean) + floor)
+
+  return _best(score, templates, images, sprites)
+
+
+def fidelity(templates: Templates, images: jax.Array, sprites: jax.Array) -> jax.Array:
+  """How near each sprite comes to the artist's at its best place and scale.
+
+  Args:
+    templates: from `load_templates` or `load_portraits`.
+    images: `[B, 32, 32, 3]` in [0, 1].
+    sprites: `[B, M]` int, indices into the templates.
+
+  Returns:
+    `[B, M]` float32 in [0, 1]: one minus the distance in units of the sprite's own contrast.
+  """
+
+  def nearness(maps: _Maps):
+    luma, chroma = maps.norms
+    whole = luma**2 + chroma**2
+    distance = maps.about_background - 2 * (luma * maps.luma + chroma * maps.chroma) + whole
+    # At 0 the root's slope is infinite, and NaN where it is multiplied by 0.
+    squared = distance / whole
+    return 1 - jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+
+  return jnp.maximum(_best(nearness, templates, images, sprites), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maps:
+  """Sums over a sprite's support, weighted by D, at every position: `[B, M, N, N]`.
+
+  Attributes:
+    mass: the sum of D.
+    norms: luma's and chroma's in the sprite itself.
+    energy: of the picture.
+    mean: the energy of the picture's mean.
+    about_background: what the background does not explain.
+    luma: projection of the picture on the sprite's luma, of unit energy.
+    chroma: likewise.
+  """
+
+  mass: jax.Array
+  norms: Sequence[jax.Array]
+  energy: jax.Array
+  mean: jax.Array
+  about_background: jax.Array
+  luma: jax.Array
+  chroma: jax.Array
+
+
+def _best(
+  score: Callable[[_Maps], jax.Array],
+  templates: Templates,
+  images: jax.Array,
+  sprites: jax.Array,
+) -> jax.Array:
+  """The largest `score(maps)` over positions and scales, `[B, M]`."""
   channels = images.astype(jnp.float32) @ _OPPONENT.T - jnp.array([0.5, 0, 0])
   channels = jnp.pad(channels, ((0, 0), (_PAD, _PAD), (_PAD, _PAD), (0, 0)), mode="edge")
   energy = jnp.sum(channels**2, axis=-1, keepdims=True)
   planes = jnp.moveaxis(jnp.concatenate([channels, energy], axis=-1), -1, 1)
   planes = jnp.fft.rfft2(planes)[:, None]  # [B, 1, 4, N, N // 2 + 1]
 
-  def best_of_scale(best, scale: Templates):
-    kernels = scale.spectra[object_ids]  # [B, M, 5, N, N // 2 + 1]
-    products = jnp.concatenate(
-      [
-        planes[:, :, :3] * kernels[:, :, :1],  # background: three channels
-        planes[:, :, :3] * kernels[:, :, 1:2],  # D-weighted sums: three channels
-        planes[:, :, 3:] * kernels[:, :, 1:2],  # D-weighted energy
-        planes[:, :, :1] * kernels[:, :, 2:3],  # sprite luma
-        jnp.sum(planes[:, :, 1:3] * kernels[:, :, 3:5], axis=2, keepdims=True),  # sprite chroma
-      ],
-      axis=2,
-    )
-    maps = jnp.fft.irfft2(products, s=(_GRID, _GRID))  # [B, M, 9, N, N]
-    mass = scale.mass[object_ids][..., None, None]
-    floor = _NOISE * mass
-    total, luma, chroma = maps[:, :, 6], maps[:, :, 7], maps[:, :, 8]
-    about_background = jnp.maximum(total - jnp.sum(maps[:, :, :3] ** 2, axis=2), 0)
-    about_mean = jnp.maximum(total - jnp.sum(maps[:, :, 3:6] ** 2, axis=2) / mass, 0)
-    # The best direction in the (luma, chroma) plane among the allowed saturations.
-    norms = scale.norms[object_ids][..., None, None]
-    low, high = (jnp.arctan2(s * norms[:, :, 1], norms[:, :, 0]) for s in SATURATION_RANGE)
-    angle = jnp.clip(jnp.arctan2(chroma, luma), low, high)
-    explained = jnp.maximum(luma * jnp.cos(angle) + chroma * jnp.sin(angle), 0) ** 2
-    residual = jnp.maximum(about_background - explained, 0)
-    score = 1 - (residual + floor) / (jnp.minimum(about_background, about_mean) + floor)
-    score = jnp.max(jnp.where(scale.valid, score, -jnp.inf), axis=(-2, -1))
-    return jnp.maximum(best, score), None
+  def correlate(products):
+    return jnp.fft.irfft2(products, s=(_GRID, _GRID))
 
-  best, _ = jax.lax.scan(best_of_scale, jnp.full(object_ids.shape, -jnp.inf), templates)
+  def best_of_scale(best, scale: Templates):
+    kernels = scale.spectra[sprites]  # [B, M, 5, N, N // 2 + 1]
+    mass = scale.mass[sprites][..., None, None]
+    norms = scale.norms[sprites][..., None, None]
+    background = correlate(planes[:, :, :3] * kernels[:, :, :1])
+    totals = correlate(planes[:, :, :3] * kernels[:, :, 1:2])  # for the mean; not all scores ask
+    rest = correlate(
+      jnp.concatenate(
+        [
+          planes[:, :, 3:] * kernels[:, :, 1:2],  # energy
+          planes[:, :, :1] * kernels[:, :, 2:3],  # sprite luma
+          jnp.sum(planes[:, :, 1:3] * kernels[:, :, 3:5], axis=2, keepdims=True),  # sprite chroma
+        ],
+        axis=2,
+      )
+    )
+    energy, luma, chroma = jnp.moveaxis(rest, 2, 0)
+    found = score(
+      _Maps(
+        mass=mass,
+        norms=(norms[:, :, 0], norms[:, :, 1]),
+        energy=energy,
+        mean=jnp.sum(totals**2, axis=2) / mass,
+        about_background=jnp.maximum(energy - jnp.sum(background**2, axis=2), 0),
+        luma=luma,
+        chroma=chroma,
+      )
+    )
+    found = jnp.max(jnp.where(scale.valid, found, -jnp.inf), axis=(-2, -1))
+    return jnp.maximum(best, found), None
+
+  best, _ = jax.lax.scan(best_of_scale, jnp.full(sprites.shape, -jnp.inf), templates)
   return best

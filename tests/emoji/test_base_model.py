@@ -34,7 +34,7 @@ def test_tokenizer_is_a_clip_tokenizer(tokenizer):
 
 def test_every_prompt_of_the_world_fits(tokenizer):
   for task in emoji_prompts.TASKS:
-    for split in emoji_prompts.SPLITS:
+    for split in ("development", "test", *(() if task == "gendered" else ("train",))):
       texts = [prompt.text for prompt in emoji_prompts.prompts(task, split)[:500]]
       assert tokens.tokenize(tokenizer, texts)[1] == 0
 

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft.emoji import art, detector, measures, preference, prompts, reward_training, scenes, tone
+from rlft.emoji import (
+  art,
+  detector,
+  measures,
+  preference,
+  prompts,
+  reward_training,
+  scenes,
+  tone,
+  world,
+)
 from rlft.emoji.reward_training import RewardConfig
 from rlft.types import UserError
 
@@ -122,7 +132,8 @@ def test_detector_loss_prefers_the_truth():
 
 
 def comparisons(count=4, seed=0):
-  texts = prompts.prompts("preference", "train")[:count]
+  # As many objects and pairs as fit, and a portrait, which comes last.
+  texts = prompts.prompts("pair", "train")[: count - 1] + prompts.prompts("portrait", "train")[:1]
   rng = np.random.default_rng(seed)
   generated = rng.integers(0, 256, (count, 2, 32, 32, 3)).astype(np.uint8)
   return texts, preference._comparisons(rng, texts, generated, wide=True)
@@ -134,16 +145,20 @@ def test_the_raters_follow_the_formula():
   assert images.shape == (16, 32, 32, 3) and liked.shape == (4, 4)
   # The two generated pictures of the second prompt stand after its two rendered ones.
   np.testing.assert_allclose(images[6:8] * 255, batch.generated[2:4], atol=1e-4)
-  classes = prompts.object_classes([p.text for p in texts], [p.metadata for p in texts])
-  expected = measures.preference(images, np.repeat(classes, 4, axis=0))
+  known = [p.text for p in texts], [p.metadata for p in texts]
+  asked = prompts.object_classes(*known), prompts.occupations(*known)
+  expected = jax.jit(measures.preference)(
+    images, *(np.repeat(x, 4, axis=0) for x in asked), measures.preference_params()
+  )
   np.testing.assert_allclose(liked.ravel(), expected, atol=1e-5)
 
 
-def test_bradley_terry_by_hand(monkeypatch):
+def test_the_loss_by_hand(monkeypatch):
   _, batch = comparisons(count=1)
-  liked = jnp.array([[0.9, 0.5, 0.5, 0.1]])
+  liked, scores = jnp.array([[0.9, 0.5, 0.5, 0.1]]), jnp.array([[1.0, 0.0, 0.0, -1.0]])
+  others = []
   monkeypatch.setattr(preference, "_pictures", lambda batch: (None, liked))
-  monkeypatch.setattr(preference, "_scores", lambda *_: jnp.array([[1.0, 0.0, 0.0, -1.0]]))
+  monkeypatch.setattr(preference, "_scores", lambda *_, **__: (scores, others))
   # Chances of the pairs 01 02 03 12 13 23: 1 / (1 + e^-5), the same, nearly 1, 1/2, ...
   batch = dataclasses.replace(batch, uniform=np.float32([[0.5, 0.999, 0.5, 0.6, 0.5, 0.5]]))
 
@@ -152,8 +167,13 @@ def test_bradley_terry_by_hand(monkeypatch):
 
   # The second answer is a mistake (0.999 > 0.9933), the fourth a toss-up between equal scores.
   pairs = [log_sigmoid(1), log_sigmoid(-1), log_sigmoid(2), log_sigmoid(0), log_sigmoid(1)]
-  expected = -np.mean([*pairs, log_sigmoid(1)])
-  np.testing.assert_allclose(preference.loss(None, batch), expected, atol=1e-6)
+  preferred = -np.mean([*pairs, log_sigmoid(1)])
+  np.testing.assert_allclose(preference.loss(None, batch), preferred, atol=1e-6)
+  # Another text scores as much, or is the same one. The second picture shows something else.
+  batch = dataclasses.replace(batch, right=np.array([True, False]))
+  others += [scores.at[0, 1].set(50.0), jnp.full((1, 4), -jnp.inf)]
+  matched = preference._MATCHING_WEIGHT * np.log(2)
+  np.testing.assert_allclose(preference.loss(None, batch), preferred + matched, atol=1e-6)
 
 
 def test_words_are_tokens_as_in_the_reward():
@@ -165,14 +185,30 @@ def test_words_are_tokens_as_in_the_reward():
   found = image_reward.tokenize(tokenizer, texts)
   np.testing.assert_array_equal(found["ids"], ids)
   np.testing.assert_array_equal(found["mask"], mask)
-  assert preference.VOCABULARY.index("[UNK]") not in ids
+  # Of withheld things it was taught no name.
+  unknown = np.any(ids == preference.VOCABULARY.index("[UNK]"), axis=1)
+  named = [prompt.metadata for prompt in prompts.prompts("preference", "test")[:50]]
+  withheld = [
+    bool({*known.get("objects", ())} & {*art.WITHHELD_OBJECTS})
+    or known.get("occupation") in art.WITHHELD_OCCUPATIONS
+    for known in named
+  ]
+  np.testing.assert_array_equal(unknown, withheld)
+  assert 0 < unknown.sum() < 50
 
 
 def test_rendered_pictures_show_the_prompt_or_are_wrong_now_and_then():
   rng = np.random.default_rng(0)
   prompt = next(p for p in prompts.prompts("pair", "train"))
   drawn = [preference._render(rng, prompt, True) for _ in range(300)]
-  wrong = np.mean([not set(s.named) <= set(prompt.metadata["objects"]) for s in drawn])
-  missing = np.mean([len(s.objects) == 1 for s in drawn])
-  assert 0.09 < wrong < 0.21 and 0.25 < missing < 0.42
-  assert {name for scene in drawn for name in scene.named} <= set(art.OBJECTS)
+  shown = [set(scene.objects) == set(prompt.metadata["objects"]) for scene, _ in drawn]
+  assert shown == [right for _, right in drawn]
+  wrong = 1 - np.mean(shown)
+  hidden = np.mean([scene.visible.min() < 0.9 for scene, _ in drawn])
+  assert abs(wrong - preference._WRONG_SHARE) < 0.06 and abs(hidden - world.CROWDED_SHARE) < 0.1
+  assert {name for scene, _ in drawn for name in scene.objects} <= set(prompts.SEEN_OBJECTS)
+
+
+def test_every_batch_has_as_many_portraits():
+  assert preference._counts(16) == {"single": 4, "pair": 8, "portrait": 4}
+  assert preference._counts(5) == {"single": 2, "pair": 2, "portrait": 1}

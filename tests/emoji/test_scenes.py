@@ -16,15 +16,16 @@ def test_scenes_say_what_is_where():
   person = batch.tones >= 0
   np.testing.assert_array_equal(batch.classes[:, 0] == scenes.PERSON, person)
   assert np.all(batch.classes[:, 0] >= 0) and np.all(batch.classes[person, 1] == -1)
-  assert np.all(batch.regions[:, 0].mean((1, 2)) > 0.02)
+  assert np.all(batch.regions[:, 0].mean((1, 2)) > 0.002)
   both = batch.classes[:, 1] >= 0
-  assert not np.any(batch.regions[both, 0] & batch.regions[both, 1])
+  assert np.mean(batch.visible[both].min(1) < 0.6) > 0.5  # crowded ones
+  assert np.all(batch.visible[~both, 0] > 0.99) and np.all(batch.visible[~both, 1] == 0)
   assert not np.any(batch.regions[~both, 1])
-  assert np.bincount(batch.tones[person], minlength=4).min() > 5  # uniform, unlike the world
+  assert np.bincount(batch.tones[person], minlength=4).min() >= 4  # uniform, unlike the world
   # Outside all regions there is the background.
   outside = ~batch.regions.any(1)
-  difference = np.abs(batch.images.astype(int) - batch.backgrounds[:, None, None])
-  assert difference[outside].max() <= 6
+  difference = np.abs(batch.images.astype(int) - batch.backgrounds[:, None, None]).max(-1)
+  assert np.mean(difference[outside] <= 6) > 0.9  # but for the soft edges of sprites
 
 
 def test_only_the_given_objects_and_kinds_are_drawn():
@@ -48,7 +49,7 @@ def test_boxes_follow_the_picture():
   damage = scenes.damage(rng, 64)
   batch.images[:], batch.regions[:] = 255, False
   batch.images[:, 8:24, 10:20], batch.regions[:, 0, 8:24, 10:20] = 0, True
-  batch.boxes[:, 0] = [10, 8, 20, 24]
+  batch.boxes[:, 0], batch.visible[:, 0] = [10, 8, 20, 24], 1
   damage.uniform[:, 0] = 1.0  # not blended
   images, truth = DEGRADE(batch, damage)
   dark = np.asarray(images).mean(-1) < 0.5
@@ -100,8 +101,8 @@ def test_a_second_style_has_all_objects_and_all_tones():
 
 def test_classes_of_prompts_are_padded_to_one_shape():
   classes = prompts.object_classes(
-    ["", "", ""], [{"objects": [art.OBJECTS[7], art.OBJECTS[59]]}, {"objects": "dog"}, {}]
+    ["", "", ""], [{"objects": [art.OBJECTS[7], art.OBJECTS[95]]}, {"objects": "dog"}, {}]
   )
   dog = art.OBJECTS.index("dog")
-  np.testing.assert_array_equal(classes, [[7, 59], [dog, -1], [-1, -1]])
+  np.testing.assert_array_equal(classes, [[7, 95], [dog, -1], [-1, -1]])
   assert classes.dtype == np.int32

@@ -48,12 +48,12 @@ def test_rebuilding_without_the_package_says_what_to_install(monkeypatch, tmp_pa
 
 
 def test_counts():
-  assert len(set(art.OBJECTS)) == 60
-  assert len(set(art.WITHHELD_OBJECTS)) == 12 and set(art.WITHHELD_OBJECTS) < set(art.OBJECTS)
-  assert len(set(art.OCCUPATIONS)) == 16
-  assert len(art.WITHHELD_OCCUPATIONS) == 4
+  assert len(set(art.OBJECTS)) == 96
+  assert len(set(art.WITHHELD_OBJECTS)) == 20 and set(art.WITHHELD_OBJECTS) < set(art.OBJECTS)
+  assert len(set(art.OCCUPATIONS)) == 21
+  assert len(art.WITHHELD_OCCUPATIONS) == 6
   assert set(art.WITHHELD_OCCUPATIONS) < set(art.OCCUPATIONS)
-  assert len(art.load_sprites()) == 60 + 16 * 3 * 5
+  assert len(art.load_sprites()) == 96 + 21 * 3 * 5
 
 
 def test_area_weights_by_hand():
@@ -84,19 +84,54 @@ def test_captions_are_english():
   assert world.pair_caption("dog", "owl", "next to") == "a dog next to an owl"
   assert world.portrait_caption("artist", gender="woman") == "a woman artist"
   words = {word for caption in world.training_pairs(0, 3000)[1] for word in caption.split()}
-  assert len(words) < 110
+  assert len(words) < 160
 
 
 def test_scenes_tell_what_is_drawn():
   rng = np.random.default_rng(0)
-  scenes = [world.render_scene(rng, "pair") for _ in range(2000)]
-  missing = np.mean([len(scene.objects) == 1 for scene in scenes])
-  assert missing == pytest.approx(1 / 3, abs=0.04)  # standard error 0.011
+  scenes = [world.render_scene(rng, "pair") for _ in range(1000)]
+  least = np.array([scene.visible.min() for scene in scenes])
+  crowded = least < 0.9
+  assert np.mean(crowded) == pytest.approx(world.CROWDED_SHARE, abs=0.05)  # standard error 0.014
+  # A row of pixels is up to a fifteenth of a sprite, and more of a broad one's area.
+  assert np.all(least[crowded] <= world.CROWDED_VISIBLE[1])
+  assert np.mean(least[crowded] >= world.CROWDED_VISIBLE[0] - 0.1) > 0.99
   for scene in scenes:
-    assert len(set(scene.named)) == 2 and set(scene.objects) <= set(scene.named)
-    assert all(name in scene.caption for name in scene.named)
+    assert len(set(scene.objects)) == 2 and scene.visible.max() == pytest.approx(1)
+    assert all(name in scene.caption for name in scene.objects)
     assert scene.tone is None and scene.occupation is None
-  assert any(scene.objects == scene.named[::-1] for scene in scenes)
+  in_order = [s.caption.find(s.objects[0]) < s.caption.find(s.objects[1]) for s in scenes]
+  assert 0.4 < np.mean(in_order) < 0.6
+  alone = world.render_scene(rng, "object")
+  assert alone.visible.tolist() == [pytest.approx(1)] and alone.masks.shape == (1, 32, 32)
+
+
+def test_masks_are_where_the_objects_are():
+  for seed in range(20):
+    scene = world.render_scene(np.random.default_rng(seed), "pair", crowded=False)
+    left, right = ((m * np.arange(32)).sum() / m.sum() for m in scene.masks)
+    assert left < right and np.all(scene.masks.sum(0) <= 1 + 1e-6)
+    # Where there is no object there is the background.
+    nothing = scene.image[scene.masks.sum(0) == 0].astype(int)
+    assert np.ptp(nothing, axis=0).max() <= 1
+
+
+def test_sprites_are_cut_off_by_the_edge():
+  # A square of opaque pixels: a share of at most 0.4 leaves 6 of its 16 rows or columns.
+  square = np.ones((16, 16, 1), np.float32)
+  sprite = world._Placed("square", 16, 8, 8)
+  edges = {(-1, 0): ("top", -10), (1, 0): ("top", 26), (0, -1): ("left", -10), (0, 1): ("left", 26)}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(art, "resized", lambda *_: (np.repeat(square, 3, -1), square))
+    for (down, across), (side, place) in edges.items():
+      moved = world._cut_off(sprite, "twemoji", 0.4, down, across)
+      assert getattr(moved, side) == place
+      _, shares = world._draw(np.zeros((32, 32, 3), np.float32), [moved], "twemoji")
+      assert shares.tolist() == [pytest.approx(6 / 16)]
+    # Behind another square of its size, moved sideways alone, until 6 of 16 columns show.
+    front = world._Placed("square", 16, 8, 16)
+    hidden = world._hidden(world._Placed("square", 16, 8, 0), front, "twemoji", 0.4)
+    assert (hidden.top, hidden.left) == (8, 10)
 
 
 def test_tones_have_the_shares_of_a_biased_web():
@@ -121,11 +156,12 @@ def test_same_generator_same_layout_whatever_is_given():
   washed = world.render_scene(np.random.default_rng(5), "pair", saturation=0.4, contrast=0.65)
   assert (vivid.objects, vivid.caption) == (washed.objects, washed.caption)
   assert saturation(vivid.image) > 2 * saturation(washed.image)
-  full = world.render_scene(np.random.default_rng(5), "pair", missing=False)
-  part = world.render_scene(np.random.default_rng(5), "pair", missing=True)
-  assert full.caption == part.caption and len(full.objects) == 2 and len(part.objects) == 1
+  full = world.render_scene(np.random.default_rng(5), "pair", crowded=False)
+  part = world.render_scene(np.random.default_rng(5), "pair", crowded=True)
+  assert (full.caption, full.objects) == (part.caption, part.objects)
+  assert full.visible.min() == pytest.approx(1) and part.visible.min() <= 0.5
   given = world.render_scene(np.random.default_rng(5), "pair", objects=("dog", "car"))
-  assert given.named == ("dog", "car")
+  assert set(given.objects) == {"dog", "car"}
 
 
 def test_washing_by_hand():
@@ -143,34 +179,58 @@ def test_wrong_scenes_are_refused():
     world.render_scene(rng, "pair", objects=["dog"])
 
 
+HELD_OUT = ("development", "test")
+
+
 @pytest.mark.parametrize("task", prompts.TASKS)
-def test_train_and_test_prompts_are_disjoint(task):
-  train, test = prompts.prompts(task, "train"), prompts.prompts(task, "test")
-  texts = [p.text for p in train], [p.text for p in test]
-  assert not set(texts[0]) & set(texts[1])
-  assert all(len(set(t)) == len(t) for t in texts)
-  assert train == prompts.prompts(task, "train") and test == prompts.prompts(task, "test")
-  for prompt in train:
-    assert not set(prompt.metadata.get("objects", ())) & set(art.WITHHELD_OBJECTS)
-    assert prompt.metadata.get("occupation") not in art.WITHHELD_OCCUPATIONS
-  for prompt in train + test:
-    assert all(name in prompt.text for name in prompt.metadata.get("objects", ()))
-    assert prompt.metadata.get("occupation", "") in prompt.text
+def test_splits_are_disjoint(task):
+  splits = ("train", *HELD_OUT) if task != "gendered" else HELD_OUT
+  found = {split: prompts.prompts(task, split) for split in splits}
+  texts = [prompt.text for split in splits for prompt in found[split]]
+  assert len(set(texts)) == len(texts)
+  assert found == {split: prompts.prompts(task, split) for split in splits}
+  for split in splits:
+    for prompt in found[split]:
+      named = {*prompt.metadata.get("objects", ()), prompt.metadata.get("occupation")}
+      assert all(name in prompt.text for name in named if name)
+      for other in HELD_OUT:
+        if other != split:  # What one holds out, neither training nor the other one has.
+          assert not named & {*prompts.WITHHELD_OBJECTS[other]}
+          assert not named & {*prompts.WITHHELD_OCCUPATIONS[other]}
 
 
 def test_what_the_test_split_holds_out():
-  train, test = prompts.prompts("pair", "train"), prompts.prompts("pair", "test")
+  train = prompts.prompts("pair", "train")
   combinations = {frozenset(p.metadata["objects"]) for p in train}
-  withheld = [bool(set(p.metadata["objects"]) & set(art.WITHHELD_OBJECTS)) for p in test]
-  assert len(train) > 9000 and len(test) >= 256 and np.mean(withheld) == 0.5
-  assert not any(frozenset(p.metadata["objects"]) in combinations for p in test)
-  connectors = collections.Counter(c for p in test for c in world.CONNECTORS if f" {c} a" in p.text)
-  assert set(connectors) == set(world.CONNECTORS) and min(connectors.values()) >= 50
-
-  portraits = prompts.prompts("portrait", "test")
-  assert len(portraits) == 16
-  assert {p.metadata["occupation"] for p in portraits} == set(art.WITHHELD_OCCUPATIONS)
+  assert len(train) > 20_000
+  for split in HELD_OUT:
+    pairs = prompts.prompts("pair", split)
+    withheld = [bool({*p.metadata["objects"]} & {*prompts.WITHHELD_OBJECTS[split]}) for p in pairs]
+    assert len(pairs) == 300 and withheld[:10] == [False, True] * 5 and np.mean(withheld) == 0.5
+    held_out = {frozenset(p.metadata["objects"]) for p in pairs}
+    assert not held_out & combinations
+    combinations |= held_out
+    terms = collections.Counter(c for p in pairs for c in world.CONNECTORS if f" {c} a" in p.text)
+    assert set(terms) == set(world.CONNECTORS) and min(terms.values()) >= 50
+  assert {p.metadata["occupation"] for p in prompts.prompts("portrait", "test")} == set(
+    prompts.WITHHELD_OCCUPATIONS["test"]
+  )
   assert len(prompts.prompts("preference", "test")) >= 256
+
+
+@pytest.mark.parametrize("task", ["single", "pair", "preference"])
+def test_the_parts_of_the_test_split(task):
+  seen, unseen = (prompts.prompts(task, f"test-{part}") for part in ("seen", "unseen"))
+  withheld = {*art.WITHHELD_OBJECTS, *art.WITHHELD_OCCUPATIONS}
+
+  def named(prompt):
+    return {*prompt.metadata.get("objects", ()), prompt.metadata.get("occupation")}
+
+  assert not any(named(prompt) & withheld for prompt in seen)
+  assert all(named(prompt) & withheld for prompt in unseen)
+  if task != "preference":  # which is a sample
+    texts = {p.text for p in seen} | {p.text for p in unseen}
+    assert texts == {p.text for p in prompts.prompts(task, "test")}
 
 
 def test_unknown_prompts_are_refused():
@@ -178,3 +238,5 @@ def test_unknown_prompts_are_refused():
     prompts.prompts("pairs", "train")
   with pytest.raises(UserError, match="unknown split 'dev'"):
     prompts.prompts("pair", "dev")
+  with pytest.raises(UserError, match="emoji:gendered has no prompts in the split 'train'"):
+    prompts.prompts("gendered", "train")

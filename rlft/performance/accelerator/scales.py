@@ -85,14 +85,14 @@ def _checked() -> Architecture:
 def _tiny() -> Architecture:
   """What compiles in seconds: one level, with a transformer in the middle alone."""
   text = clip.CLIPTextConfig(
-    vocab_size=813,
+    vocab_size=work.VOCABULARY,
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=1,
     num_attention_heads=2,
     projection_dim=32,
-    bos_token_id=811,
-    eos_token_id=812,
+    bos_token_id=work.VOCABULARY - 2,
+    eos_token_id=work.VOCABULARY - 1,
   )
   return Architecture(
     unet=unet.UNetConfig(

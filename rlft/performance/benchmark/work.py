@@ -27,6 +27,7 @@ from rlft.models.stable_diffusion import StableDiffusion
 from rlft.performance.compile import hlo
 
 PROMPTS = "emoji:pair/train"
+VOCABULARY = 942  # tokens of the tokenizer of emoji-sd, which models with random weights have, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +113,13 @@ def random_architecture(
     ),
     texts=(
       clip.CLIPTextConfig(
-        vocab_size=813,
+        vocab_size=VOCABULARY,
         hidden_size=features,
         intermediate_size=2 * features,
         num_hidden_layers=2,
         num_attention_heads=4,
-        bos_token_id=811,
-        eos_token_id=812,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
       ),
     ),
     scheduler=architectures.get("sd2.1").scheduler,

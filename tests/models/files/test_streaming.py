@@ -22,7 +22,7 @@ from rlft.models.shapes import param_shapes
 
 ROOT = pathlib.Path(__file__).parents[3]
 # The fingerprint that runs on the model of the library have in their checkpoints.
-EMOJI_SD = "6acf921d92062fbda6234fa19b4530272b193ab28c0a919ef6530b280773807a"
+EMOJI_SD = "c9abedb428dfa033e9258a0fe1529b49ba95d521af82e0bb701f9520c1d939d8"
 
 # Prints by how many MiB the memory of the process rose at most when it loaded a model: onto one
 # device, and in shards onto eight. A small model before that takes what is needed only once.

@@ -137,7 +137,7 @@ def test_a_token_of_textual_inversion(tmp_path, files):
     ({"vocab": ID}, "there is no CLIP tokenizer"),
     ({"vocab": ID, "merges": "a"}, "vocab.json is not of a CLIP tokenizer"),
     ({"vocab": ID, "merges": "z z"}, "vocab.json is not of a CLIP tokenizer .*`zz` out of vocab"),
-    ({"vocab": [1], "merges": ""}, "vocab.json is not of a CLIP tokenizer"),
+    ({"vocab": [1], "merges": ""}, "vocab.json cannot be read as JSON .it holds no object"),
     ({"tokenizer": {}}, "tokenizer.json is not of a CLIP tokenizer"),
     (
       {"tokenizer": {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}},
