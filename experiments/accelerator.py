@@ -100,6 +100,8 @@ def main() -> None:
   ends = deadlines({name: PARTS[name].share for name in chosen}, _BUDGET.value)
   if _SCALE.value == "tiny":
     ends = dict.fromkeys(chosen, _BUDGET.value)
+  # A part has a session of its own: by default SIGTERM would end this process and leave the other.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   start = time.monotonic()
   with tempfile.TemporaryDirectory(prefix="rlft-accelerator-") as scratch:
     for name in chosen:

@@ -67,6 +67,11 @@ class EvalResult:
     """How many digits after the point are shown."""
     return statistics.digits(self.spread)
 
+  def gain_over(self, before: "EvalResult") -> float:
+    """By how much the mean is better than an earlier one, in the metric's direction."""
+    change = self.mean - before.mean
+    return -change if self.lower_is_better else change
+
   def to_json(self) -> dict[str, Any]:
     """The whole result for JSON, but for its name; `from_json` gives back every score exactly."""
     # Nine digits say a float32 exactly.

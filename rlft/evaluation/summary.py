@@ -42,9 +42,7 @@ def table(
     row = [name, old.metric, "lower" if old.lower_is_better else "higher", mean(old)]
     last = old
     if after is not None and best:
-      row.append(
-        f"{mean(best[name].result)}, guidance {best[name].guidance:g}" if name in best else ""
-      )
+      row.append(_best(best[name]) if name in best else "")
     if after is not None and name in after:
       last = after[name]
       row += [mean(last), *change(best[name].result if name in best else old, last)]

@@ -96,6 +96,16 @@ class Scale:
     """The evaluations of the protocol."""
     return [entry for text in self.evals for entry in tasks.parse_eval(text)]
 
+  def varied(self, method: str, task: str, more: Variation) -> "Scale":
+    """With more of its own for a method on a task, above what it has there already."""
+    plan = _of(self.methods, method, f"{self.name}.toml: methods")
+    here = plan.on.get(task, Variation())
+    keys = ",".join(filter(None, (here.task, more.task)))
+    plan = dataclasses.replace(
+      plan, on={**plan.on, task: Variation((*here.flags, *more.flags), keys)}
+    )
+    return dataclasses.replace(self, methods={**self.methods, method: plan})
+
   def reward(self, task: str) -> str:
     """The name of a task's reward."""
     return tasks.parse_task(_of(self.tasks, task, f"{self.name}.toml: tasks").task)[0].reward

@@ -1,0 +1,111 @@
+"""Chooses the learning rate of each method of a scale, by one rule, on development prompts.
+
+    python experiments/choose_rates.py --scale=miniature --workdir=runs/rates
+
+Each method of experiments/miniature.toml is trained on --task at its own rate and at a third and
+three times of it, with a seed that no table has and for --iterations iterations. Chosen is the rate
+at which the *judge* (the oracle, not the trained reward: a rate that hacks is not good) gains most
+on development prompts. The table says what to write into the file; nothing is changed in it.
+
+Killed, the same command goes on. Result: experiments/results/rates.md and rates.csv.
+"""
+
+from collections.abc import Sequence
+import math
+import pathlib
+import sys
+
+from absl import flags
+
+from rlft.config import flags as cli
+from rlft.evaluation import results
+from rlft.evaluation.tables import Table
+from rlft.performance.reproduce import runner
+from rlft.performance.reproduce import scale as scale_lib
+from rlft.performance.reproduce.scale import Experiment, Scale, Variation
+from rlft.storage import files
+
+_SCALE = flags.DEFINE_string("scale", "miniature", "the name of a file experiments/NAME.toml")
+_TASK = flags.DEFINE_string("task", "preference", "one of its tasks")
+_METHODS = flags.DEFINE_string("methods", "", "comma-separated; all if empty")
+_ITERATIONS = flags.DEFINE_integer("iterations", 16, "of each training", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/rates", "directory of the trainings")
+_OUTPUT = flags.DEFINE_string("output", "experiments/results", "directory of the result")
+
+_FACTORS = (1 / 3, 1.0, 3.0)
+_SEED = 100  # of no table
+
+
+def main() -> None:
+  scale, task, workdir = scale_lib.load(_SCALE.value), _TASK.value, pathlib.Path(_WORKDIR.value)
+  names = [name for name in _METHODS.value.split(",") if name] or list(scale.methods)
+  rows = []
+  for name in names:
+    own = Experiment(name, (task,), _SEED).config(scale, workdir).optimizer.learning_rate
+    for factor in _FACTORS:
+      rate = float(f"{own * factor:.2g}")
+      judged, reward = _trained(scale, name, task, rate, workdir)
+      rows.append((scale.methods[name].title, rate, judged, reward))
+      _write(table(rows))
+  print(pathlib.Path(_OUTPUT.value, "rates.md").read_text())
+
+
+def _trained(
+  scale: Scale, name: str, task: str, rate: float, workdir: pathlib.Path
+) -> tuple[float, float]:
+  """The gains of the judge and of the reward, from before to after; NaN if training failed."""
+  own = [f"--learning_rate={rate:g}", f"--iterations={_ITERATIONS.value}", "--eval_every=0"]
+  scale = scale.varied(name, task, Variation(own))
+  experiment, place = Experiment(name, (task,), _SEED), workdir / f"{rate:g}"
+  lines, config = experiment.flags(scale, place), experiment.config(scale, place)
+  _say(f"{name} at {rate:g}")
+  if why := runner.train(config, lines, say=_say):
+    _say(f"failed: {why}")
+    return math.nan, math.nan
+  history = results.read_history(config.output.workdir)
+  (_, before), (_, after) = history[0], history[-1]
+  names = [scale_lib.evaluation(task, role) for role in ("oracle", "trained")]
+  oracle, trained = (after[name].gain_over(before[name]) for name in names)
+  return oracle, trained
+
+
+def table(rows: Sequence[tuple[str, float, float, float]]) -> Table:
+  """What is measured so far; the best rate of each method is marked.
+
+  Args:
+    rows: title of a method, rate, the judge's gain and the reward's; NaN where it failed.
+  """
+  best: dict[str, tuple[float, float]] = {}
+  for title, rate, judged, _ in rows:
+    if not math.isnan(judged):
+      best[title] = max(best.get(title, (judged, rate)), (judged, rate))
+  shown = [
+    (
+      title,
+      f"{rate:g}",
+      f"{judged:+.4f}",
+      f"{reward:+.4f}",
+      "chosen" if (judged, rate) == best.get(title) else "",
+    )
+    for title, rate, judged, reward in rows
+  ]
+  return Table(("method", "learning rate", "judge's gain", "reward's gain", ""), shown)
+
+
+def _write(found: Table) -> None:
+  output = pathlib.Path(_OUTPUT.value)
+  text = (
+    f"# Learning rates\n\nMade by `python experiments/choose_rates.py --scale={_SCALE.value}"
+    f" --task={_TASK.value} --iterations={_ITERATIONS.value}`: gains on development prompts, seed"
+    f" {_SEED}.\n\n{found.markdown()}\n"
+  )
+  files.write_atomic(output / "rates.md", text)
+  files.write_atomic(output / "rates.csv", found.csv())
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  cli.main(main)
