@@ -45,7 +45,9 @@ def keep(directory: str) -> None:
     _log.warning("compiled programs are not kept: %s cannot be written (%s)", path, wrong)
   elif path != before:
     jax.config.update("jax_compilation_cache_dir", path)
-    compilation_cache.reset_cache()  # JAX looks for the directory once.
+    # JAX looks for the directory once. It says so to the user, who did not ask.
+    logging.getLogger(compilation_cache.reset_cache.__module__).setLevel(logging.WARNING)
+    compilation_cache.reset_cache()
 
 
 def _mistake(path: str) -> str:
