@@ -28,10 +28,10 @@ BLOCKS = {"parity": (1, 16), "both": (16, 1), "preference": (16, 1)}
 ACROSS, SCALE, MARGIN, LINE = 8, 2, 24, 28
 
 
-def prompts_of(name: str, count: int) -> list[str]:
-  """So many of an evaluation's test prompts, spread evenly."""
-  source = catalog.load_prompts(f"emoji:{name}/test")
-  return [source[(place + 1) * len(source) // (count + 1)].text for place in range(count)]
+def prompts_of(source: str, count: int) -> list[str]:
+  """So many of the prompts of a source, spread evenly."""
+  found = catalog.load_prompts(source)
+  return [found[(place + 1) * len(found) // (count + 1)].text for place in range(count)]
 
 
 def panel(draws: dict[str, Drawer], texts: dict[str, list[str]]) -> np.ndarray:
@@ -46,17 +46,13 @@ def panel(draws: dict[str, Drawer], texts: dict[str, list[str]]) -> np.ndarray:
 
 
 def picture(run: str) -> PIL.Image.Image:
-  after = Drawer(Drawing(model=run, guidance_scale=None))
+  after = Drawer(Drawing(model=run))
   config, guidance = after.found.config, after.settings["guidance_scale"]
   if config is None:
     raise UserError(f"{run} is no run of launch/train.py: give its --workdir")
   presets = {preset.name: preset for preset in EVAL_PRESETS["emoji"]}
   texts = {
-    name: [
-      text
-      for text in prompts_of(presets[name].prompts.split(":")[1].split("/")[0], count)
-      for _ in range(each)
-    ]
+    name: [text for text in prompts_of(presets[name].prompts, count) for _ in range(each)]
     for name, (count, each) in BLOCKS.items()
   }
 

@@ -27,7 +27,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -100,7 +99,7 @@ class Bench:
       shutil.rmtree(tiny, ignore_errors=True)
       cases.make_folder(tiny)
       (tiny / "rewards.py").write_text(_REWARDS)
-      (folder / "port").write_text(str(_free_port()))
+      (folder / "port").write_text(str(forked_cases.free_port()))
     self.fault = tiny / "fault"
     self.fault.unlink(missing_ok=True)
     self._nursery = forked_cases.Nursery(cases.environment_of_runs(tiny / "cache"))
@@ -165,18 +164,8 @@ class Bench:
       *cases.flags(self.config(workdir or self.workdir)),
     ]
     if self.processes > 1:
-      command += [f"--coordinator=127.0.0.1:{_free_port()}", f"--num_processes={self.processes}"]
-      command += ["--process_timeout_s=30"]
-    said = self.folder / name
-    return Started(
-      [
-        self._nursery.start(
-          [*command, f"--process_id={i}"] if self.processes > 1 else command,
-          said.with_name(f"{name}_{i}"),
-        )
-        for i in range(self.processes)
-      ]
-    )
+      command.append("--process_timeout_s=30")
+    return Started(self._nursery.start_run(command, self.folder / name, self.processes))
 
   def reference(self) -> pathlib.Path:
     """The workdir of the run, of as many processes, that nobody disturbed."""
@@ -196,12 +185,6 @@ class Bench:
   def iterations_done(self) -> int:
     """Those that the newest checkpoint has."""
     return _place(self.saved()[-1])[0] if self.saved() else 0
-
-
-def _free_port() -> int:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return free.getsockname()[1]
 
 
 def _place(name: str) -> tuple[int, int] | None:

@@ -8,37 +8,29 @@ minute on 2 cores.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
 
-from rlft.emoji import guards, prompts, world
+from rlft.emoji import guards, prompts
 from rlft.evaluation.tables import Table
 from rlft.rewards.scoring import scorer
 from rlft.types import Prompt
 
 PROMPTS, EACH = 16, 8
-_CLEAN = {"saturation": 1.0, "contrast": 1.0, "crowded": False}
 
 
-def drawn(asked: list[Prompt], seed: int, given: Mapping[str, object]) -> np.ndarray:
+def drawn(asked: list[Prompt], **how: Any) -> np.ndarray:
   """`[16, 8, H, W, 3]` float32 in [0, 1]: renderings of what the prompts name."""
-  rng, images = np.random.default_rng(seed), []
-  for prompt in asked:
-    objects = prompt.metadata.get("objects")
-    for place in range(EACH):
-      if objects is None:
-        kind = "portrait"
-        what = {"occupation": prompt.metadata["occupation"], "tone": place % 4}
-      else:
-        kind, what = "object" if len(objects) == 1 else "pair", {"objects": objects}
-      images.append(world.render_scene(rng, kind, **what, **given).image)
-  return np.reshape(images, (len(asked), EACH, *images[0].shape)) / np.float32(255)
+  rng = np.random.default_rng(1)
+  found = [guards.render(prompt.metadata, rng, EACH, **how) for prompt in asked]
+  return np.stack(found) / np.float32(255)
 
 
 def pictures(asked: list[Prompt]) -> Mapping[str, np.ndarray]:
   """All pictures of the table, by what they are."""
-  clean = drawn(asked, 1, _CLEAN)
+  clean = drawn(asked, **guards.CLEAN)
   rng = np.random.default_rng(2)
 
   def noisy(size: float) -> np.ndarray:
@@ -48,8 +40,8 @@ def pictures(asked: list[Prompt]) -> Mapping[str, np.ndarray]:
     "other clean renderings": clean,
     "slightly blurred": scipy.ndimage.gaussian_filter(clean, (0, 0, 0.6, 0.6, 0)),
     "noise of 0.1 on each channel": noisy(0.1),
-    "crowded": drawn(asked, 1, {**_CLEAN, "crowded": True}),
-    "as the world draws them: washed out, crowded": drawn(asked, 1, {}),
+    "crowded": drawn(asked, **guards.CLEAN | {"crowded": True}),
+    "as the world draws them: washed out, crowded": drawn(asked),
     "noise of 0.2": noisy(0.2),
     "the same picture 8 times": np.repeat(clean[:, :1], EACH, axis=1),
     "of other prompts": np.roll(clean, 1, axis=0),

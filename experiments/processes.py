@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import pathlib
-import socket
 import sys
 import tempfile
 from typing import Any
@@ -47,19 +46,13 @@ REWARDS_CLOSE = 1e-4  # a standard deviation is small beside the rewards that it
 @contextlib.contextmanager
 def served(nursery: forked_cases.Nursery, folder: pathlib.Path) -> Iterator[str]:
   """The address of a reward server that runs in the block."""
-  port = free_port()
+  port = forked_cases.free_port()
   command = [_ROOT / "experiments" / "rewards" / "remote_server.py", f"--port={port}"]
   server = nursery.start([*command, f"--model={folder}/rewards.py:green"], folder / "served")
   try:
     yield f"http://127.0.0.1:{port}/v2/models/green?retries=20"
   finally:
     server.kill()
-
-
-def free_port() -> int:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return free.getsockname()[1]
 
 
 def run(
@@ -83,14 +76,7 @@ def run(
   )
   command = [_ROOT / "launch" / "train.py", *cases.flags(config)]
   command.append(f"--cpu_devices={DEVICES // processes}")
-  if processes > 1:
-    command += [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
-  started = [
-    nursery.start(
-      [*command, f"--process_id={i}"] if processes > 1 else command, folder / f"said_{i}"
-    )
-    for i in range(processes)
-  ]
+  started = nursery.start_run(command, folder / "said", processes)
   if any([process.wait(1800) for process in started]):
     raise SystemExit("".join(process.errors() for process in started))
   return workdir

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import pathlib
-import socket
 import statistics
 import sys
 from typing import Any
@@ -88,15 +87,7 @@ def measure(nursery: forked_cases.Nursery, folder: pathlib.Path, point: Point) -
   )
   command = [_ROOT / "launch" / "train.py", *cases.flags(config)]
   command.append(f"--cpu_devices={point.devices // point.processes}")
-  if point.processes > 1:
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      command.append(f"--coordinator=127.0.0.1:{free.getsockname()[1]}")
-    command.append(f"--num_processes={point.processes}")
-  several = range(point.processes) if point.processes > 1 else ()
-  started = [
-    nursery.start([*command, f"--process_id={i}"], folder / f"said_{i}") for i in several
-  ] or [nursery.start(command, folder / "said_0")]
+  started = nursery.start_run(command, folder / "said", point.processes)
   if any([process.wait(3600) for process in started]):
     raise SystemExit("".join(process.errors() for process in started))
   times = [line["time/iteration_s"] for line in cases.metrics(workdir)]

@@ -11,10 +11,18 @@ import os
 import pathlib
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
+
+
+def free_port() -> int:
+  """A port of the loopback at which nobody listens."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
 
 
 class Nursery:
@@ -33,6 +41,22 @@ class Nursery:
   def start(self, command: Sequence[Any], said: pathlib.Path) -> "Forked":
     """Starts a script; what it prints goes into the files `said` and `said`.errors."""
     return Forked(self, self.ask({"command": [*map(str, command)], "said": str(said)}), said)
+
+  def start_run(self, command: Sequence[Any], said: pathlib.Path, processes: int) -> list["Forked"]:
+    """Starts all processes of a run; what the i-th prints goes into the files `said`_i."""
+    if processes > 1:
+      command = [
+        *command,
+        f"--coordinator=127.0.0.1:{free_port()}",
+        f"--num_processes={processes}",
+      ]
+    return [
+      self.start(
+        [*command, f"--process_id={i}"] if processes > 1 else command,
+        said.with_name(f"{said.name}_{i}"),
+      )
+      for i in range(processes)
+    ]
 
   def ask(self, request: Any) -> Any:
     self._parent.stdin.write(json.dumps(request) + "\n")

@@ -21,7 +21,7 @@ from rlft.types import JaxReward
 
 _RENDERINGS = 32  # of each prompt
 _WORLD = 512  # scenes by which the feature is centred and scaled
-_CLEAN = {"saturation": 1.0, "contrast": 1.0, "crowded": False}  # of `world.render_scene`
+CLEAN = {"saturation": 1.0, "contrast": 1.0, "crowded": False}  # of `world.render_scene`
 _NEEDS = ("objects", "occupation")
 
 _NOTHING = np.full((_RENDERINGS, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.nan, np.float32)
@@ -34,7 +34,7 @@ def _normal() -> tuple[np.ndarray, np.ndarray]:
   """Mean `[4, 64]` and scale `[4, 1]` of the cells of clean renderings; colours have one scale."""
   rng = np.random.default_rng(0)
   kinds = itertools.islice(itertools.cycle(world.MIXTURE), _WORLD)
-  scenes = [world.render_scene(rng, kind, **_CLEAN).image for kind in kinds]
+  scenes = [world.render_scene(rng, kind, **CLEAN).image for kind in kinds]
   found = np.asarray(_cells(np.stack(scenes) / np.float32(255)))
   mean = found.mean(0)
   colours, texture = np.std((found - mean)[:, :3]), np.std((found - mean)[:, 3:])
@@ -50,16 +50,24 @@ def _features(params: Any, images: jax.Array) -> jax.Array:
 _apply = jax.jit(_features)
 
 
-def _render(known: Mapping[str, Any], seed: int) -> np.ndarray:
-  """`[32, H, W, 3]` uint8: clean renderings of what a prompt's metadata name."""
-  rng = np.random.default_rng(seed)
+def render(
+  known: Mapping[str, Any], rng: np.random.Generator, count: int, **how: Any
+) -> np.ndarray:
+  """`[count, H, W, 3]` uint8: renderings of what a prompt's metadata name, with all tones alike.
+
+  Args:
+    known: with 'objects' or 'occupation'.
+    rng: consumed.
+    count: how many.
+    **how: for `world.render_scene`, e.g. `CLEAN`.
+  """
   if (objects := known.get("objects")) is None:
-    tones = (i % len(world.TONE_CLASSES) for i in range(_RENDERINGS))
+    tones = (i % len(world.TONE_CLASSES) for i in range(count))
     asked = [("portrait", {"occupation": known["occupation"], "tone": tone}) for tone in tones]
   else:
     kind = "object" if len(objects) == 1 else "pair"
-    asked = [(kind, {"objects": objects})] * _RENDERINGS
-  return np.stack([world.render_scene(rng, kind, **what, **_CLEAN).image for kind, what in asked])
+    asked = [(kind, {"objects": objects})] * count
+  return np.stack([world.render_scene(rng, kind, **what, **how).image for kind, what in asked])
 
 
 def _rendered(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -70,7 +78,8 @@ def _rendered(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> 
   real = {}
   for text, known in dict(zip(prompts, metadata, strict=True)).items():
     named = known.keys() & set(_NEEDS)
-    images = _render(known, zlib.crc32(text.encode())) / np.float32(255) if named else _NOTHING
+    rng = np.random.default_rng(zlib.crc32(text.encode()))
+    images = render(known, rng, _RENDERINGS, **CLEAN) / np.float32(255) if named else _NOTHING
     real[text] = np.asarray(_apply(_normal(), images))
   return np.stack([real[text] for text in prompts])
 

@@ -32,7 +32,7 @@ def draw(prompt, rng, **how):
 @pytest.fixture(scope="module")
 def clean(asked):
   rng = np.random.default_rng(5)
-  return np.stack([draw(prompt, rng, **guards._CLEAN) for prompt in asked])
+  return np.stack([draw(prompt, rng, **guards.CLEAN) for prompt in asked])
 
 
 @pytest.fixture(scope="module")
@@ -100,5 +100,5 @@ def test_renderings_are_the_same_each_time_and_need_a_name(asked):
   assert np.isfinite(first).all()
   assert np.isnan(guards._rendered(["something"], [{}])).all()
   # All tones alike.
-  portraits = guards._render(known[-1], 0)
+  portraits = guards.render(known[-1], np.random.default_rng(0), guards._RENDERINGS, **guards.CLEAN)
   assert len(portraits) == guards._RENDERINGS and len(np.unique(portraits, axis=0)) > 20
