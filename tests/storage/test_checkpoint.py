@@ -78,7 +78,8 @@ def test_the_state_is_placed_as_the_template_says(tmp_path):
   assert_equal(found, state(1.0))
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"a":' * 2000, '{"commit_timestamp_nsecs": "x"}'])
+# The second is too deep for the JSON reader of every Python; that of 3.13 follows 2,000 levels.
+@pytest.mark.parametrize("content", ["[1]", '{"a":' * 100_000, '{"commit_timestamp_nsecs": "x"}'])
 def test_a_file_that_has_no_sum_is_damaged(tmp_path, content):
   save(tmp_path, 1, 2)
   (tmp_path / "iteration_2" / "_CHECKPOINT_METADATA").write_text(content)
