@@ -2,16 +2,18 @@
 
     python experiments/choose_rates.py --scale=miniature --workdir=runs/rates
 
-Each method of experiments/miniature.toml is trained on --task at its own rate and at a third and
-three times of it, with a seed that no table has and for --iterations iterations. Chosen is the rate
-at which the *judge* (the oracle, not the trained reward: a rate that hacks is not good) gains most
-on development prompts. The table says what to write into the file; nothing is changed in it.
+Each method of experiments/miniature.toml is trained on --task at its own rate, at three times and
+at a third of it, and on in the direction that is better until it gets worse; with a seed that no
+table has and for --iterations iterations. Chosen is the rate at which the *judge* (the oracle, not
+the trained reward: a rate that hacks is not good) gains most on development prompts. The table says
+what to write into the file; nothing is changed in it.
 
 Killed, the same command goes on. Result: experiments/results/rates.md and rates.csv.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import math
+import os
 import pathlib
 import sys
 
@@ -28,26 +30,63 @@ from rlft.storage import files
 _SCALE = flags.DEFINE_string("scale", "miniature", "the name of a file experiments/NAME.toml")
 _TASK = flags.DEFINE_string("task", "preference", "one of its tasks")
 _METHODS = flags.DEFINE_string("methods", "", "comma-separated; all if empty")
-_ITERATIONS = flags.DEFINE_integer("iterations", 16, "of each training", lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer("iterations", 10, "of each training", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/rates", "directory of the trainings")
 _OUTPUT = flags.DEFINE_string("output", "experiments/results", "directory of the result")
 
-_FACTORS = (1 / 3, 1.0, 3.0)
+_FACTOR = 3
+_MOST = 3  # steps in one direction
 _SEED = 100  # of no table
 
 
 def main() -> None:
   scale, task, workdir = scale_lib.load(_SCALE.value), _TASK.value, pathlib.Path(_WORKDIR.value)
   names = [name for name in _METHODS.value.split(",") if name] or list(scale.methods)
+  # Trainings of one method differ in the rate only, and so in few of their programs.
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "cache"))
   rows = []
   for name in names:
     own = Experiment(name, (task,), _SEED).config(scale, workdir).optimizer.learning_rate
-    for factor in _FACTORS:
-      rate = float(f"{own * factor:.2g}")
-      judged, reward = _trained(scale, name, task, rate, workdir)
+    for rate, (judged, reward) in climb(
+      own, lambda rate, name=name: _trained(scale, name, task, rate, workdir)
+    ):
       rows.append((scale.methods[name].title, rate, judged, reward))
       _write(table(rows))
   print(pathlib.Path(_OUTPUT.value, "rates.md").read_text())
+
+
+def climb(
+  start: float, measure: Callable[[float], tuple[float, float]]
+) -> Iterator[tuple[float, tuple[float, float]]]:
+  """Measures a rate and its neighbours, and goes on from the best as long as that is at an end.
+
+  Args:
+    start: the first rate.
+    measure: (the judge's gain, the reward's) at a rate; NaN where training failed.
+
+  Yields:
+    (rate, gains) in the order in which they were measured.
+  """
+
+  def at(step: int) -> tuple[float, tuple[float, float]]:
+    rate = float(f"{start * float(_FACTOR) ** step:.2g}")
+    return rate, measure(rate)
+
+  def judged(gains: tuple[float, float]) -> float:
+    return -math.inf if math.isnan(gains[0]) else gains[0]
+
+  first = at(0)
+  yield first
+  for direction in (1, -1):
+    best, moved = judged(first[1]), False
+    for step in range(1, _MOST + 1):
+      found = at(direction * step)
+      yield found
+      if judged(found[1]) <= best:
+        break
+      best, moved = judged(found[1]), True
+    if moved:
+      return
 
 
 def _trained(
