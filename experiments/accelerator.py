@@ -55,7 +55,9 @@ _PART = flags.DEFINE_string("part", "", "what a process of the script itself run
 
 # JAX takes most of a device's memory at once, but not where another library, or the process of a
 # run, wants some.
-_OURS = {"XLA_CLIENT_MEM_FRACTION": "0.92"}
+_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+# JAX refuses to be given it under its former name, too.
+_OURS = {} if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ else {_FRACTION: "0.92"}
 _SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _DEVICE = "device"  # what each part says first
 _SAID = 3000  # characters of a failed part's stderr that are passed on

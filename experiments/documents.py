@@ -6,7 +6,8 @@
 In a folder of its own, each page's blocks of `bash` are run from top to bottom, and its blocks of
 `python` that begin with a comment of a file's name are written to that file. Trainings last one
 iteration. What stands in `sh` needs what is not everywhere (an accelerator, the network, weights)
-and is left out. The first command that fails ends it, with what it said.
+and is left out. A page ends with the first command that fails; the others go on, and the status is
+1 in the end.
 """
 
 import argparse
@@ -32,13 +33,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("pages", nargs="*", type=pathlib.Path, help="default: all of docs/")
   pages = parser.parse_args().pages or sorted((ROOT / "docs").glob("*.md"))
+  failed = []
   for page in pages:
     with tempfile.TemporaryDirectory() as folder:
       prepare(pathlib.Path(folder))
-      run_page(page.resolve(), pathlib.Path(folder))
+      if not run_page(page.resolve(), pathlib.Path(folder)):
+        failed.append(page.name)
+  print(f"{len(pages) - len(failed)} of {len(pages)} pages" + f"; not {failed}" * bool(failed))
+  sys.exit(bool(failed))
 
 
-_TRAINED = "python launch/train.py --flagfile=experiments/emoji_joint.flags"  # runs/emoji_joint
+_RUN = re.compile(r"\bruns/(emoji_\w+)")  # of a flagfile of the same name
 
 
 def prepare(folder: pathlib.Path) -> None:
@@ -57,38 +62,51 @@ def prepare(folder: pathlib.Path) -> None:
   (folder / "prompts.txt").write_text("a dog\na cat near a tree\na bus and a bell\na bird\n")
 
 
-def run_page(page: pathlib.Path, folder: pathlib.Path) -> None:
-  """Runs a page's commands in a prepared folder."""
+def run_page(page: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Runs a page's commands in a prepared folder; False if one failed."""
+  for command in commands(page.read_text(), folder):
+    start = time.monotonic()
+    done = subprocess.run(
+      ["bash", "-euo", "pipefail", "-c", command],
+      cwd=folder,
+      env=_environment(),
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    print(f"{page.name}: {time.monotonic() - start:5.1f} s  {command}", flush=True)
+    if done.returncode:
+      print(f"{done.stdout}exit code {done.returncode}", flush=True)
+      return False
+  return True
+
+
+def commands(text: str, folder: pathlib.Path) -> list[str]:
+  """The commands of a page, after those that train what they read; its files are written."""
+  found = []
+  for language, block in _BLOCK.findall(text):
+    if language == "bash":
+      lines = block.replace("\\\n", "").splitlines()
+      found += [line for line in lines if line and not line.startswith("#")]
+    elif name := _FILE.match(block):
+      (folder / name[1]).write_text(block)
+  trained = [
+    f"python launch/train.py --flagfile=experiments/{name}.flags"
+    for name in dict.fromkeys(_RUN.findall("\n".join(found)))
+  ]
+  return [
+    f"{line} --iterations=1" if "launch/train.py" in line else line for line in trained + found
+  ]
+
+
+def _environment() -> dict[str, str]:
   cache = pathlib.Path(tempfile.gettempdir()) / f"rlft-documents-{os.getuid()}"
-  env = os.environ | {
+  return os.environ | {
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT),
   }
-  whole = page.read_text()
-  blocks = [("bash", _TRAINED)] if "=runs/emoji_joint" in whole else []
-  for language, text in blocks + _BLOCK.findall(whole):
-    if language == "python":
-      if found := _FILE.match(text):
-        (folder / found[1]).write_text(text)
-      continue
-    for line in text.replace("\\\n", "").splitlines():
-      if not line or line.startswith("#"):
-        continue
-      command = f"{line} --iterations=1" if "launch/train.py" in line else line
-      start = time.monotonic()
-      done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],
-        cwd=folder,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-      if done.returncode:
-        sys.exit(f"{page.name}: {command}\n{done.stdout}exit code {done.returncode}")
-      print(f"{page.name}: {time.monotonic() - start:5.1f} s  {command}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,40 @@
 python launch/compare.py --run=runs/emoji_joint --eval=emoji --output=runs/compared
 """
 
-from absl import flags
+import dataclasses
 
-from rlft.config import flags as cli
+from rlft.config import flags
+from rlft.config.fields import option
 from rlft.config.settings import Config
 from rlft.inference.compare import compare
 from rlft.inference.protocol import ProtocolSettings
 from rlft.parallel import cpu
 
-_RUN = flags.DEFINE_multi_string(
-  "run",
-  [],
-  "directory of a run; to be given for each. Those that differ in their seeds alone are one method",
-)
-cli.define(ProtocolSettings)
-cli.define(Config, "eval", "reward_timeout_s", "reward_threads", "cpu_devices")
-cli.define(Config, "scheduler", "image_size", "sampling_steps", "eta")
+
+@dataclasses.dataclass(frozen=True)
+class CompareSettings:
+  """What is compared; each field is a flag of the same name."""
+
+  run: tuple[str, ...] = option(
+    "directory of a run; to be given for each. Those that differ in their seeds alone are one"
+    " method",
+    (),
+    path=True,
+  )
+
+
+flags.define(CompareSettings)
+flags.define(ProtocolSettings)
+flags.define(Config, "eval", "reward_timeout_s", "reward_threads", "cpu_devices")
+flags.define(Config, "scheduler", "image_size", "sampling_steps", "eta")
 
 
 def main() -> None:
-  config = cli.read(Config)
+  config, runs = flags.read(Config), flags.read(CompareSettings).run
   cpu.split_host(config.devices.cpu_devices)
-  settings = cli.read(ProtocolSettings)
-  print(compare(_RUN.value, config.eval, settings, policy=config.policy, scoring=config.scoring))
+  settings = flags.read(ProtocolSettings)
+  print(compare(runs, config.eval, settings, policy=config.policy, scoring=config.scoring))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

@@ -4,9 +4,10 @@ python launch/evaluate.py --model=runs/emoji_joint --eval=emoji --output=eval.js
 python launch/evaluate.py --suite=emoji --model=emoji-sd --models=runs/emoji_joint --output=runs/ev
 """
 
-from absl import flags
+import dataclasses
 
-from rlft.config import flags as cli
+from rlft.config import flags
+from rlft.config.fields import option
 from rlft.config.settings import Config
 from rlft.inference.best_of import BestOfSettings
 from rlft.inference.draw import Drawing
@@ -14,34 +15,41 @@ from rlft.inference.measure import measure
 from rlft.inference.suites import SuiteSettings, run
 from rlft.types import UserError
 
-cli.define(Drawing)
-cli.define(BestOfSettings)
-cli.define(SuiteSettings)
-cli.define(Config, "eval", "reward_timeout_s", "reward_threads")
-_MODELS = flags.DEFINE_multi_string(
-  "models",
-  [],
-  "further models for --suite, to be given for each: they are compared with --model. Options:"
-  " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1&lora=FILE",
-)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures; the directory of a suite")
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+  """What is measured beside --model, and where to; each field is a flag of the same name."""
+
+  models: tuple[str, ...] = option(
+    "further models for --suite, to be given for each: they are compared with --model. Options:"
+    " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1&lora=FILE",
+    (),
+    path=True,
+  )
+  output: str = option("JSON file for the figures; the directory of a suite", "", path=True)
+
+
+flags.define(Drawing)
+flags.define(BestOfSettings)
+flags.define(SuiteSettings)
+flags.define(EvaluateSettings)
+flags.define(Config, "eval", "reward_timeout_s", "reward_threads")
 
 
 def main() -> None:
-  config, drawing, choice = cli.read(Config), cli.read(Drawing), cli.read(BestOfSettings)
-  settings = cli.read(SuiteSettings)
-  if not settings.suite:
-    if _MODELS.value or settings != SuiteSettings():
+  config, drawing, choice = flags.read(Config), flags.read(Drawing), flags.read(BestOfSettings)
+  suite, given = flags.read(SuiteSettings), flags.read(EvaluateSettings)
+  output = given.output or None
+  if not suite.suite:
+    if given.models or suite != SuiteSettings():
       raise UserError("--models, --weights_dir and --guidance_sweep are for --suite: give one")
-    print(
-      measure(drawing, config.eval, scoring=config.scoring, output=_OUTPUT.value, choice=choice)
-    )
+    print(measure(drawing, config.eval, scoring=config.scoring, output=output, choice=choice))
     return
   if config.eval or choice != BestOfSettings():
     raise UserError("--eval and --best_of have no effect with --suite: leave them out")
-  models = [drawing.model, *_MODELS.value]
-  print(run(models, settings, drawing, scoring=config.scoring, output=_OUTPUT.value))
+  models = [drawing.model, *given.models]
+  print(run(models, suite, drawing, scoring=config.scoring, output=output))
 
 
 if __name__ == "__main__":
-  cli.main(main)
+  flags.main(main)

@@ -5,20 +5,28 @@ python launch/report.py runs/emoji_joint runs/emoji_preference --output=compared
 """
 
 from collections.abc import Sequence
+import dataclasses
 
-from absl import flags
-
-from rlft.config import flags as cli
+from rlft.config import flags
+from rlft.config.fields import option
 from rlft.inference.reports import report
 
-_OUTPUT = flags.DEFINE_string(
-  "output", "", "the page that compares several runs; compared.html here if empty"
-)
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+  """Where to; each field is a flag of the same name."""
+
+  output: str = option(
+    "the page that compares several runs; compared.html here if empty", "", path=True
+  )
+
+
+flags.define(ReportSettings)
 
 
 def main(workdirs: Sequence[str]) -> None:
-  print("\n".join(report(workdirs, output=_OUTPUT.value)))
+  print("\n".join(report(workdirs, output=flags.read(ReportSettings).output)))
 
 
 if __name__ == "__main__":
-  cli.main(main, takes_paths=True)
+  flags.main(main, takes_paths=True)

@@ -122,6 +122,11 @@ def make_reward(spec: str) -> Reward:
   if spec.partition(":")[0] in user.KINDS:
     return user.user_reward(spec)
   name, given = grammar.split(spec)
+  if name in DISTANCES:
+    raise UserError(
+      f"reward {spec!r}: {name} is a distance of all images to a folder of pictures, which"
+      " launch/evaluate.py measures: give a reward of images or sets"
+    )
   if name.startswith(("http://", "https://")):
     from rlft.rewards.remote import reward as remote
 
@@ -350,10 +355,15 @@ def make_specs(
         " would see the first source: give one for each"
       )
   is_trained_on = grammar.trained_on(trained_on)
-  metrics = {}
+  metrics: dict[str, Metric] = {}
   for entry in evals:
     if entry.metric not in metrics:
       metrics[entry.metric] = _metric(entry, make)
+    if metrics[entry.metric].is_set and entry.images_per_prompt == 1:
+      raise UserError(
+        f"--eval=name={entry.name}: metric={entry.metric} measures the images of a prompt as a set:"
+        " give images_per_prompt, e.g. 16"
+      )
   return [
     EvalSpec(
       name=entry.name,

@@ -192,7 +192,7 @@ def run_task(
   stop.wait_for(drawn.images)
   seen = time.perf_counter()
   stop.check()
-  with stop.at_once():
+  with stop.at_once(), _named(where):
     scored = task.scorer.score(drawn.images, prompts)
   compared = run.programs.algorithm.compared(task.config.images_per_prompt)
   metrics = iteration_metrics.of_task(name, scored, sharding.fetch, group=compared)

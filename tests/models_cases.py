@@ -15,7 +15,7 @@ import zlib
 
 from flax import traverse_util
 import jax
-from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.cudnn import fused_attention_stablehlo  # To put something in the kernel's place.
 import numpy as np
 import pytest
 

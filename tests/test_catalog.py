@@ -4,6 +4,8 @@ import pytest
 
 from rlft import catalog
 from rlft.config.settings import EvalConfig
+from rlft.models.files import single_file, sources
+from rlft.storage import files
 from rlft.types import UserError
 
 
@@ -139,3 +141,31 @@ def test_pairs_that_are_not_there_are_refused(tmp_path):
   for do in (catalog.check_pairs, lambda spec: catalog.load_pairs(spec, size=(8, 8))):
     with pytest.raises(UserError, match="has no metadata.jsonl"):
       do(str(tmp_path))
+
+
+def test_a_set_is_not_measured_on_one_image():
+  entry = EvalConfig(name="p", prompts="emoji:portrait/test", metric="oracle-parity", images=8)
+  with pytest.raises(UserError, match="--eval=name=p: .* as a set: give images_per_prompt"):
+    catalog.make_specs([entry])
+
+
+def test_a_distance_is_no_reward():
+  with pytest.raises(UserError, match="cmmd is a distance .* launch/evaluate.py measures"):
+    catalog.make_reward("cmmd?weights=a&real=b")
+
+
+@pytest.mark.parametrize(
+  "read",
+  [
+    catalog.load_prompts,
+    lambda path: files.path_of(path).read_text(),
+    lambda path: open(files.staged(path)).read(),
+    lambda path: sources.open_file(path, "b.txt"),
+    single_file.parse,
+  ],
+)
+def test_a_path_may_begin_with_the_users_directory(tmp_path, monkeypatch, read):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name in ("a.txt", "b.txt", "a.safetensors"):
+    (tmp_path / name).write_text("a dog")
+  assert read("~/a.safetensors" if read is single_file.parse else "~/a.txt")

@@ -120,7 +120,7 @@ def test_stopped_with_other_settings(folder, tmp_path, variant):
 @pytest.mark.parametrize("waits", [False, True])
 def test_sigterm_in_the_middle_of_an_iteration(folder, tmp_path, monkeypatch, capfd, waits):
   """Also where, as on accelerators, numbers are fetched while the next images are drawn."""
-  monkeypatch.setattr(unsettled, "waits", lambda: waits)
+  monkeypatch.setattr(unsettled, "goes_on", lambda: waits)
   rewards = shutil.copy(folder / "rewards.py", tmp_path)
   tasks = cases.task(folder), cases.task(folder, "green", "host:green", rewards)
   config = cases.config(folder, tmp_path / "run", task=tasks, iterations=3)
@@ -153,7 +153,7 @@ def test_an_iteration_is_written_while_the_next_is_drawn(folder, tmp_path, monke
     done.append(name)
     return call(*args)
 
-  monkeypatch.setattr(unsettled, "waits", lambda: True)
+  monkeypatch.setattr(unsettled, "goes_on", lambda: True)
   monkeypatch.setattr(train, "draw", functools.partial(noted, "draw", draw))
   monkeypatch.setattr(train, "save", functools.partial(noted, "save", save))
   monkeypatch.setattr(
@@ -175,7 +175,7 @@ def test_a_check_fails_before_the_next_images_are_scored(folder, tmp_path, monke
   def fail(*_):
     raise UserError("the ratio is not 1")
 
-  monkeypatch.setattr(unsettled, "waits", lambda: True)
+  monkeypatch.setattr(unsettled, "goes_on", lambda: True)
   monkeypatch.setattr(TaskScorer, "score", counted)
   monkeypatch.setattr(policy_gradient.Learning, "_numbers", fail)
   with pytest.raises(UserError, match="task red, iteration 0: the ratio is not 1"):

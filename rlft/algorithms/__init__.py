@@ -1,4 +1,5 @@
 """How a model learns from scored images: one file for each algorithm, pure functions of arrays.
 
-May import diffusion, rewards and what lies below; knows no task, no file and no flag.
+May import diffusion, rewards and what lies below; knows tasks and flags as settings alone, and no
+file.
 """

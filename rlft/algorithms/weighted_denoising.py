@@ -60,6 +60,11 @@ class RewardWeighted:
           f"--algorithm=reward-weighted?{name}={getattr(self, name):g}: {name} must be greater than"
           " 0"
         )
+    if self.weights != "exponential" and self.temperature != RewardWeighted.temperature:
+      raise UserError(
+        f"--algorithm=reward-weighted?temperature={self.temperature:g} has no effect on weights="
+        f"{self.weights}: leave it out, or add weights=exponential"
+      )
 
   @property
   def draws_with(self) -> Literal["current", "base"]:

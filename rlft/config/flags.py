@@ -32,6 +32,7 @@ _REPEATED = {
   "task": (TaskConfig, tasks.parse_task, tasks.TASK_PRESETS),
   "eval": (EvalConfig, tasks.parse_eval, tasks.EVAL_PRESETS),
 }
+_TEXTS = tuple[str, ...]  # the type of a field whose flag may be given several times
 _SHIPPED = (EMOJI_SD, EMOJI)  # names that stand where a path may stand
 _TOKENIZER = "?tokenizer="
 _LONGEST = 1200  # characters of an error
@@ -52,7 +53,7 @@ def define(kind: type, *names: str, flag_values: flags.FlagValues = flags.FLAGS)
     field = leaves[name]
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
-    if name in _REPEATED:
+    if name in _REPEATED or field.type == _TEXTS:
       flags.DEFINE_multi_string(name, [], _help(field), flag_values=flag_values)
     elif field.type is bool:
       flags.DEFINE_boolean(name, default, _help(field), flag_values=flag_values)
@@ -78,12 +79,16 @@ def read(kind: type[Settings], *, flag_values: flags.FlagValues = flags.FLAGS) -
     UserError: a `--task` or `--eval` that cannot be read.
   """
   values = {}
-  for name in fields.leaves(kind):
+  leaves = fields.leaves(kind)
+  for name in leaves:
     if name in flag_values and not flag_values[name].using_default_value:
       value = flag_values[name].value
       if name in _REPEATED:
         parse = _REPEATED[name][1]
         value = tuple(entry for text in value for entry in parse(text))
+      elif leaves[name].type == _TEXTS:
+        path = leaves[name].metadata.get("path")
+        value = tuple(os.path.expanduser(text) if path else text for text in value)
       values[name] = value
   return fields.build(kind, values)
 

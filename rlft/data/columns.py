@@ -140,7 +140,7 @@ def _unpacked(path: str) -> Iterator[str]:
 
 
 def _footer_digest(path: str) -> str:
-  """Of the description of a Parquet file: sizes, places, least and greatest values of all parts."""
+  """Bytes that describe a Parquet file: sizes, places, least and greatest values of all parts."""
   with open(path, "rb") as file:
     size = file.seek(-8, os.SEEK_END) + 8
     length = int.from_bytes(file.read(4), "little")

@@ -53,7 +53,7 @@ def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
     UserError: the folder does not exist, cannot be read or is empty.
   """
   check_folder(folder)
-  folder = os.path.expanduser(files.staged(folder))
+  folder = files.staged(folder)
   paths, captions = [], []
   listing = os.path.join(folder, _METADATA)
   with lines.reading(listing):
@@ -86,7 +86,7 @@ def check_folder(folder: str) -> None:
   Raises:
     UserError: as `load_folder`.
   """
-  path = os.path.expanduser(files.staged(folder))
+  path = files.staged(folder)
   if not os.path.isfile(os.path.join(path, _METADATA)):
     raise UserError(
       f"--pretrain_data={folder} has no {_METADATA}: give emoji, or a folder with images and a "

@@ -51,7 +51,7 @@ def check_file(spec: str) -> tuple[str, str]:
     UserError: as `load_file`.
   """
   path, column = split_column(spec)
-  path = os.path.expanduser(files.staged(path))
+  path = files.staged(path)
   if not os.path.exists(path):
     raise UserError(
       f"prompt file {path} does not exist: give a file, emoji:TASK/SPLIT, records:DIRECTORY/SPLIT"

@@ -80,7 +80,7 @@ def load(folder: str, split: str) -> Source:
   Raises:
     UserError: there is no such data set or split, or its files are not those that it was made with.
   """
-  folder = os.path.expanduser(files.staged(folder))
+  folder = files.staged(folder)
   where = os.path.join(folder, MANIFEST)
   splits = _splits(where)
   if split not in splits:

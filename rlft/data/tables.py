@@ -118,7 +118,7 @@ def _quoted(
 def _plain(
   path: str, placed: Iterable[tuple[int, int, str]], separator: str
 ) -> Iterator[tuple[Row, str]]:
-  """As `_quoted`, of a file in which nothing but separators and line breaks has a meaning."""
+  """Finds rows as `_quoted` does, where nothing but separators and line breaks has a meaning."""
   del path  # Every line is a row.
   for number, (start, size, line) in enumerate(placed, 1):
     if line.strip():

@@ -1,4 +1,5 @@
 """The emoji world: a miniature with ground truth, its rewards, how its models were made.
 
-May import all rooms below the catalog; nothing but the catalog imports it.
+May import all rooms below the catalog; only the catalog and the scripts that
+make its models import it.
 """

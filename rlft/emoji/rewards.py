@@ -6,7 +6,7 @@ A classifier of skin tones, a detector (OWL-ViT's architecture) and a model of p
 
 import dataclasses
 
-from rlft.rewards import image_reward, named, owlvit, parity, sets
+from rlft.rewards import image_reward, owlvit, parity, sets
 from rlft.types import JaxReward
 
 
@@ -40,7 +40,6 @@ def objects() -> JaxReward:
   )
 
   def prepare(prompts, metadata):
-    named.require(("objects",), prompts, metadata)
     prompts_lib.object_classes(prompts, metadata)  # Raises: a name that it was never taught.
     return reward.prepare(prompts, metadata)
 

@@ -12,7 +12,7 @@ from rlft.config.settings import ScoringSettings
 from rlft.evaluation.distances import Distance
 from rlft.evaluation.evaluate import EvalSpec, Measured, Metric
 from rlft.parallel import sharding
-from rlft.rewards.scoring import trial
+from rlft.rewards.scoring import errors, trial
 from rlft.rewards.scoring.scorer import Scorer
 from rlft.types import Prompt, Reward, UserError
 
@@ -101,7 +101,8 @@ class MetricScorer:
           measured.append(Measured(features[: len(images)]))
           continue
         scorer = self._scorer(metric, size, images_per_prompt)
-        scored = scorer.score(placed, drawn_for)
+        with errors.located("metric", metric.name):
+          scored = scorer.score(placed, drawn_for)
         scores, found = (
           None if x is None else sharding.fetch(x)[: len(images)]
           for x in (scored.values, scored.found)

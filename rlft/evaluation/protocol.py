@@ -75,6 +75,8 @@ class Comparison:
     best, same, after: the base at its best guidance, the base at the method's, the method.
     gain: the method minus the base at its best guidance, prompt by prompt.
     verdict: of the gain, see `statistics.verdict`.
+    found_best, found_after: the shares of the images that show what is measured; NaN where that is
+      not known.
   """
 
   method: str
@@ -89,6 +91,8 @@ class Comparison:
   after: Estimate
   gain: Estimate
   verdict: str
+  found_best: float
+  found_after: float
 
   def to_json(self) -> dict[str, Any]:
     """For JSON, which has no NaN."""
@@ -195,6 +199,8 @@ def compare(method: Method, base: Base, evals: Sequence[EvalConfig]) -> list[Com
         *estimates,
         gain,
         verdict(gain, lower_is_better=example.lower_is_better),
+        example.found,
+        float(np.mean([results[name].found for results in method.runs.values()])),
       )
     )
   return found
@@ -231,6 +237,11 @@ def change_words(change: Estimate) -> str:
   return f"{text} [{change.low:{digits}}, {change.high:{digits}}]"
 
 
+def _found(share: float) -> str:
+  """Of how many images a measure is made that cannot be made of all."""
+  return "" if math.isnan(share) else f", found in {share:.1%}"
+
+
 def table(comparisons: Sequence[Comparison]) -> Table:
   """The comparisons of one method, guards last."""
   rows = []
@@ -241,9 +252,9 @@ def table(comparisons: Sequence[Comparison]) -> Table:
         one.measure + marks,
         one.metric,
         "lower" if one.lower_is_better else "higher",
-        f"{words(one.best)} at {one.best_guidance:g}",
+        f"{words(one.best)} at {one.best_guidance:g}{_found(one.found_best)}",
         words(one.same),
-        words(one.after),
+        words(one.after) + _found(one.found_after),
         change_words(one.gain),
         one.verdict,
       )

@@ -129,7 +129,8 @@ def _table(run: RunFiles) -> str:
     if run.best:
       best = run.best.get(name)
       row.append(f"{_mean(best.result)} at {best.guidance:g}" if best else "")
-    rows.append([*row, _mean(after[name]), f"{change} {interval}".strip(), f"{relative} {called}"])
+    new = ", ".join(filter(None, (_mean(after[name]), summary.found(old, after[name]))))
+    rows.append([*row, new, f"{change} {interval}".strip(), f"{relative} {called}"])
   return Table(header, rows).markdown()
 
 

@@ -97,6 +97,8 @@ def _changes(found: finetuned.Finetuned) -> list[str]:
   name = found.model.scheduler.get("_class_name")
   if name not in (None, "DDIMScheduler"):
     said.append(f"  scheduler: DDIM, which rlft samples with, in the place of {name}; same noise")
+  if len(found.model.text_encoders) == 1:
+    said.append("  no safety checker, whatever the base model had: give diffusers' pipeline one")
   policy = found.config.policy if found.config else None
   if policy and policy.scheduler:
     said.append(f"  scheduler: {policy.scheduler}, as the run was told")

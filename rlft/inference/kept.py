@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -10,7 +11,7 @@ from rlft.evaluation import evaluate
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.protocol import Results
 from rlft.evaluation.results import EvalResult
-from rlft.models.files import pretrained
+from rlft.models.files import pretrained, single_file
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -51,11 +52,13 @@ def results(
 def stamp(model: str) -> Any:
   """Tells the files of a model from those that were there before, by their sizes and times."""
   source = pretrained.find(model)
-  if not isinstance(source, pathlib.Path):
-    return str(source)
-  weights = sorted(source.rglob("*.safetensors"))
+  if isinstance(source, single_file.Source):
+    source = pathlib.Path(source.file)
+  if not isinstance(source, pathlib.Path) or not source.exists():
+    return str(source)  # A revision of a hub's repository stays as it is.
+  weights = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
   found = [(path, path.stat()) for path in weights]
-  return [[str(path.relative_to(source)), s.st_size, s.st_mtime_ns] for path, s in found]
+  return [[os.path.relpath(path, source), s.st_size, s.st_mtime_ns] for path, s in found]
 
 
 def _asked(spec: EvalSpec) -> dict[str, Any]:

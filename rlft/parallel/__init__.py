@@ -1,4 +1,4 @@
 """One computation over many devices and processes: shards, collectives, parts of a batch.
 
-May import types only.
+May import config and types only.
 """

@@ -65,6 +65,11 @@ def _keep_heap() -> None:
     mallopt(option, value)
 
 
+def goes_on() -> bool:
+  """Whether a program may still run when its call has returned; not on CPUs, see `Awaited`."""
+  return jax.default_backend() != "cpu"
+
+
 class Awaited:
   """A jitted function of several devices, of which on CPUs a call returns when it has run.
 
@@ -77,7 +82,7 @@ class Awaited:
 
   def __call__(self, *args: Any) -> Any:
     result = self._program(*args)
-    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
+    return result if goes_on() else jax.block_until_ready(result)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._program, name)

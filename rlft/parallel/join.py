@@ -13,7 +13,7 @@ import urllib.request
 
 import jax
 from jax._src import distributed  # What Orbax takes, too: there is no public way to the store.
-from jax._src.lib import utils
+from jax._src.lib import utils  # The only way to the level of what C++ prints.
 
 from rlft.config.fields import option
 from rlft.parallel import watch as watch_lib

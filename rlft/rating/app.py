@@ -88,7 +88,7 @@ def make_app(
     Route(rater + "/rate", page.rate),
     Route(rater + "/vote", page.vote, methods=["POST"]),
     Route(rater + "/undo", page.undo, methods=["POST"]),
-    Route(rater + "/picture/{question:int}/{side}/{number:int}", page.picture),
+    Route(rater + "/picture/{question}/{side}/{number}", page.picture),
     Route(rater + "/{file}", page.file),
     Route(organizer, page.outcome),
     Route(organizer + "/votes.csv", page.votes_csv),
@@ -215,10 +215,10 @@ class _Page:
     """A picture of a question to this rater. Its address says nothing of who drew it."""
     rater = self._rater(request)
     path = request.path_params
-    question = self._votes.find(rater, path["question"]) if path["question"] < 2**63 else None
+    question = self._votes.find(rater, _number(path["question"]))
     if question is None or path["side"] not in SIDES:
       raise HTTPException(404)
-    file = self._file_of(question, path["side"], path["number"])
+    file = self._file_of(question, path["side"], _number(path["number"]))
     # Not as a file with its time, which is earlier for the model that drew first. Browsers keep it
     # while a rater goes back and forth.
     headers = {"Cache-Control": "private, max-age=86400"}
@@ -226,7 +226,7 @@ class _Page:
 
   def _file_of(self, question: Question, side: str, number: int) -> pathlib.Path:
     pair = self._pairs[question.pair]
-    if number >= self._study.sets[self._study.items[pair.item].set].images:
+    if not 0 <= number < self._study.sets[self._study.items[pair.item].set].images:
       raise HTTPException(404)
     is_first = (side == "left") != question.flipped
     return self._study.picture(pair.item, pair.first if is_first else pair.second, number)

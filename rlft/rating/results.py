@@ -259,6 +259,11 @@ def rates_table(results: Results) -> Table:
   return Table(header, rows)
 
 
+def _no_formula(text: str) -> str:
+  """A text that a spreadsheet does not compute: there what begins like this is a formula."""
+  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def raters_table(results: Results) -> Table:
   """A row for each rater."""
   header = ["rater", "pairs", "shown twice", "answered the same", "left", "seconds", ""]
@@ -295,7 +300,7 @@ def votes_table(study: Study, votes: Sequence[Question]) -> Table:
         str(vote.place),
         study.sets[item.set].name,
         str(pair.item),
-        item.text,
+        _no_formula(item.text),
         left,
         right,
         vote.answer,

@@ -13,6 +13,7 @@ from rlft.inference import measure
 from rlft.rating import pictures
 from rlft.rating.study import Study
 from rlft.rating.votes import SIDES, TIE, Question, Votes
+from rlft.rewards.scoring import errors
 from rlft.types import UserError
 
 
@@ -32,7 +33,8 @@ def scores(study: Study) -> np.ndarray:
         raise UserError(
           f"--set=name={entry.name} has no oracle to simulate raters by: add oracle=NAME"
         )
-      metric = catalog.make_reward(entry.oracle)
+      with errors.located(f"--set=name={entry.name}: oracle", entry.oracle):
+        metric = catalog.make_reward(entry.oracle)
       if metric.is_set and entry.images == 1:
         raise UserError(
           f"oracle {entry.oracle} of --set=name={entry.name} is of sets: add images=6"
@@ -46,6 +48,11 @@ def scores(study: Study) -> np.ndarray:
         each = measured.scores if metric.is_set else measured.scores.reshape(-1, entry.images)
         each = each if metric.is_set else each.mean(axis=1)
         found[rows, column] = -each if metric.lower_is_better else each
+      if not np.isfinite(found[rows]).any():
+        raise UserError(
+          f"--set=name={entry.name}: oracle={entry.oracle} could score none of the pictures: give"
+          " one that can"
+        )
   return found
 
 

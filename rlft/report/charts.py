@@ -256,7 +256,7 @@ def _figure(title: str, content: str, legend: Sequence[tuple[str, float]], hint:
 
 
 def colors(count: int) -> list[str]:
-  """Of so many curves."""
+  """Colours for so many curves."""
   return [_COLORS[index % len(_COLORS)] for index in range(count)]
 
 

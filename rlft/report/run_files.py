@@ -74,7 +74,7 @@ class RunFiles:
 
   @property
   def seconds(self) -> float:
-    """Of sampling, scoring and updating, without compilation, evaluations and lost iterations."""
+    """Time of sampling, scoring and updating; without compilation, evaluations, lost iterations."""
     return sum(row.get(key) or 0 for row in self.rows for key in _TIMES)
 
   @property
@@ -84,7 +84,7 @@ class RunFiles:
 
   @functools.cached_property
   def keys(self) -> list[str]:
-    """Of the metrics."""
+    """Names of the metrics, in the order in which they came."""
     return list(dict.fromkeys(key for row in self.rows for key in row if key != "iteration"))
 
   def values(self, key: str) -> np.ndarray:
@@ -130,13 +130,14 @@ class RunFiles:
   def place(self) -> Place:
     """Where it is, for commands."""
     prompts = [one.get("prompts") for one in (*_entries(self.config, "eval"), *self.tasks)]
-    rate = self.config.get("learning_rate")
+    rate, weight = (self.config.get(key) for key in ("learning_rate", "pretrain_weight"))
     return Place(
       workdir=self.workdir,
       base=self.config.get("pretrained") or "",
       command=self.command,
       learning_rate=rate if isinstance(rate, float) else 0.0,
       prompts=next((one for one in prompts if one and one != "?"), ""),
+      pretrain_weight=weight if isinstance(weight, float) else 0.0,
     )
 
 

@@ -96,7 +96,8 @@ def _cell(history: results.History, name: str) -> Cell:
   if len(points) == 1:
     return Cell("", summary.mean(points[0]), "not trained yet")
   change, interval, _, called = summary.change(points[0], points[-1])
-  return Cell("", summary.mean(points[-1]), f"{change} {interval} since the start", called)
+  said = [f"{change} {interval} since the start", summary.found(points[0], points[-1])]
+  return Cell("", summary.mean(points[-1]), "; ".join(filter(None, said)), called)
 
 
 def different(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

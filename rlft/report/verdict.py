@@ -5,6 +5,7 @@ import dataclasses
 import shlex
 from typing import Literal
 
+from rlft.config.settings import EMOJI_SD
 from rlft.report.hacking import Call
 
 # Clipping takes the gradient of those images alone that have already gone the way they should; an
@@ -220,6 +221,7 @@ class Place:
     command: the command line that made it; '' where that is not known.
     learning_rate: its own; 0 where that is not known.
     prompts: of the first evaluation or task; '' where that is not known.
+    pretrain_weight: of its pretraining loss; 0 where it has none.
   """
 
   workdir: str
@@ -227,6 +229,7 @@ class Place:
   command: str = ""
   learning_rate: float = 0.0
   prompts: str = ""
+  pretrain_weight: float = 0.0
 
 
 def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
@@ -259,7 +262,8 @@ def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
       look,
       Step(
         "Ask people, with sides hidden: the only judge that nothing was trained on.",
-        f"python launch/rate.py --models={base} --models={run} --output={inside('/rating')}",
+        f"python launch/rate.py --models={base} --models={run}{_set(place)}"
+        f" --output={inside('/rating')}",
       ),
       Step(
         "Export it for diffusers, with a model card.",
@@ -269,16 +273,17 @@ def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
   if found.kind == "mixed":
     steps.insert(0, Step("See below since when it became worse: fewer iterations may keep both."))
   if found.kind == "hacked":
+    closer = Step("Hold it closer to the base model: a pretraining loss (--pretrain_data).")
+    if place.pretrain_weight:
+      heavier = again(f"--pretrain_weight={3 * place.pretrain_weight:g}")
+      closer = Step("Hold it closer to the base model: a heavier pretraining loss.", heavier)
     steps += [
       Step(
         "Look at the pictures below: move the slider to where they are still as wanted, and train"
         " no longer than that.",
         again("--iterations=N"),
       ),
-      Step(
-        "Hold it closer to the base model: a KL penalty, or a heavier pretraining loss.",
-        again("--kl_weight=0.01"),
-      ),
+      closer,
       Step(
         "Change the reward: add a term for what was lost (--task=...,reward='0.5*A + 0.5*B'), or"
         " veto what nobody wants (veto=)."
@@ -301,6 +306,13 @@ def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
       Step("Or widen the clip range: it fits pictures of one size (see --help of --clip_range).")
     )
   return steps
+
+
+def _set(place: Place) -> str:
+  """What is rated: the emoji world has sets of its own."""
+  if not place.prompts or place.base == EMOJI_SD:
+    return ""
+  return " " + shlex.quote(f"--set=name=held-out,prompts={place.prompts}")
 
 
 def _prompts(place: Place) -> str:

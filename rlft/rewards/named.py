@@ -1,31 +1,32 @@
 """What a prompt's metadata names (objects, an occupation), and the mean over what is named."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlft.types import UserError
 
 
 def names(known: Mapping[str, Any], key: str) -> list[str]:
-  """The words under `key` of one prompt's metadata; none if the key is missing or empty."""
+  """The words under `key` of one prompt's metadata; none if the key is missing or empty.
+
+  Raises:
+    UserError: there is something else than words.
+  """
   # A column of a table may hold None, one word, or an array of words.
   found = known.get(key)
-  return [] if found is None else [found] if isinstance(found, str) else list(found)
-
-
-def require(
-  keys: Sequence[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> None:
-  """Raises `UserError` if the metadata of a prompt has nothing under any of `keys`."""
-  for prompt, known in zip(prompts, metadata, strict=True):
-    if not any(names(known, key) for key in keys):
-      raise UserError(
-        f"the prompt {prompt!r} has no {' or '.join(map(repr, keys))} in its metadata: use"
-        " prompts that say what to draw, or another reward"
-      )
+  words = [] if found is None else [found] if isinstance(found, str) else found
+  if not isinstance(words, (list, tuple, np.ndarray)) or not all(
+    isinstance(word, str) for word in words
+  ):
+    raise UserError(
+      f"a prompt's metadata has {key!r}: {str(found)[:50]}, which is no list of words: write e.g."
+      f' {{"prompt": "a dog and a cat", "{key}": ["dog", "cat"]}}'
+    )
+  return list(words)
 
 
 def mean(confidences: jax.Array, present: jax.Array) -> jax.Array:

@@ -121,7 +121,7 @@ def detector_reward(
   def score(params, images, ids):
     return score_images(module, params, images, ids)
 
-  return JaxReward(name, score, prepare=prepare, params=params)
+  return JaxReward(name, score, prepare=prepare, params=params, needs=("objects",))
 
 
 def queries(

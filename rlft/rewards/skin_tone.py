@@ -169,8 +169,7 @@ class FaceFinder:
       import cv2
     except ImportError as error:
       raise UserError(
-        "reward 'skin-tone-parity': finder=face needs OpenCV: pip install opencv-python-headless,"
-        " or use finder=skin"
+        "finder=face needs OpenCV: pip install opencv-python-headless, or use finder=skin"
       ) from error
     self._cv2 = cv2
 
@@ -206,8 +205,5 @@ def _parse(cuts: str) -> tuple[float, ...]:
     angles = ()
   falling = all(a > b for a, b in itertools.pairwise((90.0, *angles, -90.0)))
   if not angles or not falling:
-    raise UserError(
-      f"reward 'skin-tone-parity': cuts={cuts} are not falling angles between 90 and -90: write"
-      f" them as {CUTS}"
-    )
+    raise UserError(f"cuts={cuts} are not falling angles between 90 and -90: write them as {CUTS}")
   return angles

@@ -64,7 +64,6 @@ def yolov3_tiny_reward(
   prepare_images = yolov3_tiny.letterbox if letterbox else yolov3_tiny.resize
 
   def prepare(prompts, metadata):
-    named.require(("objects",), prompts, metadata)
     return class_weights(known, prompts, metadata)
 
   def score(params, images, weights):
@@ -72,7 +71,7 @@ def yolov3_tiny_reward(
     found = yolov3_tiny.detect(network, params, images, dtype=jnp.dtype(dtype))
     return jnp.sum(confidence(found) * weights, axis=1)
 
-  return JaxReward("yolov3-tiny", score, prepare=prepare, params=params)
+  return JaxReward("yolov3-tiny", score, prepare=prepare, params=params, needs=("objects",))
 
 
 def confidence(found: yolov3_tiny.Detections) -> jax.Array:
@@ -84,6 +83,8 @@ def class_weights(
   known: Sequence[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> np.ndarray:
   """`[B, A]` float32: 1 / n at the classes of the n objects that a prompt names, 0 elsewhere.
+
+  All are NaN, as is the score, where a prompt names none.
 
   Args:
     known: the names of the A classes.
@@ -98,6 +99,8 @@ def class_weights(
   weights = np.zeros((len(prompts), len(known)), np.float32)
   for row, prompt, about in zip(weights, prompts, metadata, strict=True):
     objects = named.names(about, "objects")
+    if not objects:
+      row[:] = np.nan
     for name in objects:
       if _plain(name) not in index:
         near = difflib.get_close_matches(_plain(name), index, n=1, cutoff=0)

@@ -199,9 +199,9 @@ def warn_if_bounded(config: Config, norm: float) -> None:
   bound = config.optimizer.max_grad_norm
   if bound and norm > bound:
     _log.warning(
-      "gradients are cut from %.2g, their mean norm, to --max_grad_norm=%g: a weight of a loss or"
-      " timestep (--pretrain_weight, --kl_weight, timestep_weights) does not change how long a step"
-      " is, unless it makes the gradient shorter than that",
+      "the tasks' gradients are cut from %.2g, their mean norm, to --max_grad_norm=%g: a factor of"
+      " their losses (--kl_weight, timestep_weights) does not change how long a step is, unless it"
+      " makes the gradient shorter than that",
       norm,
       bound,
     )

@@ -6,7 +6,6 @@ The loop is rlft/train.py; nothing here changes during a run.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -172,8 +171,14 @@ def _open(config: Config, mesh: Mesh, checkpointer: Checkpointer) -> Run:
     size = stable_diffusion.image_size(model)
     pairs = catalog.load_pairs(config.pretraining.pretrain_data, size=size, seed=config.seed)
 
+  may_lack = config.scoring.max_nan_share
+  tried = [
+    use
+    for task, reward, entries in zip(config.task, rewards, prompts, strict=True)
+    for use in uses(task, reward, entries, may_lack=may_lack)
+  ]
   trial.try_each(
-    [*itertools.chain(*map(uses, config.task, rewards, prompts)), *metric.uses(evals)],
+    [*tried, *metric.uses(evals)],
     image_shape=(*stable_diffusion.image_size(model), 3),
     timeout_s=config.scoring.reward_timeout_s,
   )

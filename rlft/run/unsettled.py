@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-import jax
-
 from rlft.algorithms.base import Numbers
+from rlft.parallel.cpu import goes_on
 
 
 class Unsettled:
@@ -18,13 +17,13 @@ class Unsettled:
   def put(self, numbers: Numbers, metrics: dict[str, float]) -> None:
     """Takes numbers that are to be added to `metrics`; on CPUs, where they are there, adds them."""
     self._numbers, self._metrics = numbers, metrics
-    if not waits():
+    if not goes_on():
       self.settle()
 
   def then(self, call: Callable[[], None]) -> None:
     """Takes what is to be done when the numbers are there; on CPUs, where they are, does it."""
     self._then = call
-    if not waits():
+    if not goes_on():
       self.settle()
 
   def settle(self) -> bool:
@@ -40,8 +39,3 @@ class Unsettled:
     if then is not None:
       then()
     return numbers is not None
-
-
-def waits() -> bool:
-  """Whether a program may still run when its call has returned; not on CPUs, see `cpu.Awaited`."""
-  return jax.default_backend() != "cpu"

@@ -1,4 +1,4 @@
 """Files that survive a crash: atomic writes, checkpoints, pictures.
 
-May import types only.
+May import parallel and types only.
 """

@@ -31,9 +31,12 @@ _VERSION = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "c
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
-  """A path of this machine, or the address of an object in a bucket, with the same methods."""
+  """A path of this machine, or the address of an object in a bucket, with the same methods.
+
+  A leading `~` is the user's directory: a shell does not see it behind `=` or in a flagfile.
+  """
   # Not epath for both: it takes `/gs/...` for a bucket.
-  return epath.Path(name) if is_bucket(name) else pathlib.Path(name)
+  return epath.Path(name) if is_bucket(name) else pathlib.Path(name).expanduser()
 
 
 def is_bucket(name: str | os.PathLike[str]) -> bool:
@@ -86,7 +89,7 @@ def staged(name: str | os.PathLike[str]) -> str:
   name = os.fspath(name)
   if not name.startswith(_COPIED):
     check_local(name)
-    return name
+    return os.path.expanduser(name)
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   with reading(name):
     system, root = fsspec.core.url_to_fs(name.rstrip("/"))

@@ -76,6 +76,10 @@ def test_who_draws():
   [
     ({"algorithm": "reward-wieghted"}, "is not known: did you mean reward-weighted?"),
     ({"algorithm": "reward-weighted?temperature=0"}, "temperature must be greater than 0"),
+    (
+      {"algorithm": "reward-weighted?temperature=2"},
+      "temperature=2 has no effect on weights=min",
+    ),
     ({"algorithm": "reward-weighted?updates=0"}, "updates must be greater than 0"),
     ({"algorithm": "reward-weighted?weights=max"}, "weights=max is not known: "),
     ({"algorithm": "reward-weighted?beta=1"}, "unknown option 'beta'"),

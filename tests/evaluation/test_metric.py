@@ -8,7 +8,7 @@ from rlft.config.settings import ScoringSettings
 from rlft.evaluation import metric
 from rlft.evaluation.metric import MetricScorer
 from rlft.parallel import sharding
-from rlft.types import JaxReward, Prompt, Scores
+from rlft.types import HostReward, JaxReward, Prompt, Scores, UserError
 
 
 def brightness(_, images, features):
@@ -97,3 +97,12 @@ def test_a_metric_is_compiled_once_and_leaves_the_devices():
       np.testing.assert_allclose(measured.scores, np.full(8, 0.5 * light), rtol=1e-6)
       assert not on_devices()
   assert traces == [images.shape]
+
+
+def test_what_fails_is_said_of_the_metric():
+  def fails(images, prompts, metadata):
+    raise ValueError("no luck")
+
+  _, images = pictures(4)
+  with scorer() as score, pytest.raises(UserError, match="^metric=m raised ValueError: no luck"):
+    score([HostReward("m", fails)], [images], [Prompt("")] * 4, 1)

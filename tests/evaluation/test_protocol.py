@@ -108,6 +108,16 @@ def test_what_could_not_be_scored_is_said():
   assert protocol.words(one) == "7.5000" and protocol.change_words(one) == "+7.5000"
 
 
+def test_what_was_not_found_stands_beside_the_measure():
+  """Else a model that draws no skin has the parity of those few pictures where it did."""
+  before = {"parity": of_32(np.arange(16), name="parity", lower=True, found=0.99)}
+  after = {"parity": of_32(np.arange(16), name="parity", lower=True, found=0.31)}
+  base = protocol.Base({1.0: before}, {1.0: before})
+  found = protocol.compare(protocol.Method("m", 1.0, {0: after}), base, [entry("parity")])
+  ((*_, best, _, trained, _, _),) = protocol.table(found).rows
+  assert best.endswith("at 1, found in 99.0%") and trained.endswith(", found in 31.0%")
+
+
 def test_tables_as_markdown_and_csv():
   table = tables.Table(("a", "b"), (("x|y", "1,2"), ("line\nline", "")))
   assert table.markdown().splitlines() == [

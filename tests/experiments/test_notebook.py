@@ -1,6 +1,8 @@
 """The notebook, executed from top to bottom with a tiny model in the place of the miniature."""
 
+import importlib.metadata
 import pathlib
+import subprocess
 
 import experiment_cases
 import models_cases
@@ -73,6 +75,24 @@ def test_what_a_reader_sees(executed):
   ]
   assert any("report: " in text for text in texts)
   assert not any("\r" in text or "Traceback" in text for text in texts)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_clone_is_installed_unless_it_is(tmp_path, monkeypatch, installed):
+  """In a clone `import rlft` works without any of its dependencies: that does not count."""
+  (tmp_path / "launch").mkdir()
+  (tmp_path / "launch" / "train.py").touch()
+  (tmp_path / "experiments").mkdir()
+  monkeypatch.chdir(tmp_path / "experiments")
+  here = importlib.metadata.distribution("pytest")
+  monkeypatch.setattr(here.__class__, "name", "rlft" if installed else "other")
+  monkeypatch.setattr(importlib.metadata, "distributions", lambda: [here])
+  ran = []
+  monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command))
+  notebook = nbformat.read(ROOT / "experiments" / "emoji_colab.ipynb", as_version=4)
+  exec(next(cell.source for cell in notebook.cells if cell.cell_type == "code"), {})
+  assert [command[1:3] for command in ran] == ([] if installed else [["-m", "pip"]])
+  assert pathlib.Path.cwd() == tmp_path
 
 
 def test_kept_outputs_are_of_the_kept_cells():

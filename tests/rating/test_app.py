@@ -227,6 +227,8 @@ def test_a_body_that_is_no_form(page):
     "picture/1/middle/0",
     "picture/1/left/-1",
     f"picture/{2**63}/left/0",
+    f"picture/{'9' * 5000}/left/0",
+    f"picture/1/left/{'9' * 5000}",
     "..%2f..%2fkey",
     "layout.html",
     "%2e%2e/app.py",

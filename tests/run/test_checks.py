@@ -138,3 +138,11 @@ def test_every_preset_passes_the_checks(preset, run):
   everything = fields.replace(run, task=tasks.parse_task(preset), eval=tasks.parse_eval("emoji"))
   checks.validate(everything)
   checks.validate_devices(everything, device_count=8, process_count=1)
+
+
+@pytest.mark.parametrize(
+  ("norm", "bound", "said"), [(0.3, 0.1, True), (0.1, 0.3, False), (9, 0, False)]
+)
+def test_weights_without_effect_are_said_to_have_none(run, caplog, norm, bound, said):
+  checks.warn_if_bounded(fields.replace(run, max_grad_norm=float(bound)), norm)
+  assert ("--max_grad_norm=0.1: a factor of their losses" in caplog.text) == said

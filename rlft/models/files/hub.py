@@ -1,6 +1,7 @@
 """Files of a model hub's repositories, at a given revision."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -8,6 +9,7 @@ import urllib.parse
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import logging as hub_logging
 
 from rlft.types import UserError
 
@@ -59,7 +61,9 @@ class Repository:
       UserError: the hub refuses.
     """
     try:
-      return pathlib.Path(huggingface_hub.hf_hub_download(self.repo, name, revision=self.revision))
+      with _quiet():
+        path = huggingface_hub.hf_hub_download(self.repo, name, revision=self.revision)
+      return pathlib.Path(path)
     except errors.LocalEntryNotFoundError as error:
       cached = huggingface_hub.try_to_load_from_cache(self.repo, name, revision=self.revision)
       # Its documentation has callers compare with this name, underscore and all.
@@ -91,6 +95,17 @@ class Repository:
       raise UserError(
         f"{self}: {name} cannot be downloaded ({cause}); try again, or give a directory"
       ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without the hub's lines about each of its attempts: the error says what came of them."""
+  level = hub_logging.get_verbosity()
+  hub_logging.set_verbosity_error()
+  try:
+    yield
+  finally:
+    hub_logging.set_verbosity(level)
 
 
 def check_upload(repo: str) -> None:
@@ -128,8 +143,9 @@ def upload(repo: str, contents: Mapping[str, pathlib.Path | bytes]) -> str:
     for name, content in contents.items()
   ]
   try:
-    made = api.create_repo(repo, exist_ok=True)
-    api.create_commit(repo, operations, commit_message="Add a model that rlft has fine-tuned")
+    with _quiet():
+      made = api.create_repo(repo, exist_ok=True)
+      api.create_commit(repo, operations, commit_message="Add a model that rlft has fine-tuned")
   # Errors of the transport come through, too: of requests, httpx or httpx2, by the hub's release.
   except Exception as error:
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -103,6 +103,7 @@ def parse(text: str) -> Source | None:
   Raises:
     UserError: the file does not exist, or what follows '?' is no tokenizer.
   """
+  text = os.path.expanduser(text)
   path, _, query = (text, "", "") if os.path.exists(text) else text.partition("?")
   if not path.endswith(SUFFIXES) or os.path.isdir(path):
     return None

@@ -189,17 +189,19 @@ def write_clip(folder: pathlib.Path, tokenizer: tokens.Tokenizer) -> None:
     id: {"content": token.content, **{name: getattr(token, name) for name in _ADDED_FIELDS}}
     for id, token in tokenizer.core.get_added_tokens_decoder().items()
   }
+  special = {name: getattr(tokenizer, ours) for ours, name in _NAMES.items()}
   config = {
     "added_tokens_decoder": added,
     "model_max_length": tokenizer.length,
     "tokenizer_class": "CLIPTokenizer",
-    **{name: getattr(tokenizer, ours) for ours, name in _NAMES.items()},
+    **special,
   }
   for name, content in (
     (_WHOLE, text),
     (_CLIP[0], json.dumps(vocabulary, ensure_ascii=False, indent=2)),
     (_CLIP[1], "\n".join(["#version: 0.2", *map(" ".join, merges)])),
     (_CONFIG, json.dumps(config, ensure_ascii=False, indent=2)),
+    (_SPECIAL, json.dumps(special, ensure_ascii=False, indent=2)),
   ):
     (folder / name).write_text(content + "\n", encoding="utf-8")
 

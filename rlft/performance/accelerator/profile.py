@@ -70,11 +70,12 @@ def _events(data: Any) -> list[Event]:
   planes = {plane.name: plane for plane in data.planes}
   devices = sorted(name for name in planes if re.match(r"/device:(GPU|TPU):\d+$", name))
   lines = planes[devices[0] if devices else "/host:CPU"].lines
-  wanted = r"^Stream|^XLA Ops$" if devices else r"XLA"
+  # A GPU may have both: then the second says again what ran on the streams.
+  wanted = (r"^Stream", r"^XLA Ops$") if devices else (r"XLA",)
+  chosen = ([line for line in lines if re.search(one, line.name)] for one in wanted)
   return [
     Event(event.name, event.start_ns, event.duration_ns)
-    for line in lines
-    if re.search(wanted, line.name)
+    for line in next(filter(None, chosen), [])
     for event in line.events
     # Loops, and on CPUs some more, hold others; or say where one ends.
     if not re.search(r"^%?while" if devices else r"^while|::|^end: ", event.name)

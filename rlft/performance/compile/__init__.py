@@ -1,4 +1,6 @@
 """Compiles a run's programs for devices that are not here; counts memory, FLOPs, collectives.
 
 The programs are those of training, from the same constructor.
+
+May import everything; nothing imports it.
 """

@@ -55,7 +55,7 @@ class CompileConfig:
     " also decode, pull (the decoder's gradient) and predict",
     "",
   )
-  json: str = option("file for the results", "")
+  json: str = option("file for the results", "", path=True)
   cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", CACHE)
   warm: bool = option(
     "in the place of all that, compile for the devices that are here, into the --compilation_cache"

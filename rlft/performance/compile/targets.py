@@ -147,8 +147,9 @@ def _stand_ins(count: int) -> list[jax.Device]:
 
 
 def _gpu_share() -> float:
-  """How much of a GPU's memory JAX takes for a program; the variable is JAX's own."""
-  return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+  """How much of a GPU's memory JAX takes for a program; the variables are JAX's own."""
+  names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second was earlier
+  return float(next(filter(None, map(os.environ.get, names)), 0.75))
 
 
 def _mesh(name: str, devices: Sequence[jax.Device], fsdp: int) -> Mesh:

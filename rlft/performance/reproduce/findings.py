@@ -45,7 +45,7 @@ class Trained:
     return sum(task.batch_size for task in self.config.task)
 
   def seconds(self, iteration: int) -> float:
-    """Of drawing, scoring and learning until so many iterations were done."""
+    """Seconds of drawing, scoring and learning until so many iterations were done."""
     rows = (row for row in self.metrics if row["iteration"] < iteration)
     return sum(row.get("time/iteration_s") or 0.0 for row in rows)
 

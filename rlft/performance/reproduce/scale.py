@@ -183,7 +183,7 @@ class Experiment:
 
   @property
   def name(self) -> str:
-    """Of its directory."""
+    """Name of its directory."""
     return f"{self.method}-{self.on}-{self.seed}"
 
   def flags(self, scale: Scale, workdir: pathlib.Path) -> list[str]:

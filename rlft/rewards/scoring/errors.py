@@ -45,7 +45,7 @@ def located(where: str, spec: str) -> Iterator[None]:
   except UserError as error:
     message, head = str(error), f"reward {spec!r}"
     rest = message.removeprefix(head) if message.startswith(head) else f": {message}"
-    raise UserError(f"{where}={spec}{rest}") from error
+    raise type(error)(f"{where}={spec}{rest}") from error
 
 
 def is_real_array(value: Any) -> bool:

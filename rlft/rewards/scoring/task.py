@@ -133,10 +133,18 @@ def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
   return TaskReward(parts, grammar.is_combination(task.reward), veto, watch)
 
 
-def uses(task: TaskConfig, reward: TaskReward, prompts: Sequence[Prompt]) -> list[trial.Use]:
-  """What a task uses its rewards for, to be tried."""
+def uses(
+  task: TaskConfig, reward: TaskReward, prompts: Sequence[Prompt], *, may_lack: float
+) -> list[trial.Use]:
+  """What a task uses its rewards for, to be tried; a veto and a judge may score few images."""
   return [
-    trial.Use(f"--task=name={task.name}: {key}", one, prompts, task.images_per_prompt)
+    trial.Use(
+      f"--task=name={task.name}: {key}",
+      one,
+      prompts,
+      task.images_per_prompt,
+      may_lack if key == "reward" else 1.0,
+    )
     for key, one in reward.used
   ]
 
@@ -260,7 +268,7 @@ class TaskScorer:
     on_host = [isinstance(one, HostReward) for one in reward.rewards]
     order = sorted(range(len(on_host)), key=on_host.__getitem__)
     finish = {place: self._scorers[place].start(images, prompts) for place in order}
-    found = iter([finish[place]() for place in range(len(on_host))])
+    found = iter([self._finished(place, finish[place]) for place in range(len(on_host))])
     terms = {term.label: next(found) for term in reward.terms}
     veto = next(found) if reward.veto else None
     watch = next(found) if reward.watch else None
@@ -277,6 +285,12 @@ class TaskScorer:
       vetoed=vetoed if reward.veto else None,
       watch=watch,
     )
+
+  def _finished(self, place: int, finish: Callable[[], Scores]) -> Scores:
+    """What a reward gives; a mistake in it is said of the key that names it."""
+    key, reward = self._reward.used[place]
+    with errors.located(key, reward.name):
+      return finish()
 
   def slope(self, images: jax.Array, prompts: Sequence[Prompt]) -> Slope:
     """Scores a batch with the gradient, by a reward that `gradient.check` has let pass."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlft.data import sources
 from rlft.parallel import processes
 from rlft.rewards import named
 from rlft.rewards.scoring import errors, scorer
@@ -17,7 +18,7 @@ from rlft.types import HostReward, JaxReward, Prompt, Reward, UserError
 
 _PROMPTS = 64  # that a JAX reward is asked about
 _IMAGES = 2  # that a host reward scores; of a reward on sets, one set
-_WITH_METADATA = 1000  # prompts, among which one must have what a reward needs
+_WITH_METADATA = 1000  # prompts, spread evenly, that must have what a reward needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Use:
     reward: the reward.
     prompts: whose images it scores.
     images_per_prompt: G.
+    may_lack: the greatest share of the prompts that may lack what the reward needs; if 1, one of
+      them has to have it.
   """
 
   where: str
   reward: Reward
   prompts: Sequence[Prompt]
   images_per_prompt: int
+  may_lack: float = 1.0
 
 
 def try_each(uses: Iterable[Use], *, image_shape: tuple[int, ...], timeout_s: float) -> None:
@@ -66,7 +70,7 @@ def try_each(uses: Iterable[Use], *, image_shape: tuple[int, ...], timeout_s: fl
 
 def _try(use: Use, image_shape: tuple[int, ...], timeout_s: float) -> None:
   reward, group = use.reward, use.images_per_prompt if use.reward.is_set else 1
-  _check_metadata(reward, use.prompts)
+  _check_metadata(use)
   if isinstance(reward, JaxReward):
     images, features = example(reward, use.prompts, group, image_shape)
     jax.eval_shape(
@@ -95,17 +99,21 @@ def example(
   return images, scorer.prepared(reward, prompts)
 
 
-def _check_metadata(reward: Reward, prompts: Sequence[Prompt]) -> None:
-  """Raises `UserError` if no prompt has in its metadata what the reward needs."""
-  first = prompts[:_WITH_METADATA]
-  if reward.needs and not any(
-    named.names(prompt.metadata, key) for prompt in first for key in reward.needs
-  ):
-    raise UserError(
-      f"reward {reward.name!r} needs {' or '.join(map(repr, reward.needs))} in the prompts'"
-      f" metadata, which none of the first {len(first)} has: give prompts that have it (a .jsonl"
-      " file, or a column of a table), or another reward"
-    )
+def _check_metadata(use: Use) -> None:
+  """Raises `UserError` if too few prompts have in their metadata what the reward needs."""
+  if not (keys := use.reward.needs):
+    return
+  looked_at = sources.take(use.prompts, sources.spread(len(use.prompts), _WITH_METADATA))
+  lacking = [p for p in looked_at if not any(named.names(p.metadata, key) for key in keys)]
+  if len(lacking) < len(looked_at) and len(lacking) <= use.may_lack * len(looked_at):
+    return
+  of = "none" if len(lacking) == len(looked_at) else f"{len(looked_at) - len(lacking):,}"
+  raise UserError(
+    f"reward {use.reward.name!r} needs {' or '.join(map(repr, keys))} in the prompts' metadata,"
+    f" which {of} of {len(looked_at):,} that were looked at {'has' if of == 'none' else 'have'},"
+    f" and {lacking[0].text!r} has not: give prompts that have it (a .jsonl file, or a column of a"
+    " table), or another reward"
+  )
 
 
 def _call(

@@ -9,6 +9,7 @@ import threading
 from flax import linen as nn
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import logging as hub_logging
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -253,6 +254,24 @@ def test_a_hub_that_cannot_be_asked(hub, error, message):
   hub.error = error("line one\nline two")
   for function in (sources.open_weights, sources.read_config):
     one_line(function, SOURCE, match=f"org/name@{COMMIT}.*{message}")
+
+
+def test_attempts_are_not_shown(hub, monkeypatch):
+  said = []
+  logger = hub_logging.get_logger("huggingface_hub.utils._http")
+  monkeypatch.setattr(logger, "handle", said.append)
+
+  def download(*args, **keywords):
+    logger.warning("connection refused, four hundred characters of it. Retrying in 1s")
+    raise errors.LocalEntryNotFoundError("no answer")
+
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+  level = hub_logging.get_verbosity()
+  with pytest.raises(UserError, match="cannot be reached"):
+    hub_lib.parse("org/name@main").fetch("config.json")
+  assert not said and hub_logging.get_verbosity() == level
+  logger.warning("of another's use")
+  assert said
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Traces of the profiler: kinds of kernels by their names, shares, idle time."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -56,3 +58,22 @@ def test_a_trace_of_this_machine():
   assert not any("while" in name for name in names)  # Which hold the others.
   assert sum(kind.share for kind in profile.by_kind(trace.events)) == pytest.approx(1)
   assert 0 < profile.busy(trace) <= 1
+
+
+def _line(name, *events):
+  made = [types.SimpleNamespace(name=one, start_ns=0.0, duration_ns=5.0) for one in events]
+  return types.SimpleNamespace(name=name, events=made)
+
+
+@pytest.mark.parametrize(
+  ("plane", "lines", "found"),
+  [
+    ("/device:GPU:0", [_line("Stream #7(Compute)", "a"), _line("XLA Ops", "a")], ["a"]),
+    ("/device:TPU:0", [_line("XLA Ops", "a", "%while.3"), _line("Steps", "1")], ["a"]),
+    ("/host:CPU", [_line("tf_XLAEigen/1", "a", "end: a"), _line("python", "b")], ["a"]),
+    ("/host:CPU", [_line("python", "b")], []),
+  ],
+)
+def test_an_event_is_counted_once(plane, lines, found):
+  data = types.SimpleNamespace(planes=[types.SimpleNamespace(name=plane, lines=lines)])
+  assert [event.name for event in profile._events(data)] == found

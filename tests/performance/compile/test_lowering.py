@@ -6,17 +6,21 @@ its shapes, an operation without a rule for the platform.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import models_cases
 import pytest
 import train_cases
 
+from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import Config, TaskConfig
 from rlft.models import unet
 from rlft.models.shapes import param_shapes
 from rlft.performance.compile import targets
 from rlft.performance.compile.abstract_run import AbstractRun
+from rlft.rewards.scoring import scorer, trial
+from rlft.types import Prompt
 
 CONFIG = fields.make(
   Config,
@@ -91,3 +95,37 @@ def test_every_program_lowers_for_every_platform(mesh, variant):
       assert ("cudnn$fmha" in text) == halves, call.name
       learns = call.name in ("update", "pretrain")
       assert ("fmhaSoftmaxBackward" in text) == (halves and learns), call.name
+
+
+def test_every_program_of_xl_lowers_for_every_platform(mesh):
+  config = fields.replace(CONFIG, lora_rank=2)
+  calls = AbstractRun.of(config, mesh, models_cases.tiny_pipeline("sdxl")).calls()
+  assert [call.name for call in calls] == ["encode", "sample", "update", "pretrain", "average"]
+  for call in calls:
+    traced = call.program.trace(*call.args)
+    for platform in ("tpu", "cuda"):
+      assert "callback" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "emoji-objects",  # OWL-ViT
+    "emoji-preference",  # ImageReward
+    "emoji-tone-parity",
+    "skin-tone-parity",
+    "oracle-both",
+    "oracle-parity",
+    "oracle-preference",
+    "oracle-diversity",
+  ],
+)
+def test_every_kind_of_reward_lowers_for_every_platform(name):
+  reward = catalog.make_reward(name)
+  prompts = [Prompt("a judge", {"objects": ["dog"], "occupation": "judge"})] * 2
+  group = 4 if reward.is_set else 1
+  images, features = trial.example(reward, prompts, group, (32, 32, 3))
+  program = jax.jit(lambda *given: scorer.apply(reward, group, *given))
+  traced = program.trace(reward.params, images, features)
+  for platform in ("tpu", "cuda"):
+    assert "callback" not in traced.lower(lowering_platforms=(platform,)).as_text()

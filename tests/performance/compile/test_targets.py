@@ -12,6 +12,8 @@ from rlft.performance.compile.abstract_run import Call
 from rlft.performance.compile.chips import CHIPS, GIB
 from rlft.types import UserError
 
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
 
 @pytest.fixture
 def asked(monkeypatch):
@@ -24,7 +26,8 @@ def asked(monkeypatch):
 
   monkeypatch.setattr(targets.topologies, "get_topology_desc", get_topology_desc)
   monkeypatch.setattr(targets, "_cuda_plugin", lambda: "cuda12")
-  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  for name in FRACTIONS:
+    monkeypatch.delenv(name, raising=False)
   return calls
 
 
@@ -51,8 +54,9 @@ def test_several_machines_have_a_process_each(asked):
   assert target.processes == 2 and target.chips == 16
 
 
-def test_a_run_that_takes_more_of_the_memory_has_more(asked, monkeypatch):
-  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_a_run_that_takes_more_of_the_memory_has_more(asked, monkeypatch, name):
+  monkeypatch.setenv(name, "0.9")
   assert targets.open_target("a100:8", 1).memory == 0.9 * 80e9
 
 

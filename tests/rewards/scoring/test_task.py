@@ -307,3 +307,20 @@ def test_a_run_with_a_sum_a_veto_and_a_judge(folder, tmp_path):
   for label in ("red", "green", "spread"):
     assert f"Reward: sum/{label}, and {spread}, never trained on (right scale" in page
   assert json.loads((tmp_path / "eval.json").read_text())["after"]["red"]["trained_on"]
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"reward": "broken"}, "^reward=broken raised ValueError"),
+    ({"reward": "safe", "watch": "broken"}, "^watch=broken raised ValueError"),
+    ({"reward": "safe", "veto": "broken>=2"}, "^veto=broken raised ValueError"),
+  ],
+)
+def test_what_fails_is_said_of_its_key(monkeypatch, settings, message):
+  def fails(images, prompts, metadata):
+    raise ValueError("no luck")
+
+  monkeypatch.setitem(PARTS, "broken", HostReward("broken", fails))
+  with pytest.raises(UserError, match=message):
+    score(8, **settings)

@@ -1,5 +1,6 @@
 """Rewards are tried before anything large is compiled."""
 
+import contextlib
 import time
 
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ def test_a_host_reward_is_called_once():
     (JaxReward("r", lambda *_: 0, prepare=refuse), "raised ValueError: no luck"),
     (
       JaxReward("r", lambda *_: 0, needs=("objects", "words")),
-      " needs 'objects' or 'words' in the prompts' metadata, which none of the first 2 has: give",
+      " needs 'objects' or 'words' in the prompts' metadata, which none of 2 that were looked at"
+      " has, and 'a dog' has not: give",
     ),
   ],
 )
@@ -78,3 +80,20 @@ def test_what_fails_is_an_error_of_one_line(reward, message):
 def test_one_prompt_with_metadata_is_enough():
   score = lambda images, prompts, metadata: np.zeros(len(prompts))  # noqa: E731
   attempt(HostReward("r", score, needs=("objects",)), prompts=NAMED)
+
+
+@pytest.mark.parametrize(("may_lack", "enough"), [(0.6, True), (0.5, True), (0.4, False)])
+def test_a_task_needs_metadata_of_nearly_all_its_prompts(may_lack, enough):
+  score = lambda images, prompts, metadata: np.zeros(len(prompts))  # noqa: E731
+  prompts = [*NAMED, *NAMED] * 1000  # those that lack it are not among the first alone
+  use = trial.Use("t", HostReward("r", score, needs=("objects",)), prompts, 1, may_lack)
+  context = contextlib.nullcontext() if enough else pytest.raises(UserError, match="500 of 1,000")
+  with context:
+    trial.try_each([use], image_shape=(8, 4, 3), timeout_s=5)
+
+
+@pytest.mark.parametrize("value", [3, {"dog": 1}, ["dog", 3]])
+def test_metadata_of_another_kind_is_refused(value):
+  prompts = [Prompt("a dog", {"objects": value})]
+  with pytest.raises(UserError, match="metadata has 'objects': .* which is no list of words"):
+    attempt(HostReward("r", lambda *_: 0, needs=("objects",)), prompts=prompts)
