@@ -96,8 +96,7 @@ def _loop(run: Run, state: TrainState, cursor: Cursor, stop: Stop, start: float)
         "learning_rate": config.optimizer.learning_rate,
         "images_seen": images * (iteration + 1),
       }
-      if iteration == 0:
-        checks.warn_if_bounded(config, metrics["grad_norm"])
+      checks.warn(config, metrics, iteration)
       with processes.together():
         if run.writes:
           writer.write(iteration, metrics)

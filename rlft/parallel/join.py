@@ -8,6 +8,7 @@ import glob
 import logging
 import os
 import socket
+import time
 from typing import Any
 import urllib.request
 
@@ -22,6 +23,7 @@ from rlft.types import UserError
 
 _KEYS = "rlft/processes/"
 _TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+_PORT_TRIES = 5  # a second apart
 _JOIN_S = 300  # in which all processes must have come
 _watch: list[Watch] = []  # of this process, once it has joined others
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -232,16 +234,19 @@ def _end_with_coordinator(address: str) -> Any:
 
   def aborted(_: int) -> None:
     host, _, port = address.rpartition(":")
-    try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-      what = "JAX has aborted this process; why, it prints with TF_CPP_MIN_LOG_LEVEL=0 before the"
-      watch_lib.leave(f"{what} command", FAILED)
-    except OSError:
-      watch_lib.leave(
-        f"process 0 (at {address}) has died, and all processes stop: run the same command again to"
-        " go on from the last checkpoint",
-        FAILED,
-      )
+    # The port of a process that is just dying may answer for a moment.
+    for _ in range(_PORT_TRIES):
+      try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+      except OSError:
+        watch_lib.leave(
+          f"process 0 (at {address}) has died, and all processes stop: run the same command again"
+          " to go on from the last checkpoint",
+          FAILED,
+        )
+      time.sleep(1)
+    what = "JAX has aborted this process; why, it prints with TF_CPP_MIN_LOG_LEVEL=0 before the"
+    watch_lib.leave(f"{what} command", FAILED)
 
   handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
   libc = ctypes.CDLL(None)

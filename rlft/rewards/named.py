@@ -29,6 +29,12 @@ def names(known: Mapping[str, Any], key: str) -> list[str]:
   return list(words)
 
 
+def has(known: Mapping[str, Any], key: str) -> bool:
+  """Whether one prompt's metadata has anything under `key`, words or something else."""
+  found = known.get(key)
+  return found is not None and (not hasattr(found, "__len__") or len(found) > 0)
+
+
 def mean(confidences: jax.Array, present: jax.Array) -> jax.Array:
   """Mean over what each prompt names.
 

@@ -4,21 +4,25 @@ Each raises a UserError of one line that ends with the remedy. All are cheap and
 accelerator, so that a mistake is reported before anything is compiled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import logging
 import math
 import re
+
+import jax
 
 from rlft import catalog
 from rlft.config import fields
 from rlft.config.settings import EMOJI_SD, Config, TaskConfig
 from rlft.models import scheduler_config, stable_diffusion
 from rlft.models.files import lora_files, pretrained
+from rlft.parallel import cpu
 from rlft.storage import files
 from rlft.types import UserError
 
 _log = logging.getLogger(__name__)
 
+_NOTICE = 15  # seconds, the least that clouds give to a machine which they take away
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
 
 
@@ -191,6 +195,44 @@ def validate_sets(task: TaskConfig, on_sets: Sequence[str]) -> None:
     raise UserError(
       f"--task=name={task.name}: {', '.join(on_sets)} scores the images of a prompt as a set: give"
       " images_per_prompt, e.g. 16"
+    )
+
+
+def warn(config: Config, metrics: Mapping[str, float], iteration: int) -> None:
+  """Says what the first iterations show of settings that do not what they are meant to.
+
+  Args:
+    config: of the run.
+    metrics: of the iteration.
+    iteration: from 0; the second compiles nothing.
+  """
+  if iteration == 0:
+    warn_if_bounded(config, metrics["grad_norm"])
+  if iteration == 1 and cpu.goes_on():  # No machine with CPUs alone is taken away.
+    warn_if_slow_to_stop(metrics, jax.process_count())
+
+
+def warn_if_slow_to_stop(metrics: Mapping[str, float], process_count: int) -> None:
+  """Says so if a machine that is taken away may be gone before there is a checkpoint.
+
+  Args:
+    metrics: of an iteration that compiled nothing.
+    process_count: of the run; several cannot stop while they draw or score.
+  """
+  phases = ("update",) if process_count == 1 else ("sample", "reward", "update")
+  units = {
+    key: value
+    for key, value in metrics.items()
+    if key.startswith(tuple(f"time/{phase}_s/" for phase in phases)) and value > _NOTICE
+  }
+  if units:
+    name = max(units, key=units.get)
+    _log.warning(
+      "a unit of work (%s) takes %.0f s, and a run that is told to stop finishes it before it saves"
+      " its state: spot machines are gone after 15 to 30 s, so keep --checkpoint_every small, or"
+      " give fewer images an iteration (batch_size) or fewer --train_timesteps",
+      name,
+      units[name],
     )
 
 

@@ -101,7 +101,6 @@ def test_preference_likes_vivid_pictures_of_what_was_asked():
   [
     ({"objects": ["unicycle"]}, "'unicycle', which the emoji world does not have"),
     ({"objects": ["dog", "cat", "car"]}, "names 3 objects: name at most 2"),
-    ({"occupation": "cook"}, "no 'objects' in its metadata"),
   ],
 )
 def test_prompts_that_the_detector_cannot_use(metadata, message):

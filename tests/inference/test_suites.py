@@ -1,6 +1,7 @@
 """Suites on several models: small random ones, with small random reward networks."""
 
 import json
+import shutil
 
 import clip_reward_cases
 import models_cases
@@ -10,6 +11,7 @@ import pytest
 
 from rlft.config import fields, stored
 from rlft.config.settings import Config, ScoringSettings, TaskConfig
+from rlft.emoji import detector
 from rlft.inference import draw, runs
 from rlft.inference import load as finetuned
 from rlft.inference import suites as suites_lib
@@ -242,3 +244,34 @@ def test_mistakes(folder, tmp_path, suite, models, message):
   assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="--suite writes a directory: give --output=runs/NAME"):
     run(folder, None, "emoji")
+
+
+def test_every_suite_from_prompts_to_tables(folder, tmp_path):
+  """Nothing is replaced: a model draws, reward networks score, both small and random."""
+  owl = tmp_path / "owl" / "owlv2-base-patch16-ensemble"
+  shutil.copytree(detector.DIRECTORY, owl)
+  shutil.copytree(detector.TOKENIZER, owl, dirs_exist_ok=True)
+  asked = {"prompt": "two dogs", "tag": "counting", "exclude": []}
+  asked["include"] = [{"class": "dog", "count": 2}]
+  (folder / "geneval.jsonl").write_text(json.dumps(asked))
+  prompts, few = f"{folder}/test.tsv?column=Prompts", f"{folder}/development.txt"
+  bright = f"metric=host:{folder}/metrics.py:bright"
+  a, b, weights = f"{folder}/a", f"{folder}/b", str(folder / "weights")
+  for suite, models, weights_dir, names in (
+    (f"standard?prompts={prompts}", [a, b], weights, ["hpsv2.1", "clip-score", "aesthetic"]),
+    (f"composition?seen={few}&unseen={few}&{bright}", [a], "", ["metrics.py:bright seen"]),
+    (f"diversity?prompts={few}&images_per_prompt=2", [a], weights, ["vendi", "clip-distance"]),
+    (f"geneval?prompts={folder}/geneval.jsonl", [a], str(tmp_path / "owl"), ["GenEval-OWL"]),
+  ):
+    output, settings = tmp_path / suite.partition("?")[0], SuiteSettings(suite, weights_dir)
+    drawing = Drawing("", sampling_steps=2, guidance_scale=3.0)
+    said = suites_lib.run(models, settings, drawing, scoring=ScoringSettings(), output=output)
+    _, found = rows(output)
+    assert set(names) <= found.keys(), (suite, list(found))
+    for row in found.values():
+      assert len(row["cells"]) == len(models) and row["name"] in said
+      assert all(np.isfinite(cell["mean"]["mean"]) for cell in row["cells"]), row
+    # The two models are the same, and so are the noise and what is said of it.
+    if len(models) == 2:
+      assert all(row["cells"][1]["change"]["mean"] == 0 for row in found.values())
+    assert (output / "suite.html").exists()

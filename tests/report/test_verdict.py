@@ -128,7 +128,7 @@ def test_what_to_do_next():
   assert commands("hacked", place=weighed)[1] == f"{again} --pretrain_weight=0.3"
   # Pictures of a model of one's own are rated by prompts that are said.
   own = dataclasses.replace(PLACE, base="a/b@c", prompts="held out.txt")
-  assert " --set='name=held-out,prompts=held out.txt' " in commands("improved", place=own)[1]
+  assert " '--set=name=held-out,prompts=held out.txt' " in commands("improved", place=own)[1]
   still = dataclasses.replace(DONE, approx_kl=1e-9)
   assert commands("unmoved", still)[0] == f"{again} --learning_rate=2e-05"
   assert f"{again} --learning_rate=6.7e-07" in commands("clipped")

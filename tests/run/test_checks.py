@@ -1,6 +1,7 @@
 """What is refused before a run starts, and with which words."""
 
 import os
+import re
 
 import pytest
 
@@ -146,3 +147,16 @@ def test_every_preset_passes_the_checks(preset, run):
 def test_weights_without_effect_are_said_to_have_none(run, caplog, norm, bound, said):
   checks.warn_if_bounded(fields.replace(run, max_grad_norm=float(bound)), norm)
   assert ("--max_grad_norm=0.1: a factor of their losses" in caplog.text) == said
+
+
+@pytest.mark.parametrize(
+  ("times", "processes", "said"),
+  [
+    ({"time/update_s/a": 16.0, "time/update_s/b": 40.0}, 1, r"time/update_s/b\) takes 40 s"),
+    ({"time/sample_s/a": 67.0, "time/update_s/a": 18.0}, 2, r"time/sample_s/a\) takes 67 s"),
+    ({"time/sample_s/a": 67.0, "time/update_s": 99.0}, 1, None),
+  ],
+)
+def test_a_run_that_stops_too_slowly_for_a_spot_machine_says_so(caplog, times, processes, said):
+  checks.warn_if_slow_to_stop(times, processes)
+  assert re.search(said, caplog.text) if said else not caplog.text

@@ -104,7 +104,7 @@ def _check_metadata(use: Use) -> None:
   if not (keys := use.reward.needs):
     return
   looked_at = sources.take(use.prompts, sources.spread(len(use.prompts), _WITH_METADATA))
-  lacking = [p for p in looked_at if not any(named.names(p.metadata, key) for key in keys)]
+  lacking = [p for p in looked_at if not any(named.has(p.metadata, key) for key in keys)]
   if len(lacking) < len(looked_at) and len(lacking) <= use.may_lack * len(looked_at):
     return
   of = "none" if len(lacking) == len(looked_at) else f"{len(looked_at) - len(lacking):,}"

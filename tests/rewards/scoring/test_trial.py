@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlft import catalog
 from rlft.rewards.scoring import trial
 from rlft.types import HostReward, JaxReward, Prompt, UserError
 
@@ -92,8 +93,19 @@ def test_a_task_needs_metadata_of_nearly_all_its_prompts(may_lack, enough):
     trial.try_each([use], image_shape=(8, 4, 3), timeout_s=5)
 
 
+def test_metadata_need_not_be_words():
+  score = lambda images, prompts, metadata: np.zeros(len(prompts))  # noqa: E731
+  for value in ([{"class": "dog", "count": 2}], [["Is it a dog?", "yes"]], 3, np.array(["dog"])):
+    prompts = [Prompt("a dog", {"objects": value})]
+    attempt(HostReward("r", score, needs=("objects",)), prompts=prompts)
+  for value in ([], "", None):
+    with pytest.raises(UserError, match="none of 1 that were looked at has"):
+      prompts = [Prompt("a dog", {"objects": value})]
+      attempt(HostReward("r", score, needs=("objects",)), prompts=prompts)
+
+
 @pytest.mark.parametrize("value", [3, {"dog": 1}, ["dog", 3]])
-def test_metadata_of_another_kind_is_refused(value):
+def test_words_of_another_kind_are_refused(value):
   prompts = [Prompt("a dog", {"objects": value})]
   with pytest.raises(UserError, match="metadata has 'objects': .* which is no list of words"):
-    attempt(HostReward("r", lambda *_: 0, needs=("objects",)), prompts=prompts)
+    attempt(catalog.make_reward("oracle-both"), prompts=prompts)
