@@ -4,6 +4,15 @@ import pytest
 
 from rlft.data import captions
 
+_PEOPLES = (
+  "Roma Inca Papuan Gambian Togolese Ivorian Botswanan Bahamian Kuwaiti Emirati Kazakh "
+  "Kyrgyz Tajik Uruguayan Guyanese Surinamese Igbo Hausa Tutsi Hutu Ashanti Kikuyu Tuareg "
+  "Rohingya Gujarati Rajasthani Kashmiri Sindhi Telugu Balinese Javanese Cantonese Tatar "
+  "Chechen Cree Lakota Hopi Mapuche Guarani Basque Catalan Maltese Cypriot Montenegrin "
+  "Macedonian Lao Monegasque Mauritian Bhutanese Chadian Comorian Barbadian Vincentian "
+  "Sammarinese Palauan Ni-Vanuatu I-Kiribati"
+)
+
 
 @pytest.mark.parametrize(
   ("caption", "term"),
@@ -89,10 +98,99 @@ from rlft.data import captions
     ("a man with a black male cat", "black male"),
     ("a chef in a white chef's hat", "white chef"),
     ("photo, black and white, old man", "black and white, old man"),
+    # Any words may stand between the colour and the person,
+    ("a black baseball player", "black baseball player"),
+    ("a white tennis player", "white tennis player"),
+    ("two black soccer players", "black soccer players"),
+    ("a black football player", "black football player"),
+    ("a black army soldier", "black army soldier"),
+    ("a black jazz musician", "black jazz musician"),
+    ("a black disabled man", "black disabled man"),
+    ("a Black 25-year-old man", "black 25-year-old man"),
+    ("a black 25 year old man", "black 25 year old man"),
+    ("a black stylish woman", "black stylish woman"),
+    ("a black and stylish woman", "black and stylish woman"),
+    ("a black long haired man", "black long haired man"),
+    ("a white truck driver", "white truck driver"),
+    ("an Italian chef", "italian chef"),
+    ("yellow man", "yellow man"),
+    ("a bronzed man", "bronzed man"),
+    # the colour may come after the person, or in marks,
+    ("a woman, Black", "woman, black"),
+    ("portrait of a woman (Black)", "woman, black"),
+    ("a (Black) man", "black man"),
+    ('a "black" man', "black man"),
+    ("a 'black' man", "black man"),
+    ("a \u201cblack\u201d man", "black man"),
+    ("age 30, white, male", "white, male"),
+    ("the man in the picture is black", "man in the picture is black"),
+    ("a man who looks black.", "man who looks black"),
+    ("age: 30; white; sex: male", "white; sex: male"),
+    ("men both black and white", "men both black"),
+    ("a B\u200black woman", "black woman"),
+    ("a bl\u00adack woman", "black woman"),
+    # but not things, clothes or words of place,
+    ("a black suit man", ""),
+    ("a black dog beside a man", ""),
+    ("a white wall and a man", ""),
+    ("a man on a black horse", ""),
+    ("a white plate and a man", ""),
+    ("a man in black talking to people", ""),
+    ("a man in black pants and a woman", ""),
+    ("a girl in a white t-shirt holding a kid", ""),
+    ("a black and red train with people", ""),
+    ("a white haired man", ""),
+    ("a black clad man", ""),
+    ("a brown leather couch with a girl", ""),
+    ("a woman with white flowers, girl", ""),
+    ("an American flag and a soldier", ""),
+    ("woman, black dress", ""),
+    ("a woman, black and white photo", ""),
+    # Skin of any colour goes; words that tell its state or whose it is stay.
+    ("a chocolate-skinned woman", "chocolate-skinned"),
+    ("a caramel-skinned girl", "caramel-skinned"),
+    ("copper-skinned man", "copper-skinned"),
+    ("a honey skinned woman", "honey skinned"),
+    ("skin as dark as night", "skin as dark"),
+    ("brown, glowing skin", "brown, glowing skin"),
+    ("pale freckled skin", "pale freckled skin"),
+    ("a dark-complected man", "dark-complected"),
+    ("judged by the color of their skin", "color of their skin"),
+    ("skin the color of honey", "skin the color of honey"),
+    ("bare skin of a boy", ""),
+    ("her smooth skin", ""),
+    ("a tiger skin rug and a man", ""),
+    # What else speaks of races; peoples as nouns.
+    ("a POC woman", "poc"),
+    ("people of all races", "all races"),
+    ("a white supremacist man", "white supremacist man"),
+    ("an Englishman in a park", "englishman"),
+    ("a Frenchman", "frenchman"),
+    ("Germans at a bar", "germans"),
+    ("two Turks", "turks"),
+    ("Italians dine", "italians"),
+    ("a Scot", "scot"),
+    ("a Swede", "swede"),
+    ("a Dane", "dane"),
+    ("Bulgarians sing", "bulgarians"),
+    # Rather one too many.
+    ("a child with blue skin", "blue skin"),
+    ("black men's shoes", "black men"),
+    ("portrait of a woman, dark", "woman, dark"),
+    ("a man in white and black women's hat", "white and black women"),
   ],
 )
 def test_terms_of_race_ethnicity_and_skin_colour(caption, term):
   assert captions.ethnic_term(caption) == term
+
+
+@pytest.mark.parametrize("people", _PEOPLES.split())
+def test_every_people_is_known(people):
+  assert captions.ethnic_term(f"a {people} man and a dog")
+
+
+def test_places_stay():
+  assert not captions.ethnic_term("a man in Laos")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +216,45 @@ def test_terms_of_race_ethnicity_and_skin_colour(caption, term):
     ("a manhole cover", False),
     ("a two-person tent", False),
     ("a romantic mango", False),
+    ("someone is riding a horse", True),
+    ("a bicyclist", True),
+    ("police on horses", True),
+    ("a fire fighter", True),
+    ("a snow boarder", True),
+    ("a bus driver", True),
+    ("two cooks in a kitchen", True),
+    ("a model on a runway", True),
+    ("a professor", True),
+    ("wives", True),
+    ("a group posing for a photo", True),
+    ("a baby in bed", True),
+    ("a baby with a bottle", True),
+    ("a couple of men", True),
+    ("a family of four", True),
+    ("a couple on a bench", True),
+    ("a man's hand", True),
+    ("a man in women's shoes", True),
+    ("a female portrait", True),
+    ("the batter swings", True),
+    # A person's word in the name of a thing, or its owner, shows nobody.
+    ("a couple of zebras", False),
+    ("a family of elephants", False),
+    ("women's shoes", False),
+    ("women's running shoes", False),
+    ("ladies' room", False),
+    ("a female lion", False),
+    ("a coach bus", False),
+    ("cake batter", False),
+    ("a baby stroller", False),
+    ("baby's crib", False),
+    ("a patient dog", False),
+    ("a clown fish", False),
+    ("a queen bee", False),
+    ("catcher's mitt", False),
+    ("a group of zebras", False),
+    ("a model train", False),
+    ("a police car", False),
+    ("a player piano", False),
   ],
 )
 def test_captions_of_people(caption, people):
