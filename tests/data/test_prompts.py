@@ -1,5 +1,6 @@
 """Prompt sources."""
 
+import datetime
 import logging
 import os
 import sys
@@ -7,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from rlft.data import columns, prompts
 from rlft.data import lines as lines_lib
-from rlft.data import prompts
 from rlft.types import Prompt, UserError
 
 
@@ -193,6 +194,135 @@ def test_parquet(tmp_path):
   bad = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
   parquet.write_table(pyarrow.table({"prompt": bad}), path)
   assert "is not UTF-8 text" in refusal(path)
+
+
+def _moments(count, unit, zone=None):
+  pyarrow = pytest.importorskip("pyarrow")
+  return pyarrow.array([count], pyarrow.int64()).cast(pyarrow.timestamp(unit, zone))
+
+
+_UTC, _NOON = datetime.UTC, (2023, 11, 14, 22, 13, 20)  # 1.7e9 s after 1970 began
+
+
+@pytest.mark.parametrize(
+  ("make", "value"),
+  [
+    # Of nanoseconds, microseconds are left.
+    (lambda pa: _moments(17 * 10**17 + 1_234, "ns"), datetime.datetime(*_NOON, 1)),
+    (lambda pa: _moments(17 * 10**8, "s"), datetime.datetime(*_NOON)),
+    (lambda pa: pa.array([5_999], pa.duration("ns")), datetime.timedelta(microseconds=5)),
+    (
+      lambda pa: pa.array([3_600 * 10**9 + 5_999], pa.int64()).cast(pa.time64("ns")),
+      datetime.time(1, 0, 0, 5),
+    ),
+    # A time zone that nobody knows: in UTC.
+    (
+      lambda pa: _moments(17 * 10**17 + 1_234, "ns", "Mars/Base"),
+      datetime.datetime(*_NOON, 1, _UTC),
+    ),
+    # Beyond Python's dates: as text.
+    (lambda pa: _moments(568_971_820_800, "s"), "20000-01-01 00:00:00.000"),
+    (lambda pa: pa.array([2**31 - 1], pa.int32()).cast(pa.date32()), "<value out of range: "),
+    (lambda pa: pa.array([2**62], pa.duration("s")), str(2**62)),
+    # In lists, structures, maps and dictionaries, too.
+    (
+      lambda pa: pa.ListArray.from_arrays([0, 1], _moments(17 * 10**17 + 1_234, "ns")),
+      [datetime.datetime(*_NOON, 1)],
+    ),
+    (
+      lambda pa: pa.FixedSizeListArray.from_arrays(_moments(17 * 10**17 + 1_234, "ns"), 1),
+      [datetime.datetime(*_NOON, 1)],
+    ),
+    (
+      lambda pa: pa.StructArray.from_arrays(
+        [_moments(568_971_820_800, "s"), pa.array([1])], ["far", "id"]
+      ),
+      {"far": "20000-01-01 00:00:00.000", "id": 1},
+    ),
+    (
+      lambda pa: pa.StructArray.from_arrays(
+        [_moments(17 * 10**17, "ns", "Mars/Base").dictionary_encode()], ["here"]
+      ),
+      {"here": datetime.datetime(*_NOON, tzinfo=_UTC)},
+    ),
+    (
+      lambda pa: pa.MapArray.from_arrays([0, 1], ["a"], _moments(17 * 10**17 + 1_234, "ns")),
+      [("a", datetime.datetime(*_NOON, 1))],
+    ),
+    (
+      lambda pa: _moments(17 * 10**17 + 1_234, "ns").dictionary_encode(),
+      datetime.datetime(*_NOON, 1),
+    ),
+    (
+      lambda pa: pa.ListArray.from_arrays([0, 2], pa.array(["x", "x"]).dictionary_encode()),
+      ["x", "x"],
+    ),
+    (
+      lambda pa: pa.array([[{"name": "dog", "boxes": [[1.0, 2.0]]}]]),
+      [{"name": "dog", "boxes": [[1, 2]]}],
+    ),
+  ],
+)
+def test_parquet_has_metadata_of_any_type(tmp_path, make, value):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = str(tmp_path / "p.parquet")
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": make(pyarrow)}), path)
+  loaded = prompts.load_file(path)
+  (found,) = [prompt.metadata["x"] for prompt in loaded]
+  assert found == loaded[0].metadata["x"]
+  assert type(found) is type(value)
+  assert found == value or str(value).startswith("<") and found.startswith(value)
+
+
+def test_parquet_that_pyarrow_cannot_give_is_refused_before_rows_are_drawn(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = tmp_path / "p.parquet"
+  bad = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+  for column in (bad, bad.dictionary_encode(), pyarrow.ListArray.from_arrays([0, 1], bad)):
+    parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": column}), path)
+    assert "p.parquet, column 'x' is not UTF-8 text" in refusal(path)
+  twice = pyarrow.StructArray.from_arrays([bad, bad], ["a", "a"])
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": twice}), path)
+  assert "UTF-8" in refusal(path)
+  good = pyarrow.array(["b"])
+  twice = pyarrow.StructArray.from_arrays([good, good], ["a", "a"])
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": twice}), path)
+  assert "cannot be read (a structure has two fields 'a'): write it anew" in refusal(path)
+
+
+@pytest.mark.parametrize("error", [ValueError, OverflowError, "ArrowInvalid"])
+def test_what_pyarrow_raises_while_rows_are_drawn_names_the_file(tmp_path, monkeypatch, error):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = str(tmp_path / "p.parquet")
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"]}), path)
+  loaded = prompts.load_file(path)
+
+  def fails(values):
+    raise (getattr(pyarrow, error) if isinstance(error, str) else error)("no\nluck")
+
+  monkeypatch.setattr(columns, "_objects", fails)
+  for draw in (lambda: loaded[0], lambda: list(loaded)):
+    with pytest.raises(UserError, match=r"p\.parquet cannot be read \(no luck\): write it anew"):
+      draw()
+
+
+def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = tmp_path / "p.parquet"
+  options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+  table = pyarrow.table({"prompt": ["a dog and a cat"]})
+  parquet.write_table(table, path, write_page_checksum=True, **options)
+  content = path.read_bytes()
+  write(path, content.replace(b"a dog and", b"a dog aod", 1))
+  assert "checksum" in refusal(path)
 
 
 def test_rows_of_many_batches(tmp_path):
