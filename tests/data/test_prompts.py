@@ -6,6 +6,7 @@ import os
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from rlft.data import columns, prompts
@@ -405,33 +406,112 @@ def test_checking_a_source_does_not_read_it(tmp_path):
   prompts.check_file(write(tmp_path / "p.txt", b"\xff"))
 
 
-def test_tensorflow_datasets(tmp_path):
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+  """The folder of a data set of TFDS, as it has them: five rows with metadata and pictures."""
   tfds = pytest.importorskip("tensorflow_datasets")
   pytest.importorskip("array_record")
+  folder = tmp_path_factory.mktemp("tfds")
+  picture = str(folder / "a.png")
+  Image.new("RGB", (2, 2)).save(picture)
 
   class RlftTestPrompts(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      features = tfds.features.FeaturesDict({"prompt": tfds.features.Text()})
-      return tfds.core.DatasetInfo(builder=self, features=features)
+      kinds = tfds.features
+      image = kinds.Image(shape=(2, 2, 3))
+      features = {
+        "prompt": kinds.Text(),
+        "caption": kinds.Text(),
+        "objects": kinds.Sequence(kinds.Text()),
+        "count": np.int32,
+        "box": {"corner": kinds.Tensor(shape=(2,), dtype=np.float32), "name": kinds.Text()},
+        "raw": kinds.Text(),
+        "image": image,
+        "images": kinds.Sequence(image),
+        "view": {"image": image},
+      }
+      return tfds.core.DatasetInfo(builder=self, features=kinds.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
       return {"train": self._generate_examples()}
 
     def _generate_examples(self):
       for i in range(5):
-        yield i, {"prompt": f"emoji number {i} ä"}
+        yield (
+          i,
+          {
+            "prompt": f" emoji number {i} ä\n" if i else " ",
+            "caption": f"caption {i}",
+            "objects": ["dog"] * i,
+            "count": i,
+            "box": {"corner": [0.5, 1], "name": "ä"},
+            "raw": b"\xff\xfe",
+            "image": picture,
+            "images": [picture],
+            "view": {"image": picture},
+          },
+        )
 
-  builder = RlftTestPrompts(data_dir=str(tmp_path), file_format="array_record")
+  builder = RlftTestPrompts(data_dir=str(folder), file_format="array_record")
   builder.download_and_prepare()
-  loaded = prompts.load_tfds(builder.data_dir, "train")
-  assert sorted(prompt.text for prompt in loaded) == [f"emoji number {i} ä" for i in range(5)]
+  return builder.data_dir
+
+
+def test_tensorflow_datasets(tfds_folder):
+  loaded = prompts.load_tfds(tfds_folder, "train")
+  texts = sorted(prompt.text for prompt in loaded)
+  # A row without a prompt stays: to find it, all would have to be read.
+  assert texts == ["", *(f"emoji number {i} ä" for i in range(1, 5))]
   assert loaded[np.int64(2)] == loaded[2]
   assert loaded.take([4, 2]) == [loaded[4], loaded[2]]
-  for name, split in ((builder.data_dir, "test"), ("rlft_no_such_data_set", "train")):
+  for name, split in ((tfds_folder, "test"), ("rlft_no_such_data_set", "train")):
     with pytest.raises(UserError, match="cannot be read"):
       prompts.load_tfds(name, split)
+
+
+def test_other_features_of_tensorflow_datasets_are_metadata(tfds_folder):
+  loaded = {prompt.text: prompt.metadata for prompt in prompts.load_tfds(tfds_folder, "train")}
+  assert loaded["emoji number 3 ä"] == {
+    "caption": "caption 3",
+    "objects": ["dog", "dog", "dog"],
+    "count": 3,
+    "box": {"corner": [0.5, 1.0], "name": "ä"},
+    "raw": b"\xff\xfe",
+  }
+
+
+@pytest.mark.parametrize(
+  ("split", "count"),
+  [
+    ("train?column=caption", 5),
+    ("train?column=caption[1:3]", 2),
+    ("train[:40%]?column=caption", 2),
+  ],
+)
+def test_another_feature_of_tensorflow_datasets(tfds_folder, split, count):
+  loaded = prompts.load_tfds(tfds_folder, split)
+  assert len(loaded) == count
+  assert all(prompt.text == f"caption {prompt.metadata['count']}" for prompt in loaded)
+  assert "prompt" in loaded[0].metadata
+
+
+@pytest.mark.parametrize(
+  ("split", "message"),
+  [
+    ("train[4:1]", r"train\[4:1\] are empty: give a split with at least one prompt"),
+    ("train[2:2]", "cannot be read: Paths sequence can not be of 0 length"),
+    ("train[9:]", "cannot be read: Requested slice"),
+    ("train?column=none", r"has no column 'none' \(it has .*or name it with \?column="),
+    ("train?column=count", "'count' holds [0-4], which is no text in UTF-8: name another feature"),
+    ("train?column=raw", r"'raw' holds b'\\xff\\xfe', which is no text in UTF-8"),
+  ],
+)
+def test_what_is_no_prompt_of_tensorflow_datasets_is_refused(tfds_folder, split, message):
+  with pytest.raises(UserError, match=message) as error:
+    prompts.load_tfds(tfds_folder, split)
+  assert "\n" not in str(error.value)
 
 
 def test_tensorflow_datasets_not_installed(monkeypatch):
