@@ -24,6 +24,7 @@ def load_file(spec: str) -> Source:
     spec: one of
       FILE.txt               one prompt a line;
       FILE.jsonl             objects with `prompt`; the other keys are the prompt's metadata;
+      FILE.json              an array of such objects, or of texts; held in memory;
       FILE.csv, FILE.tsv     a column `prompt` (or `Prompt`); the other columns are metadata;
       FILE.parquet           a column `prompt`; the other columns are metadata;
       FILE.array_record      objects with `prompt` in JSON, as `rlft.data.records` writes them.
@@ -112,6 +113,7 @@ def _read_table(path: str, column: str, *, separator: str) -> Source:
 _READERS: Mapping[str, Callable[[str, str], Source]] = {
   ".txt": lambda path, column: lines.read_text(path),
   ".jsonl": lines.read_json_lines,
+  ".json": lines.read_json,
   ".csv": functools.partial(_read_table, separator=","),
   ".tsv": functools.partial(_read_table, separator="\t"),
   ".parquet": columns.read_parquet,

@@ -48,6 +48,33 @@ def test_json_lines_carry_metadata(tmp_path):
   ]
 
 
+def test_an_array_of_json(tmp_path, caplog):
+  path = write(
+    tmp_path / "p.json",
+    '\ufeff[" a dog\\n", {"prompt": "a cat", "objects": ["cat"]}, "", {"prompt": " ", "n": 1}]',
+  )
+  with caplog.at_level(logging.WARNING):
+    loaded = prompts.load_file(path)
+  assert list(loaded) == [Prompt("a dog"), Prompt("a cat", {"objects": ["cat"]})]
+  assert loaded.take([np.int64(1), 0]) == [loaded[1], loaded[0]]
+  assert caplog.messages == [f"2 of 4 rows of {path} have no prompt and are left out"]
+  assert loaded.left_out == 2
+  before = loaded.digest()
+  assert prompts.load_file(path).digest() == before
+  write(tmp_path / "p.json", '[{"caption": "a car", "prompt": 3}]')
+  (prompt,) = prompts.load_file(f"{path}?column=caption")
+  assert prompt == Prompt("a car", {"prompt": 3})
+  assert prompts.load_file(f"{path}?column=caption").digest() != before
+
+
+def test_an_array_of_json_is_bounded(tmp_path, monkeypatch):
+  path = write(tmp_path / "p.json", '["a dog"]')
+  monkeypatch.setattr(lines_lib, "_MOST_JSON", 9)
+  assert len(prompts.load_file(path)) == 1
+  monkeypatch.setattr(lines_lib, "_MOST_JSON", 8)
+  assert "an array is read as a whole: write an object a line, as .jsonl" in refusal(path)
+
+
 @pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t"), ("TSV", "\t")])
 def test_tables(tmp_path, suffix, comma):
   rows = [["Prompt", "Category"], ['"a dog, ""Rex"""', "animal"], ["a car"], ["", ""]]
@@ -386,10 +413,21 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     ("p.jsonl", '{"prompt": null}\n', "line 1 is not of the form"),
     ("p.jsonl", '{"prompt": "\\u0000"}\n', "line 1 has a NUL character"),
     ("p.jsonl", '\n{"prompt": "\\ud83d"}\n', "line 2 has half of a character"),
+    ("p.json", "", "is not JSON (Expecting value"),
+    ("p.json", "[]", "has no prompts"),
+    ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "or call it .jsonl if it has an object a line"),
+    ("p.json", '{"prompt": "a"}', "is no JSON array: give an array of texts or objects"),
+    ("p.json", "[" * 100_000, "is not JSON ("),
+    ("p.json", '["a", {"text": "b"}]', 'entry 2 is neither a text nor of the form {"prompt": "...'),
+    ("p.json", '[{"text": "b"}]', "(it has text): correct it, or name another key with ?column="),
+    ("p.json", '["a", null]', "entry 2 is neither"),
+    ("p.json", '["a", "\\u0000"]', "entry 2 has a NUL character"),
+    ("p.json", '["\\ud83d"]', "entry 1 has half of a character"),
+    ("p.json", b'["caf\xe9"]', "is not UTF-8 text"),
     (
       "p.doc",
       "a dog",
-      "has no known suffix: use one of .txt, .jsonl, .csv, .tsv, .parquet, .",
+      "has no known suffix: use one of .txt, .jsonl, .json, .csv, .tsv, .parquet",
     ),
   ],
 )
