@@ -29,6 +29,8 @@ from absl import app, flags
 import jax
 import numpy as np
 from PIL import Image
+import pyarrow
+from pyarrow import parquet
 import safetensors.numpy
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -40,7 +42,7 @@ import train_cases  # noqa: E402
 from rlft import catalog  # noqa: E402
 from rlft.config import flags as cli  # noqa: E402
 from rlft.config.settings import Config  # noqa: E402
-from rlft.data import pairs, records  # noqa: E402
+from rlft.data import pairs, records, sources  # noqa: E402
 from rlft.models.files import lora_files, pretrained  # noqa: E402
 from rlft.rewards.remote import protocol  # noqa: E402
 from rlft.rewards.scoring import host  # noqa: E402
@@ -89,6 +91,14 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
   return content
 
 
+def _flipped(content: bytes, draw: random.Random) -> bytes:
+  """The content with one to four bits flipped."""
+  changed = bytearray(content)
+  for _ in range(draw.randint(1, 4)):
+    changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+  return bytes(changed)
+
+
 # ---------------------------------------------------------------------------- kinds of input
 
 
@@ -113,29 +123,89 @@ _TEXT = "a dog\na cat, two dogs\n\nein Käfer über dem 猫\n" + "long " * 50 + 
 _ROWS = [{"prompt": text, "objects": ["dog"], "n": 1} for text in _TEXT.splitlines() if text]
 _JSON = "\n".join(json.dumps(row) for row in _ROWS)
 _CSV = 'id,prompt,n\n1,a dog,2\n2,"a cat, two ""dogs""",3\n3,"two\nlines",4\n'
+_LONG_LINE = 10_000_000  # bytes
 _PROMPTS = {
   "txt": _TEXT,
   "jsonl": _JSON,
+  "json": json.dumps([*_ROWS, "a bird", ""]),
   "csv": _CSV,
   "tsv": _CSV.replace(",", "\t"),
-  "parquet": _TEXT,
   "unknown": _TEXT,
 }
+_SUFFIXES = (*_PROMPTS, "parquet", "parquet")  # No other is damaged in so many ways.
 
 
 def prompts(folder: pathlib.Path, draw: random.Random) -> None:
   """A file of prompts, opened and read."""
-  suffix = draw.choice(list(_PROMPTS))
+  suffix = draw.choice(_SUFFIXES)
   encoding = draw.choice(("utf-8", "utf-8", "utf-8", "utf-16", "latin-1"))
   path = folder / f"prompts.{suffix}"
-  path.write_bytes(damaged(_PROMPTS[suffix].encode(encoding, "replace"), draw))
+  if suffix == "parquet":
+    content = _parquet(draw)
+    # Most damage to its end is the end of it: flipped bits get further.
+    damage = draw.choice((damaged, _flipped, _flipped, lambda content, draw: content))
+    path.write_bytes(damage(content, draw))
+  else:
+    content = damaged(_PROMPTS[suffix].encode(encoding, "replace"), draw)
+    path.write_bytes(_with_long_line(content, draw) if draw.random() < 0.02 else content)
   part = draw.choice(("", "", "", "[:-1]", "[1:]", "[heldout]", "?column=n", "?column=x", "[::]"))
   found = catalog.load_prompts(f"{path}{part}")
   for row in {0, len(found) // 2, len(found) - 1}:
     prompt = found[row]
     assert isinstance(prompt.text, str) and prompt.text.strip(), prompt
-    json.dumps(prompt.metadata)
+    sources.as_json(prompt)
   found.digest() if hasattr(found, "digest") else None
+
+
+def _with_long_line(content: bytes, draw: random.Random) -> bytes:
+  """The content with a line of 10 MB somewhere, of letters, or of letters in an object."""
+  line = b"A" * _LONG_LINE
+  if draw.random() < 0.5:
+    line = b'{"prompt": "a dog", "file_name": "0.png", "text": "' + line + b'"}'
+  lines = content.split(b"\n")
+  lines.insert(draw.randrange(len(lines) + 1), line)
+  return b"\n".join(lines)
+
+
+def _parquet(draw: random.Random) -> bytes:
+  """A whole Parquet file with columns of many types, some of whose values Python has not."""
+  unit = draw.choice(("s", "ms", "us", "ns"))
+  zone = draw.choice((None, "UTC", "+01:00", "Mars/Base"))
+  far = 2 ** (52 if unit == "s" else 62)  # Seconds are written as milliseconds.
+  count = draw.choice((0, 1_234_567_891, far, -far, draw.getrandbits(40)))
+  whole = pyarrow.array([count, None, 7], pyarrow.int64())
+  moments = whole.cast(pyarrow.timestamp(unit, zone))
+  kinds = pyarrow.array(["x", None, "y"]).dictionary_encode()
+  raw = pyarrow.array([draw.choice((b"a", b"caf\xe9", b"\0")), None, b"b"])
+  table = {
+    "prompt": draw.choice((["a dog", "", "ein Käfer"], kinds, raw.view(pyarrow.string()))),
+    "n": ["a", "b", None],
+    "moment": moments,
+    "span": whole.cast(pyarrow.duration(unit)),
+    "time": pyarrow.array([draw.getrandbits(46)] * 3).cast(pyarrow.time64("ns")),
+    "day": pyarrow.array([draw.getrandbits(31)] * 3, pyarrow.int32()).cast(pyarrow.date32()),
+    "kind": kinds,
+    "objects": [["dog"], None, []],
+    "moments": pyarrow.ListArray.from_arrays([0, 2, 2, 3], moments),
+    "kinds": pyarrow.ListArray.from_arrays([0, 2, 2, 3], kinds),
+    "pair": pyarrow.FixedSizeListArray.from_arrays(pyarrow.concat_arrays([moments] * 2), 2),
+    "box": pyarrow.StructArray.from_arrays(
+      [moments, kinds], draw.choice((["a", "b"], ["a", "b"], ["a", "a"]))
+    ),
+    "map": pyarrow.MapArray.from_arrays([0, 1, 1, 2], ["k", "l"], moments.take([0, 2])),
+    "raw": raw,
+    "text": draw.choice((raw.view(pyarrow.string()), ["b", "c", None])),
+  }
+  chosen = draw.sample(sorted(table.keys() - {"prompt"}), draw.randint(0, 4))
+  file = io.BytesIO()
+  parquet.write_table(
+    pyarrow.table({name: table[name] for name in ("prompt", *chosen)}),
+    file,
+    compression=draw.choice(("none", "snappy", "zstd")),
+    write_page_checksum=draw.random() < 0.5,
+    use_dictionary=draw.random() < 0.5,
+  )
+  return file.getvalue()
 
 
 def _picture(draw: random.Random) -> tuple[bytes, str]:
@@ -171,11 +241,19 @@ def images(folder: pathlib.Path, draw: random.Random) -> None:
     Image.new("1", (1, 1)).save(bomb, "PNG")
     content = bomb.getvalue().replace(b"\0\0\0\1\0\0\0\1", b"\0\2\0\0\0\2\0\0", 1)
   (folder / f"0.{suffix}").write_bytes(content)
-  listing = json.dumps({"file_name": f"0.{suffix}", "text": "a dog"}).encode() + b"\n"
-  if draw.random() < 0.3:
+  name = f"0.{suffix}"
+  leaves = draw.random() < 0.05
+  if leaves:  # The file is there, but is not the folder's.
+    outside = f"{folder.name}/{name}"
+    name = draw.choice((f"../{outside}", f"x/../../{outside}", f"{folder}/{name}"))
+  listing = json.dumps({"file_name": name, "text": "a dog"}).encode() + b"\n"
+  if not leaves and draw.random() < 0.3:
     listing = damaged(listing, draw)
+  if not leaves and draw.random() < 0.02:
+    listing = _with_long_line(listing, draw)
   (folder / "metadata.jsonl").write_bytes(listing)
   found = pairs.load_folder(str(folder), size=(4, 4))
+  assert not leaves, name
   assert all(isinstance(caption, str) for caption in found.captions)
   pixels, sources = found.read([0])
   assert pixels.shape == (1, 4, 4, 3) and sources.shape == (1, 4)

@@ -17,11 +17,12 @@ flags.define(plan.PlanConfig)
 
 def main() -> None:
   config, settings = flags.read(Config), flags.read(plan.PlanConfig)
-  plan.check_used(settings)
+  processes = flags.read(ProcessSettings)
+  plan.check_used(settings, processes)
   if settings.dry_run:
     print(plan.describe(config, settings))
     return
-  with joined(flags.read(ProcessSettings)):
+  with joined(processes):
     train(config)
 
 

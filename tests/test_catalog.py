@@ -66,6 +66,7 @@ def test_parts_and_mixtures_of_prompts(tmp_path, monkeypatch):
   # TFDS cuts its own splits by places.
   assert catalog._parted("tfds:a/b[:5]") == ("tfds:a/b[:5]", "")
   assert catalog._parted("tfds:a/b[heldout]") == ("tfds:a/b", "heldout")
+  assert catalog._parted("tfds:a/b?column=c[rest]") == ("tfds:a/b?column=c", "rest")
 
 
 def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path, caplog):

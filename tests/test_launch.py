@@ -163,6 +163,12 @@ def test_a_directory_has_no_lora(folder):
       + ["--pretrain_weight=0", "--workdir=run"],
       "--target=h100:12 is no number of whole machines",
     ),
+    (
+      "train",
+      ["--dry_run", "--pretrained=emoji-sd", "--task=emoji-composition", "--coordinator=a:1"]
+      + ["--num_processes=2", "--process_id=1"],
+      "--coordinator has no effect on --dry_run, which meets no other process: leave it out",
+    ),
     ("sample", ["--model=nowhere", "--prompt=a"], "nowhere is not a directory"),
     ("evaluate", ["--model=nowhere", "--eval=emojy"], "unknown preset 'emojy', did you mean emoji"),
     ("evaluate", ["--model=nowhere", "--suite=emojy", "--output=o"], "--suite=emojy is not known"),

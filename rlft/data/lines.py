@@ -1,6 +1,6 @@
 """Prompts in text files, read from where they lie: lines, and lines of JSON.
 
-Of millions of prompts, only the places where they begin are held.
+Of millions of prompts, only the places where they begin are held; an array of JSON is held whole.
 """
 
 import array
@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 _BOM = b"\xef\xbb\xbf"  # which some editors write before UTF-8
 _CHUNK = 2**22  # bytes of a text file that are looked at together
+_MOST_JSON = 2**28  # bytes of a JSON file, which is read as a whole and takes some times as much
 
 
 class Lines(Source):
@@ -134,15 +135,15 @@ def warn_of_empty(path: str, kept: int, count: int) -> None:
     _log.warning("%d of %d rows of %s have no prompt and are left out", count - kept, count, path)
 
 
-def check_text(path: str, number: int, text: str) -> None:
+def check_text(path: str, number: int, text: str, what: str = "line") -> None:
   """Refuses what no tokenizer takes: it is there because the file is in another encoding."""
   if "\0" in text:
-    raise UserError(f"{path}, line {number} has a NUL character: convert the file to UTF-8")
+    raise UserError(f"{path}, {what} {number} has a NUL character: convert the file to UTF-8")
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f"{path}, line {number} has half of a character ({error.object[error.start]!a}): correct it"
+      f"{path}, {what} {number} has half of a character ({error.object[error.start]!a}): correct it"
     ) from error
 
 
@@ -238,3 +239,62 @@ def json_rows(path: str, keys: Sequence[str]) -> Iterator[tuple[int, int, Mappin
       for key in keys:
         check_text(path, number, row[key])
       yield start, size, row
+
+
+# ---------------------------------------------------------------------------- an array of JSON
+
+
+class Held(Source):
+  """Prompts in memory, of a file whose parts cannot be read alone."""
+
+  def __init__(self, prompts: Sequence[Prompt], digest: str):
+    """Takes the prompts, and what stands for them."""
+    self._prompts, self._digest = prompts, digest
+
+  def __len__(self) -> int:
+    return len(self._prompts)
+
+  def take(self, rows: Sequence[int]) -> list[Prompt]:
+    return [self._prompts[row] for row in rows]
+
+  def digest(self) -> str:
+    return self._digest
+
+
+def read_json(path: str, column: str) -> Source:
+  """A JSON array of texts, or of objects as those of JSON lines."""
+  with open(path, "rb") as file:
+    content = file.read(_MOST_JSON + 1)
+  if len(content) > _MOST_JSON:
+    raise UserError(
+      f"{path} has more than {_MOST_JSON // 2**20} MiB, and an array is read as a whole: write an"
+      " object a line, as .jsonl"
+    )
+  remedy = "give an array of texts or objects, or call it .jsonl if it has an object a line"
+  try:
+    entries = json.loads(content.decode("utf-8-sig"))
+  except UnicodeDecodeError:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path} is not JSON ({error}): {remedy}") from error
+  if not isinstance(entries, list):
+    raise UserError(f"{path} is no JSON array: {remedy}")
+  read = [_entry(path, number, entry, column) for number, entry in enumerate(entries, 1)]
+  found = Held([prompt for prompt in read if prompt.text], hashlib.sha256(content).hexdigest())
+  found.left_out = len(read) - len(found)
+  warn_of_empty(path, len(found), len(read))
+  return found
+
+
+def _entry(path: str, number: int, entry: Any, column: str) -> Prompt:
+  """The prompt of an entry of an array: a text, or what an object has under `column`."""
+  row = {column: entry} if isinstance(entry, str) else entry
+  if not isinstance(row, dict) or not isinstance(row.get(column), str):
+    keys = f" (it has {', '.join(map(str, list(row)[:10]))})" if isinstance(row, dict) else ""
+    raise UserError(
+      f'{path}, entry {number} is neither a text nor of the form {{"{column}": "...", ...}}{keys}:'
+      " correct it, or name another key with ?column="
+    )
+  text = row.pop(column)
+  check_text(path, number, text, "entry")
+  return Prompt(text.strip(), row)

@@ -50,7 +50,7 @@ def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
     size: (H, W) in pixels; images are scaled to fill it and cut to their centre.
 
   Raises:
-    UserError: the folder does not exist, cannot be read or is empty.
+    UserError: the folder does not exist, cannot be read, is empty or names what is not in it.
   """
   check_folder(folder)
   folder = files.staged(folder)
@@ -58,6 +58,7 @@ def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
   listing = os.path.join(folder, _METADATA)
   with lines.reading(listing):
     for _, _, row in lines.json_rows(listing, ("file_name", "text")):
+      _check_inside(listing, row["file_name"])
       paths.append(os.path.join(folder, row["file_name"]))
       captions.append(row["text"])
   if not paths:
@@ -78,6 +79,17 @@ def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
     )
 
   return Pairs(captions=captions, read=read)
+
+
+def _check_inside(listing: str, name: str) -> None:
+  """Refuses a name that leaves the folder: a list that others made must not choose what is read.
+
+  A link within the folder leads where its owner wants.
+  """
+  if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+    raise UserError(
+      f"{listing} names {name!r}, which is not in its folder: move the image there, or link to it"
+    )
 
 
 def check_folder(folder: str) -> None:

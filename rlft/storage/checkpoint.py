@@ -13,10 +13,12 @@ the remains of a crash: so one process, that of a run's which is first, holds th
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import datetime
+import errno
 import logging
 import os
 import re
 import tempfile
+import time
 from typing import Any
 
 from etils import epath
@@ -37,6 +39,9 @@ _UNREADABLE = ".unreadable"  # at the end of the name of a directory set aside
 # What Orbax writes when it commits: nothing is restored from it.
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _SUMMED = "has_checksums"  # in meta: a checkpoint without them has lost them
+# What the system says where a file is missing, or another kind of thing is in its place.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_PAUSES_S = (0.2, 1.0)  # before files are read again that could not be read
 _TASKS = 1000  # more than a run has; Orbax knows a checkpoint by one number
 _NAMED_BY_ITERATION = _TASKS * 2**32  # the numbers below are those of names that were plain numbers
 
@@ -215,23 +220,57 @@ class Checkpointer:
 
     Raises:
       DamagedError: one is not, on every process.
+      UserError: one cannot be read for now, on every process: that says nothing of what is in it.
     """
-    directory, error = self._directory / _name(step), None
-    part = jax.process_index(), jax.process_count()
+    damaged = unread = None
     try:
-      if (directory / checksums.FILE).exists() or self._meta(step).get(_SUMMED):
-        checksums.check(directory, apart_from=_LATE, part=part)
-      else:
+      # Only this is done again: what Orbax does, all processes do in step.
+      summed = _persistently(lambda: self._compare(step))
+      if not summed and self._meta(step).get(_SUMMED):
+        raise DamagedError(f"{checksums.FILE} is missing")
+      if not summed:
         _log.warning(
           "checkpoint %s has no checksums, since an older version wrote it: taken as it is",
           _name(step),
         )
     except Exception as own:  # Orbax raises a dozen types for what it cannot read.
-      error = UserError(_first_line(own))
+      if _is_of_the_system(own):
+        unread = self._unread_error(step, own)
+      else:
+        damaged = UserError(_first_line(own))
+    # What could not be read goes first: no process may set aside what another could not look at.
+    processes.raise_together(unread)
     try:
-      processes.raise_together(error)
+      processes.raise_together(damaged)
     except UserError as agreed:
       raise DamagedError(str(agreed)) from agreed
+
+  def _compare(self, step: int) -> bool:
+    """Compares this process's part of a checkpoint's files with their sums; False if it has none.
+
+    Raises:
+      DamagedError: a file is not as it was written, is missing, or is of another kind.
+      OSError: one cannot be read.
+    """
+    directory = self._directory / _name(step)
+    part = jax.process_index(), jax.process_count()
+    try:
+      if not (directory / checksums.FILE).exists():
+        return False
+      checksums.check(directory, apart_from=_LATE, part=part)
+      return True
+    except (DamagedError, OSError) as error:
+      if isinstance(error, DamagedError) or _is_of_the_system(error):
+        raise
+      raise DamagedError(_first_line(error)) from error
+    except Exception as error:  # Libraries of buckets have no common base class.
+      raise OSError(errno.EIO, _first_line(error)) from error
+
+  def _unread_error(self, step: int, error: Exception) -> UserError:
+    return UserError(
+      f"checkpoint {_name(step)} in {self._shown} could not be read ({_first_line(error)}) and is"
+      " left as it is: see to the file system, then run the same command again"
+    )
 
   def _meta(self, step: int) -> dict[str, Any]:
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
@@ -260,7 +299,8 @@ class Checkpointer:
       (iterations done, state placed as the template says, meta).
 
     Raises:
-      UserError: checkpoints exist and none can be read, or the newest belongs to another model.
+      UserError: checkpoints exist and none can be read; the newest belongs to another model, or
+        the file system fails to read it, which is left as it is.
     """
     failures = []
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -282,6 +322,8 @@ class Checkpointer:
       except UserError:
         raise
       except Exception as error:  # Orbax raises a dozen types for what it cannot read.
+        if _is_of_the_system(error):
+          raise self._unread_error(step, error) from error
         failures.append(self._set_aside(step, error))
         continue
       return _iteration(step), restored["state"], meta
@@ -317,6 +359,8 @@ class Checkpointer:
           meta=ocp.args.JsonRestore(),
         ),
       )
+    except UserError:
+      raise
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
       raise UserError(
         f"checkpoint {_name(step)} in {self._shown} cannot be read ({_first_line(error)});"
@@ -492,8 +536,35 @@ def _arrays() -> ocp.type_handlers.TypeHandlerRegistry:
   )
 
 
+def _persistently(do: Callable[[], bool]) -> bool:
+  """Does something that reads, again after an error that a network's file system may get over.
+
+  Raises:
+    OSError: the last time, too.
+  """
+  for pause in _PAUSES_S:
+    try:
+      return do()
+    except OSError as error:
+      _log.warning("%s: trying again", _first_line(error))
+      time.sleep(pause)
+  return do()
+
+
+def _is_of_the_system(error: Exception) -> bool:
+  """Whether an error is of reading, and says nothing of what is in the file."""
+  code = error.errno if isinstance(error, OSError) else _code(error)
+  return code is not None and code not in _GONE
+
+
+def _code(error: Exception) -> int | None:
+  """The system's number of an error of TensorStore, which is a ValueError."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return int(found[1]) if found else None
+
+
 def _first_line(error: Exception) -> str:
   """What an error says, short enough for a message of one line."""
-  if code := re.search(r"os_error_code='(\d+)'", str(error)):
-    return os.strerror(int(code[1]))
+  if (code := _code(error)) is not None:
+    return os.strerror(code)
   return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import pathlib
+import secrets
+import socket
 import tempfile
 from typing import Any
 
@@ -51,18 +53,27 @@ def check_writable(directory: str) -> None:
     UserError: they cannot; the message begins with `directory`.
   """
   path = path_of(directory)
-  probe = path / f".rlft-{os.getpid()}"
+  probe = path / f".rlft-{_unique()}"
   if "://" in directory and not is_bucket(directory):
     raise UserError(f"{directory} is no directory, nor in a bucket as {_BUCKET}...: give one")
   try:
     if not is_bucket(path):
       path.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"rlft")
-    probe.unlink()
+    with contextlib.suppress(FileNotFoundError):  # Whoever clears such files up was first.
+      probe.unlink()
   except _errors(path) as error:
     raise UserError(
       f"{directory} cannot be written to ({_reason(error)}): give a directory that you can write to"
     ) from error
+
+
+def _unique() -> str:
+  """Part of the name of a file that no other process makes, nor another thread.
+
+  Containers on several machines that share a disk often have one process id.
+  """
+  return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def check_local(name: str | os.PathLike[str]) -> None:
@@ -178,7 +189,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     if is_bucket(path):
       path.write_bytes(data)
       return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_unique()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(temporary, "wb") as file:

@@ -106,6 +106,23 @@ def test_a_bad_folder_is_refused(folder, tmp_path):
   assert "has no metadata.jsonl" in refusal(tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["../wide.png", "more/../../wide.png", "..", "/etc/passwd"])
+def test_a_name_that_leaves_the_folder_is_refused(folder, name):
+  (folder.parent / "wide.png").write_bytes((folder / "wide.png").read_bytes())
+  describe(folder, {"file_name": "wide.png", "text": "a"}, {"file_name": name, "text": "b"})
+  assert f"names '{name}', which is not in its folder: move the image there" in refusal(folder)
+
+
+def test_names_within_the_folder_and_links_are_read(folder):
+  (folder / "link.png").symlink_to(folder.parent / "elsewhere.png")
+  (folder / "wide.png").rename(folder.parent / "elsewhere.png")
+  names = ["more/../link.png", "./link.png", "..link.png"]
+  (folder / "..link.png").symlink_to("link.png")
+  describe(folder, *({"file_name": name, "text": name} for name in names))
+  images, _ = pairs.load_folder(str(folder), size=(4, 4)).read([0, 1, 2])
+  np.testing.assert_array_equal(images, np.full((3, 4, 4, 3), (0, 255, 0)))
+
+
 def test_the_order_of_pairs_is_a_pure_function():
   batches = [pairs.pair_indices(7, i, count=5, size=10) for i in range(2)]
   assert sorted(np.concatenate(batches)) == list(range(10))

@@ -1,14 +1,16 @@
 """Prompt sources."""
 
+import datetime
 import logging
 import os
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
+from rlft.data import columns, prompts
 from rlft.data import lines as lines_lib
-from rlft.data import prompts
 from rlft.types import Prompt, UserError
 
 
@@ -44,6 +46,33 @@ def test_json_lines_carry_metadata(tmp_path):
     Prompt("a dog and a car", {"objects": ["dog", "car"]}),
     Prompt("a cat"),
   ]
+
+
+def test_an_array_of_json(tmp_path, caplog):
+  path = write(
+    tmp_path / "p.json",
+    '\ufeff[" a dog\\n", {"prompt": "a cat", "objects": ["cat"]}, "", {"prompt": " ", "n": 1}]',
+  )
+  with caplog.at_level(logging.WARNING):
+    loaded = prompts.load_file(path)
+  assert list(loaded) == [Prompt("a dog"), Prompt("a cat", {"objects": ["cat"]})]
+  assert loaded.take([np.int64(1), 0]) == [loaded[1], loaded[0]]
+  assert caplog.messages == [f"2 of 4 rows of {path} have no prompt and are left out"]
+  assert loaded.left_out == 2
+  before = loaded.digest()
+  assert prompts.load_file(path).digest() == before
+  write(tmp_path / "p.json", '[{"caption": "a car", "prompt": 3}]')
+  (prompt,) = prompts.load_file(f"{path}?column=caption")
+  assert prompt == Prompt("a car", {"prompt": 3})
+  assert prompts.load_file(f"{path}?column=caption").digest() != before
+
+
+def test_an_array_of_json_is_bounded(tmp_path, monkeypatch):
+  path = write(tmp_path / "p.json", '["a dog"]')
+  monkeypatch.setattr(lines_lib, "_MOST_JSON", 9)
+  assert len(prompts.load_file(path)) == 1
+  monkeypatch.setattr(lines_lib, "_MOST_JSON", 8)
+  assert "an array is read as a whole: write an object a line, as .jsonl" in refusal(path)
 
 
 @pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t"), ("TSV", "\t")])
@@ -195,6 +224,135 @@ def test_parquet(tmp_path):
   assert "is not UTF-8 text" in refusal(path)
 
 
+def _moments(count, unit, zone=None):
+  pyarrow = pytest.importorskip("pyarrow")
+  return pyarrow.array([count], pyarrow.int64()).cast(pyarrow.timestamp(unit, zone))
+
+
+_UTC, _NOON = datetime.UTC, (2023, 11, 14, 22, 13, 20)  # 1.7e9 s after 1970 began
+
+
+@pytest.mark.parametrize(
+  ("make", "value"),
+  [
+    # Of nanoseconds, microseconds are left.
+    (lambda pa: _moments(17 * 10**17 + 1_234, "ns"), datetime.datetime(*_NOON, 1)),
+    (lambda pa: _moments(17 * 10**8, "s"), datetime.datetime(*_NOON)),
+    (lambda pa: pa.array([5_999], pa.duration("ns")), datetime.timedelta(microseconds=5)),
+    (
+      lambda pa: pa.array([3_600 * 10**9 + 5_999], pa.int64()).cast(pa.time64("ns")),
+      datetime.time(1, 0, 0, 5),
+    ),
+    # A time zone that nobody knows: in UTC.
+    (
+      lambda pa: _moments(17 * 10**17 + 1_234, "ns", "Mars/Base"),
+      datetime.datetime(*_NOON, 1, _UTC),
+    ),
+    # Beyond Python's dates: as text.
+    (lambda pa: _moments(568_971_820_800, "s"), "20000-01-01 00:00:00.000"),
+    (lambda pa: pa.array([2**31 - 1], pa.int32()).cast(pa.date32()), "<value out of range: "),
+    (lambda pa: pa.array([2**62], pa.duration("s")), str(2**62)),
+    # In lists, structures, maps and dictionaries, too.
+    (
+      lambda pa: pa.ListArray.from_arrays([0, 1], _moments(17 * 10**17 + 1_234, "ns")),
+      [datetime.datetime(*_NOON, 1)],
+    ),
+    (
+      lambda pa: pa.FixedSizeListArray.from_arrays(_moments(17 * 10**17 + 1_234, "ns"), 1),
+      [datetime.datetime(*_NOON, 1)],
+    ),
+    (
+      lambda pa: pa.StructArray.from_arrays(
+        [_moments(568_971_820_800, "s"), pa.array([1])], ["far", "id"]
+      ),
+      {"far": "20000-01-01 00:00:00.000", "id": 1},
+    ),
+    (
+      lambda pa: pa.StructArray.from_arrays(
+        [_moments(17 * 10**17, "ns", "Mars/Base").dictionary_encode()], ["here"]
+      ),
+      {"here": datetime.datetime(*_NOON, tzinfo=_UTC)},
+    ),
+    (
+      lambda pa: pa.MapArray.from_arrays([0, 1], ["a"], _moments(17 * 10**17 + 1_234, "ns")),
+      [("a", datetime.datetime(*_NOON, 1))],
+    ),
+    (
+      lambda pa: _moments(17 * 10**17 + 1_234, "ns").dictionary_encode(),
+      datetime.datetime(*_NOON, 1),
+    ),
+    (
+      lambda pa: pa.ListArray.from_arrays([0, 2], pa.array(["x", "x"]).dictionary_encode()),
+      ["x", "x"],
+    ),
+    (
+      lambda pa: pa.array([[{"name": "dog", "boxes": [[1.0, 2.0]]}]]),
+      [{"name": "dog", "boxes": [[1, 2]]}],
+    ),
+  ],
+)
+def test_parquet_has_metadata_of_any_type(tmp_path, make, value):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = str(tmp_path / "p.parquet")
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": make(pyarrow)}), path)
+  loaded = prompts.load_file(path)
+  (found,) = [prompt.metadata["x"] for prompt in loaded]
+  assert found == loaded[0].metadata["x"]
+  assert type(found) is type(value)
+  assert found == value or str(value).startswith("<") and found.startswith(value)
+
+
+def test_parquet_that_pyarrow_cannot_give_is_refused_before_rows_are_drawn(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = tmp_path / "p.parquet"
+  bad = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+  for column in (bad, bad.dictionary_encode(), pyarrow.ListArray.from_arrays([0, 1], bad)):
+    parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": column}), path)
+    assert "p.parquet, column 'x' is not UTF-8 text" in refusal(path)
+  twice = pyarrow.StructArray.from_arrays([bad, bad], ["a", "a"])
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": twice}), path)
+  assert "UTF-8" in refusal(path)
+  good = pyarrow.array(["b"])
+  twice = pyarrow.StructArray.from_arrays([good, good], ["a", "a"])
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"], "x": twice}), path)
+  assert "cannot be read (a structure has two fields 'a'): write it anew" in refusal(path)
+
+
+@pytest.mark.parametrize("error", [ValueError, OverflowError, "ArrowInvalid"])
+def test_what_pyarrow_raises_while_rows_are_drawn_names_the_file(tmp_path, monkeypatch, error):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = str(tmp_path / "p.parquet")
+  parquet.write_table(pyarrow.table({"prompt": ["a dog"]}), path)
+  loaded = prompts.load_file(path)
+
+  def fails(values):
+    raise (getattr(pyarrow, error) if isinstance(error, str) else error)("no\nluck")
+
+  monkeypatch.setattr(columns, "_objects", fails)
+  for draw in (lambda: loaded[0], lambda: list(loaded)):
+    with pytest.raises(UserError, match=r"p\.parquet cannot be read \(no luck\): write it anew"):
+      draw()
+
+
+def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = tmp_path / "p.parquet"
+  options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+  table = pyarrow.table({"prompt": ["a dog and a cat"]})
+  parquet.write_table(table, path, write_page_checksum=True, **options)
+  content = path.read_bytes()
+  write(path, content.replace(b"a dog and", b"a dog aod", 1))
+  assert "checksum" in refusal(path)
+
+
 def test_rows_of_many_batches(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
@@ -255,10 +413,21 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     ("p.jsonl", '{"prompt": null}\n', "line 1 is not of the form"),
     ("p.jsonl", '{"prompt": "\\u0000"}\n', "line 1 has a NUL character"),
     ("p.jsonl", '\n{"prompt": "\\ud83d"}\n', "line 2 has half of a character"),
+    ("p.json", "", "is not JSON (Expecting value"),
+    ("p.json", "[]", "has no prompts"),
+    ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "or call it .jsonl if it has an object a line"),
+    ("p.json", '{"prompt": "a"}', "is no JSON array: give an array of texts or objects"),
+    ("p.json", "[" * 100_000, "is not JSON ("),
+    ("p.json", '["a", {"text": "b"}]', 'entry 2 is neither a text nor of the form {"prompt": "...'),
+    ("p.json", '[{"text": "b"}]', "(it has text): correct it, or name another key with ?column="),
+    ("p.json", '["a", null]', "entry 2 is neither"),
+    ("p.json", '["a", "\\u0000"]', "entry 2 has a NUL character"),
+    ("p.json", '["\\ud83d"]', "entry 1 has half of a character"),
+    ("p.json", b'["caf\xe9"]', "is not UTF-8 text"),
     (
       "p.doc",
       "a dog",
-      "has no known suffix: use one of .txt, .jsonl, .csv, .tsv, .parquet, .",
+      "has no known suffix: use one of .txt, .jsonl, .json, .csv, .tsv, .parquet",
     ),
   ],
 )
@@ -275,33 +444,112 @@ def test_checking_a_source_does_not_read_it(tmp_path):
   prompts.check_file(write(tmp_path / "p.txt", b"\xff"))
 
 
-def test_tensorflow_datasets(tmp_path):
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+  """The folder of a data set of TFDS, as it has them: five rows with metadata and pictures."""
   tfds = pytest.importorskip("tensorflow_datasets")
   pytest.importorskip("array_record")
+  folder = tmp_path_factory.mktemp("tfds")
+  picture = str(folder / "a.png")
+  Image.new("RGB", (2, 2)).save(picture)
 
   class RlftTestPrompts(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      features = tfds.features.FeaturesDict({"prompt": tfds.features.Text()})
-      return tfds.core.DatasetInfo(builder=self, features=features)
+      kinds = tfds.features
+      image = kinds.Image(shape=(2, 2, 3))
+      features = {
+        "prompt": kinds.Text(),
+        "caption": kinds.Text(),
+        "objects": kinds.Sequence(kinds.Text()),
+        "count": np.int32,
+        "box": {"corner": kinds.Tensor(shape=(2,), dtype=np.float32), "name": kinds.Text()},
+        "raw": kinds.Text(),
+        "image": image,
+        "images": kinds.Sequence(image),
+        "view": {"image": image},
+      }
+      return tfds.core.DatasetInfo(builder=self, features=kinds.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
       return {"train": self._generate_examples()}
 
     def _generate_examples(self):
       for i in range(5):
-        yield i, {"prompt": f"emoji number {i} ä"}
+        yield (
+          i,
+          {
+            "prompt": f" emoji number {i} ä\n" if i else " ",
+            "caption": f"caption {i}",
+            "objects": ["dog"] * i,
+            "count": i,
+            "box": {"corner": [0.5, 1], "name": "ä"},
+            "raw": b"\xff\xfe",
+            "image": picture,
+            "images": [picture],
+            "view": {"image": picture},
+          },
+        )
 
-  builder = RlftTestPrompts(data_dir=str(tmp_path), file_format="array_record")
+  builder = RlftTestPrompts(data_dir=str(folder), file_format="array_record")
   builder.download_and_prepare()
-  loaded = prompts.load_tfds(builder.data_dir, "train")
-  assert sorted(prompt.text for prompt in loaded) == [f"emoji number {i} ä" for i in range(5)]
+  return builder.data_dir
+
+
+def test_tensorflow_datasets(tfds_folder):
+  loaded = prompts.load_tfds(tfds_folder, "train")
+  texts = sorted(prompt.text for prompt in loaded)
+  # A row without a prompt stays: to find it, all would have to be read.
+  assert texts == ["", *(f"emoji number {i} ä" for i in range(1, 5))]
   assert loaded[np.int64(2)] == loaded[2]
   assert loaded.take([4, 2]) == [loaded[4], loaded[2]]
-  for name, split in ((builder.data_dir, "test"), ("rlft_no_such_data_set", "train")):
+  for name, split in ((tfds_folder, "test"), ("rlft_no_such_data_set", "train")):
     with pytest.raises(UserError, match="cannot be read"):
       prompts.load_tfds(name, split)
+
+
+def test_other_features_of_tensorflow_datasets_are_metadata(tfds_folder):
+  loaded = {prompt.text: prompt.metadata for prompt in prompts.load_tfds(tfds_folder, "train")}
+  assert loaded["emoji number 3 ä"] == {
+    "caption": "caption 3",
+    "objects": ["dog", "dog", "dog"],
+    "count": 3,
+    "box": {"corner": [0.5, 1.0], "name": "ä"},
+    "raw": b"\xff\xfe",
+  }
+
+
+@pytest.mark.parametrize(
+  ("split", "count"),
+  [
+    ("train?column=caption", 5),
+    ("train?column=caption[1:3]", 2),
+    ("train[:40%]?column=caption", 2),
+  ],
+)
+def test_another_feature_of_tensorflow_datasets(tfds_folder, split, count):
+  loaded = prompts.load_tfds(tfds_folder, split)
+  assert len(loaded) == count
+  assert all(prompt.text == f"caption {prompt.metadata['count']}" for prompt in loaded)
+  assert "prompt" in loaded[0].metadata
+
+
+@pytest.mark.parametrize(
+  ("split", "message"),
+  [
+    ("train[4:1]", r"train\[4:1\] are empty: give a split with at least one prompt"),
+    ("train[2:2]", "cannot be read: Paths sequence can not be of 0 length"),
+    ("train[9:]", "cannot be read: Requested slice"),
+    ("train?column=none", r"has no column 'none' \(it has .*or name it with \?column="),
+    ("train?column=count", "'count' holds [0-4], which is no text in UTF-8: name another feature"),
+    ("train?column=raw", r"'raw' holds b'\\xff\\xfe', which is no text in UTF-8"),
+  ],
+)
+def test_what_is_no_prompt_of_tensorflow_datasets_is_refused(tfds_folder, split, message):
+  with pytest.raises(UserError, match=message) as error:
+    prompts.load_tfds(tfds_folder, split)
+  assert "\n" not in str(error.value)
 
 
 def test_tensorflow_datasets_not_installed(monkeypatch):

@@ -1,6 +1,8 @@
 """Checkpoints: what was saved comes back, whatever a crash or a full disk left beside it."""
 
+import errno
 import logging
+import os
 import resource
 import shutil
 import time
@@ -12,6 +14,7 @@ import pytest
 
 from rlft.parallel import sharding
 from rlft.parallel.compiled import compilations
+from rlft.storage import checkpoint, checksums
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
 
@@ -239,6 +242,90 @@ def test_an_unreadable_one_is_set_aside_and_the_one_before_it_used(tmp_path, cap
   checkpointer.save(2, state(5.0), {"step": 2})
   checkpointer.close()
   assert_equal(restore(tmp_path)[1], state(5.0))
+
+
+def fail(monkeypatch, module, name, code, times):
+  """Has a function fail as the system does, so many times; the calls are listed."""
+  real, calls = getattr(module, name), []
+
+  def fails(*args, **options):
+    calls.append(args)
+    if len(calls) <= times:
+      raise OSError(code, os.strerror(code))
+    return real(*args, **options)
+
+  monkeypatch.setattr(module, name, fails)
+  monkeypatch.setattr(checkpoint, "_PAUSES_S", (0.0, 0.0))
+  return calls
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_an_error_of_the_moment_is_no_damage(tmp_path, monkeypatch, caplog, code):
+  save(tmp_path, 1, 2)
+  fail(monkeypatch, checksums, "_sum", code, times=1)
+  with caplog.at_level(logging.WARNING, "rlft"):
+    step, found, _ = restore(tmp_path)
+  assert step == 2 and names(tmp_path) == ["iteration_1", "iteration_2"]
+  assert_equal(found, state(2.0))
+  assert os.strerror(code) in caplog.text and "trying again" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_what_cannot_be_read_is_named_and_stays(tmp_path, monkeypatch, code):
+  save(tmp_path, 1, 2)
+  calls = fail(monkeypatch, checksums, "check", code, times=99)
+  message = rf"iteration_2 in .* could not be read .*{os.strerror(code)}.* left as it is: see to"
+  with pytest.raises(UserError, match=message) as error:
+    restore(tmp_path)
+  assert "\n" not in str(error.value) and len(calls) == 3
+  assert names(tmp_path) == ["iteration_1", "iteration_2"]
+  with pytest.raises(UserError, match=message):
+    Checkpointer(tmp_path, read_only=True).restore_numpy()
+  monkeypatch.undo()
+  assert restore(tmp_path)[0] == 2
+
+
+def test_arrays_that_cannot_be_read_stay(tmp_path, monkeypatch):
+  save(tmp_path, 1, 2)
+
+  def fails(*_, **__):  # As TensorStore says it.
+    raise ValueError("INTERNAL: Error reading [source locations='x'] [os_error_code='5']")
+
+  monkeypatch.setattr(Checkpointer, "_check_shapes", fails)
+  with pytest.raises(UserError, match=r"iteration_2 .* \(Input/output error\) and is left as it"):
+    restore(tmp_path)
+  assert names(tmp_path) == ["iteration_1", "iteration_2"]
+
+
+def test_what_is_missing_is_not_waited_for(tmp_path, monkeypatch):
+  save(tmp_path, 1, 2)
+  calls = fail(monkeypatch, checksums, "_sum", errno.ENOENT, times=1)
+  assert restore(tmp_path)[0] == 1
+  assert "iteration_2.unreadable" in names(tmp_path) and calls
+
+
+@pytest.mark.parametrize("damaged_here", [False, True])
+def test_no_process_sets_aside_what_another_could_not_read(tmp_path, monkeypatch, damaged_here):
+  save(tmp_path, 1, 2)
+  if damaged_here:
+    flip(largest(tmp_path / "iteration_2"))
+  said = []
+
+  def together(error):
+    said.append(error)
+    if len(said) == 1:  # The first word is of what could not be read.
+      raise UserError("on process 1: checkpoint iteration_2 could not be read")
+    if error:
+      raise error
+
+  checkpointer = Checkpointer(tmp_path)
+  monkeypatch.setattr(checkpoint.processes, "raise_together", together)
+  with pytest.raises(UserError, match="on process 1: checkpoint iteration_2 could not be read"):
+    checkpointer.restore(state(0.0))
+  assert said == [None]
+  monkeypatch.undo()
+  checkpointer.close()
+  assert names(tmp_path) == ["iteration_1", "iteration_2"]
 
 
 def test_one_of_an_older_version_has_no_sums(tmp_path, caplog):

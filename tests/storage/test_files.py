@@ -1,5 +1,8 @@
+from concurrent import futures
 import errno
 import os
+import pathlib
+import threading
 
 import pytest
 
@@ -72,3 +75,53 @@ def test_keep_before(tmp_path):
   path.write_text('{"a": 0}\n')
   with pytest.raises(UserError, match="line 1 of .* has no 'iteration'"):
     files.keep_before(path, 2)
+
+
+def _at_once(do, count=8):
+  """Does something in threads, which share their process id as containers on several hosts do."""
+  barrier = threading.Barrier(count)
+
+  def one(number):
+    barrier.wait()
+    return do(number)
+
+  with futures.ThreadPoolExecutor(count) as pool:
+    return list(pool.map(one, range(count)))
+
+
+def test_those_with_one_process_id_do_not_meet_in_a_probe(tmp_path, monkeypatch):
+  barrier, write = threading.Barrier(8), pathlib.Path.write_bytes
+
+  def all_have_written(path, data):
+    write(path, data)
+    barrier.wait()
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", all_have_written)
+  _at_once(lambda _: files.check_writable(str(tmp_path)))
+  assert os.listdir(tmp_path) == []
+
+
+def test_a_probe_that_somebody_has_cleared_up_was_written(tmp_path, monkeypatch):
+  unlink = pathlib.Path.unlink
+
+  def twice(path):
+    unlink(path)
+    unlink(path)
+
+  monkeypatch.setattr(pathlib.Path, "unlink", twice)
+  files.check_writable(str(tmp_path))
+  assert os.listdir(tmp_path) == []
+
+
+def test_those_with_one_process_id_write_a_whole_file_each(tmp_path, monkeypatch):
+  barrier, sync = threading.Barrier(8), os.fsync
+
+  def all_have_written(descriptor):
+    sync(descriptor)
+    barrier.wait()
+
+  monkeypatch.setattr(os, "fsync", all_have_written)
+  contents = [str(number) * (number + 1) * 1000 for number in range(8)]
+  _at_once(lambda number: files.write_atomic(tmp_path / "a", contents[number]))
+  assert (tmp_path / "a").read_text() in contents
+  assert os.listdir(tmp_path) == ["a"]

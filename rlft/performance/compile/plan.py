@@ -15,6 +15,7 @@ import jax
 from rlft import catalog
 from rlft.config.fields import option
 from rlft.config.settings import Config
+from rlft.parallel.join import ProcessSettings
 from rlft.performance.compile import ahead, cost, targets
 from rlft.performance.compile.abstract_run import AbstractRun, open_model
 from rlft.performance.compile.chips import GIB
@@ -59,8 +60,8 @@ class PlanConfig:
   cache_dir: str = option("with --dry_run: where launch/compile.py keeps its results", ahead.CACHE)
 
 
-def check_used(settings: PlanConfig) -> None:
-  """Refuses flags of a dry run without one, which would be ignored.
+def check_used(settings: PlanConfig, processes: ProcessSettings | None = None) -> None:
+  """Refuses what would be ignored: flags of a dry run without one, and those of processes with one.
 
   Raises:
     UserError: there is one.
@@ -68,6 +69,12 @@ def check_used(settings: PlanConfig) -> None:
   for field in dataclasses.fields(settings):
     if not settings.dry_run and getattr(settings, field.name) != field.default:
       raise UserError(f"--{field.name} has no effect on a training: give --dry_run too")
+  for field in dataclasses.fields(processes) if processes and settings.dry_run else ():
+    if getattr(processes, field.name) != field.default:
+      raise UserError(
+        f"--{field.name} has no effect on --dry_run, which meets no other process: leave it out,"
+        " and name the devices of all processes with --target, e.g. h100:16"
+      )
 
 
 def describe(config: Config, settings: PlanConfig) -> str:

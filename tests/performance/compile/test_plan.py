@@ -9,6 +9,7 @@ import train_cases
 from rlft.config import fields
 from rlft.config.settings import Config, EvalConfig, TaskConfig
 from rlft.parallel.compiled import compilations
+from rlft.parallel.join import ProcessSettings
 from rlft.performance.compile import ahead, cost, plan, targets
 from rlft.performance.compile.abstract_run import AbstractRun, Call
 from rlft.performance.compile.chips import CHIPS
@@ -218,3 +219,15 @@ def test_flags_of_a_plan_are_refused_without_one():
   plan.check_used(plan.PlanConfig(dry_run=True, target="h100:8"))
   with pytest.raises(UserError, match="--target has no effect on a training: give --dry_run too"):
     plan.check_used(plan.PlanConfig(target="h100:8"))
+
+
+@pytest.mark.parametrize(
+  "given",
+  [{"coordinator": "a:1"}, {"num_processes": 4}, {"process_id": 0}, {"process_timeout_s": 9}],
+)
+def test_flags_of_processes_are_refused_with_a_plan(given):
+  processes, (name,) = ProcessSettings(**given), given
+  plan.check_used(plan.PlanConfig(), processes)
+  plan.check_used(plan.PlanConfig(dry_run=True), ProcessSettings())
+  with pytest.raises(UserError, match=f"--{name} has no effect on --dry_run, .* with --target"):
+    plan.check_used(plan.PlanConfig(dry_run=True), processes)
