@@ -44,6 +44,7 @@ def test_what_is_not_as_in_the_base_model_is_said(found, tmp_path):
   assert export_lib.export("run", output=output) == [
     f"wrote {output}",
     "  scheduler: DDIM, which rlft samples with, in the place of PNDMScheduler; same noise",
+    "  no safety checker, whatever the base model had: give diffusers' pipeline one",
     "  scheduler: timestep_spacing=trailing, as the run was told",
     "  images of 32x32 pixels, as the run was told",
   ]
