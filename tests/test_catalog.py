@@ -170,3 +170,11 @@ def test_a_path_may_begin_with_the_users_directory(tmp_path, monkeypatch, read):
   for name in ("a.txt", "b.txt", "a.safetensors"):
     (tmp_path / name).write_text("a dog")
   assert read("~/a.safetensors" if read is single_file.parse else "~/a.txt")
+
+
+def test_the_directory_of_a_user_who_is_unknown_is_one_line():
+  path = "~nobody-of-this-name/a"
+  assert str(files.path_of(path)) == path
+  for read in (catalog.load_prompts, lambda path: sources.open_file(path, "b.txt")):
+    with pytest.raises(UserError, match="nobody-of-this-name"):
+      read(path)

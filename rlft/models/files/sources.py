@@ -78,7 +78,7 @@ def open_file(source: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 def find_file(source: str | os.PathLike[str], name: str) -> pathlib.Path | None:
   """Opens like `open_file`, but gives None if there is none."""
-  path = pathlib.Path(source).expanduser()
+  path = pathlib.Path(os.path.expanduser(source))
   if path.exists():
     found = (path if path.is_dir() else path.parent) / name
     return found if found.exists() else None
@@ -153,7 +153,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 def _find_shards(
   source: str | os.PathLike[str], folder: str, shards: Sequence[str]
 ) -> list[pathlib.Path]:
-  path = pathlib.Path(source).expanduser()
+  path = pathlib.Path(os.path.expanduser(source))
   if path.exists():
     return [path / folder / shard for shard in shards]
   repository = _hub(str(source))
@@ -161,7 +161,7 @@ def _find_shards(
 
 
 def _find(source: str | os.PathLike[str], names: Sequence[str]) -> list[pathlib.Path]:
-  path = pathlib.Path(source).expanduser()
+  path = pathlib.Path(os.path.expanduser(source))
   if path.is_file():
     return [path]
   repository = None if path.exists() else _hub(str(source))

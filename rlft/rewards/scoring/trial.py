@@ -1,4 +1,7 @@
-"""Calls each reward once, on images of noise, before anything large is compiled."""
+"""Tries each reward on images of noise, before anything large is compiled.
+
+Host rewards are called once, and JAX rewards traced.
+"""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -45,7 +48,7 @@ def try_each(uses: Iterable[Use], *, image_shape: tuple[int, ...], timeout_s: fl
   """Tries rewards with the first of their prompts: JAX rewards are traced, host rewards called.
 
   Args:
-    uses: what to try; a reward that is used twice for the same prompts is tried once.
+    uses: what to try; a reward that is used twice in the same way is tried once.
     image_shape: `(H, W, 3)`.
     timeout_s: deadline in seconds for the call of a host reward.
 
@@ -53,9 +56,9 @@ def try_each(uses: Iterable[Use], *, image_shape: tuple[int, ...], timeout_s: fl
     UserError: on every process, if a reward on one fails, returns something else than scores, or
       needs what its prompts' metadata has not.
   """
-  tried: set[tuple[int, int, int]] = set()
+  tried: set[tuple[int, int, int, float]] = set()
   for use in uses:
-    key = id(use.reward), id(use.prompts), use.images_per_prompt
+    key = id(use.reward), id(use.prompts), use.images_per_prompt, use.may_lack
     if key in tried:
       continue
     tried.add(key)
