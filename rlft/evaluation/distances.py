@@ -21,6 +21,7 @@ import PIL.Image
 
 from rlft.models.files import clip_weights
 from rlft.rewards import clip
+from rlft.storage import files
 from rlft.types import UserError
 
 # (x [n, F], y [m, F]) of unit norm -> [n, m].
@@ -167,7 +168,7 @@ def _features(weights: str, real: str) -> tuple[Callable[..., jax.Array], Any, n
 
 
 def _pictures(folder: str) -> list[pathlib.Path]:
-  directory = pathlib.Path(folder).expanduser()
+  directory = files.local_path(folder)
   if not directory.is_dir():
     raise UserError(f"real={folder} is no folder: give one of real pictures")
   found = sorted(path for path in directory.rglob("*") if path.suffix.lower() in _SUFFIXES)

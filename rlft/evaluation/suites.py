@@ -6,12 +6,12 @@ published models are looked for in one directory under the names under which the
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import pathlib
 from typing import Literal
 import urllib.parse
 
 from rlft.config.settings import EvalConfig
 from rlft.config.tasks import EVAL_PRESETS
+from rlft.storage import files
 from rlft.types import UserError
 
 
@@ -52,7 +52,7 @@ class Given:
     """The path of the first of some files or folders in the directory, or in a folder of it."""
     if not self.weights_dir:
       return None
-    root = pathlib.Path(self.weights_dir).expanduser()
+    root = files.local_path(self.weights_dir)
     for name in names:
       for path in (root / name, *sorted(root.glob(f"*/{name}"))):
         if path.exists():

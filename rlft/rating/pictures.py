@@ -17,7 +17,7 @@ from rlft.inference.draw import Drawer, Drawing
 from rlft.models.files import pretrained
 from rlft.rating.settings import PromptSet
 from rlft.rating.study import Item, Study
-from rlft.storage import images
+from rlft.storage import files, images
 from rlft.types import Prompt, UserError
 
 _LISTING = "metadata.jsonl"
@@ -26,7 +26,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 def is_folder(source: str) -> bool:
   """Whether this is a folder of pictures, not a run or a model."""
-  return (pathlib.Path(source).expanduser() / _LISTING).is_file()
+  return (files.local_path(source) / _LISTING).is_file()
 
 
 def prompts_of(entry: PromptSet, contenders: Sequence[Contender]) -> list[Prompt]:
@@ -125,7 +125,7 @@ def _check_model(source: str, base: str) -> None:
   try:
     pretrained.find(source)
   except UserError:
-    folder = pathlib.Path(source).expanduser()
+    folder = files.local_path(source)
     if not folder.is_dir() or all(
       path.suffix.lower() not in _SUFFIXES for path in folder.iterdir()
     ):
@@ -171,7 +171,7 @@ def _listed(source: str) -> dict[str, list[pathlib.Path]]:
   Raises:
     UserError: the list cannot be read, or names a file that is not in the folder.
   """
-  folder = pathlib.Path(source).expanduser().resolve()
+  folder = files.local_path(source).resolve()
   listing = folder / _LISTING
   found: dict[str, list[pathlib.Path]] = {}
   with lines.reading(str(listing)):

@@ -46,7 +46,7 @@ def rate(
     if importlib.util.find_spec(name) is None:
       raise UserError(f"comparing pictures needs {name}: pip install 'rlft[rating]'")
   files.check_local(page.output)
-  directory = pathlib.Path(page.output).expanduser()
+  directory = files.local_path(page.output)
   study = open_study(directory, models, sets, settings)
   how = pictures.collect(study, batch_size=page.batch_size)
   plan = Plan(

@@ -36,6 +36,7 @@ import types
 
 from rlft.rewards import grammar
 from rlft.rewards.scoring import errors
+from rlft.storage import files
 from rlft.types import HostReward, JaxReward, Reward, UserError
 
 KINDS = ("host", "jax", "factory")
@@ -130,7 +131,7 @@ def _import(spec: str, target: str) -> types.ModuleType:
   try:
     if not target.endswith(".py"):
       return importlib.import_module(target)
-    path = pathlib.Path(target).expanduser().resolve()
+    path = files.local_path(target).resolve()
     if not path.is_file():
       raise UserError(f"reward {spec!r}: there is no file {path}: correct the path")
     return _load_file(path)

@@ -17,6 +17,7 @@ import numpy as np
 from rlft.models import yolov3_tiny
 from rlft.models.files import darknet
 from rlft.rewards import named
+from rlft.storage import files
 from rlft.types import JaxReward, UserError
 
 # COCO's own names of what Darknet's coco.names calls otherwise.
@@ -128,7 +129,7 @@ def _weights_file(weights: str | None) -> pathlib.Path:
       )
     path = pathlib.Path(package.submodule_search_locations[0]) / "mlmodels"
   else:
-    path = pathlib.Path(weights).expanduser()
+    path = files.local_path(weights)
   if path.is_dir():
     path = _only(path, "*.weights", f"the file as weights={path}/...")
   if not path.with_suffix(".cfg").is_file():
@@ -142,7 +143,7 @@ def _read_names(
   names: str | None, weights_file: pathlib.Path, network: darknet.Network
 ) -> list[str]:
   """The names of the classes; as many as each head has."""
-  path = pathlib.Path(names).expanduser() if names else None
+  path = files.local_path(names) if names else None
   path = path or _only(weights_file.parent, "*.names", "it as names=...")
   try:
     found = [line.strip() for line in path.read_text().splitlines() if line.strip()]

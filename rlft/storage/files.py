@@ -38,7 +38,12 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   A leading `~` is the user's directory: a shell does not see it behind `=` or in a flagfile.
   """
   # Not epath for both: it takes `/gs/...` for a bucket.
-  return epath.Path(name) if is_bucket(name) else pathlib.Path(os.path.expanduser(name))
+  return epath.Path(name) if is_bucket(name) else local_path(name)
+
+
+def local_path(name: str | os.PathLike[str]) -> pathlib.Path:
+  """A path of this machine; a `~NAME` of nobody stays, where `pathlib` would raise."""
+  return pathlib.Path(os.path.expanduser(name))
 
 
 def is_bucket(name: str | os.PathLike[str]) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rlft.models.files import arrays, hub
+from rlft.storage import files
 from rlft.types import UserError
 
 # Files of weights in a directory, best first.
@@ -78,7 +79,7 @@ def open_file(source: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 def find_file(source: str | os.PathLike[str], name: str) -> pathlib.Path | None:
   """Opens like `open_file`, but gives None if there is none."""
-  path = pathlib.Path(os.path.expanduser(source))
+  path = files.local_path(source)
   if path.exists():
     found = (path if path.is_dir() else path.parent) / name
     return found if found.exists() else None
@@ -153,7 +154,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 def _find_shards(
   source: str | os.PathLike[str], folder: str, shards: Sequence[str]
 ) -> list[pathlib.Path]:
-  path = pathlib.Path(os.path.expanduser(source))
+  path = files.local_path(source)
   if path.exists():
     return [path / folder / shard for shard in shards]
   repository = _hub(str(source))
@@ -161,14 +162,14 @@ def _find_shards(
 
 
 def _find(source: str | os.PathLike[str], names: Sequence[str]) -> list[pathlib.Path]:
-  path = pathlib.Path(os.path.expanduser(source))
+  path = files.local_path(source)
   if path.is_file():
     return [path]
   repository = None if path.exists() else _hub(str(source))
   if repository is not None and repository.file is not None:
     return [_fetch(repository, repository.file)]
-  if files := find_files(source, names):
-    return files
+  if found := find_files(source, names):
+    return found
   raise UserError(
     f"{source} has none of {', '.join(names)}; name the file"
     + (" itself" if repository is None else f": {repository}/<file>")

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 
 import tqdm
 
@@ -70,7 +69,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
   if config.json:
     rows = [dataclasses.asdict(result) for result in results]
     content = {"config": dataclasses.asdict(config), "device": device() + load, "results": rows}
-    files.write_atomic(pathlib.Path(config.json).expanduser(), json.dumps(content, indent=2) + "\n")
+    files.write_atomic(files.local_path(config.json), json.dumps(content, indent=2) + "\n")
   return results
 
 
