@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlft.evaluation import hacking
+from rlft.evaluation import hacking, results
 from rlft.evaluation.results import Difference
 from rlft.evaluation.tables import Table
 from rlft.inference.protocol import pictures_of
@@ -63,18 +63,21 @@ def hacking_section(task: str, rows: Sequence[Row], findings: Findings) -> Secti
     runs = findings.of(row)
     for run in runs:
       if found := hacking.of_history(run.history, *names):
-        what = _change(found.trained), _change(found.oracle)
         called = "hacked" if found.hacked else "not seen to be"
+        changes = _change(found.trained), _change(found.oracle), _best(run, names[1])
         span = f"{found.since} to {found.until}"
-        lines.append((row.title, str(run.config.seed), called, span, *what))
+        lines.append((row.title, str(run.config.seed), called, span, *changes))
     if runs:
       panels.append((row.title, [_standardised(runs, name) for name in names]))
-  header = ("", "seed", "called", "iterations", "trained reward", "oracle")
+  changed = ("trained reward", "oracle", "oracle at its best")
+  header = ("", "seed", "called", "iterations", *changed)
   table = Table(header, lines)
   text = (
     "## Hacked rewards\n\nA run is called hacked if its trained score rises while the oracle's"
     " falls, each beyond its interval, from any of its evaluations to the last (development"
-    f" prompts; level shared among the evaluations).\n\n{table.markdown()}\n"
+    " prompts; level shared among the evaluations). The last column says where a run should have"
+    " been stopped: the evaluation at which the oracle was best, and its change since the start."
+    f"\n\n{table.markdown()}\n"
   )
   if not panels:
     return Section("hacking", text, {})
@@ -86,6 +89,14 @@ def hacking_section(task: str, rows: Sequence[Row], findings: Findings) -> Secti
   return Section("hacking", text, {"hacking.csv": table.csv(), "hacking.svg": figure})
 
 
+def _best(run: Trained, name: str) -> str:
+  """When an evaluation was best, and by how much better than at the start."""
+  found = [(iteration, each[name]) for iteration, each in run.history if name in each]
+  sign = -1 if found[0][1].lower_is_better else 1
+  iteration, best = max(found, key=lambda one: sign * one[1].mean)
+  return f"{iteration}: {_change(results.paired_difference(found[0][1], best))}"
+
+
 def _change(change: Difference) -> str:
   return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] {change.verdict}"
 
@@ -94,7 +105,7 @@ def _standardised(runs: Sequence[Trained], name: str) -> Series:
   """How far a score has come from its start, in units of its spread there; mean over seeds."""
   gains = []
   for run in runs:
-    found = [results[name] for _, results in run.history]
+    found = [each[name] for _, each in run.history]
     spread = found[0].spread or np.nan
     gains.append([(one.mean - found[0].mean) / spread for one in found])
   iterations = np.array([iteration for iteration, _ in runs[0].history])

@@ -185,6 +185,10 @@ def test_a_hacked_run_is_called_hacked(tmp_path, measured):
   text, _ = run(tmp_path, start, only="hacking", seeds=1)
   assert "| ReFL | 0 | hacked | 0 to 4 | +0.4" in text
   assert "| RL | 0 | not seen to be |" in text
+  # Where each should have been stopped.
+  (refl,) = re.findall(r"^\| ReFL \|.*\| (\d): [^|]*\|$", text, re.M)
+  (rl,) = re.findall(r"^\| RL \|.*\| (\d): [^|]*\|$", text, re.M)
+  assert (refl, rl) == ("0", "4")
   root = ElementTree.fromstring((tmp_path / "results" / "hacking.svg").read_text())
   words = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
   assert {"ReFL", "trained reward", "oracle"} <= set(words)
