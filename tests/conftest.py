@@ -1,10 +1,25 @@
 """Every test sees 8 CPU devices. Runs before anything imports jax."""
 
 import os
+import shutil
+import tempfile
 
 # As few threads as `cpu.split_host` makes do with; JAX's own two are too few for 8 devices.
 os.environ["PJRT_NPROC"] = "8"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests count compilations and compare programs; what an earlier run left must not matter.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Programs are kept from one test to the next, in all processes of a run of pytest: nearly all the
+# time of the tests is compilation, of few different programs.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_configure(config):
+  if not hasattr(config, "workerinput"):  # The one process that starts those of pytest-xdist.
+    # Of this run alone: what an earlier one left must not matter.
+    config.programs = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-")
+
+
+def pytest_unconfigure(config):
+  shutil.rmtree(getattr(config, "programs", ""), ignore_errors=True)

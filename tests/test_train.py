@@ -22,7 +22,7 @@ from rlft.parallel.compiled import compilations
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation(folder / "cache"):
+  with cases.fast_compilation():
     yield folder
 
 

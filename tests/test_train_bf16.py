@@ -53,7 +53,7 @@ def first_updates(tmp_path_factory):
     return runs[name]
 
   # What XLA rounds where is decided before the optimizations that are left out here.
-  with train_cases.fast_compilation(folder / "cache"):
+  with train_cases.fast_compilation():
     yield calls
 
 

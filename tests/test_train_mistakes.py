@@ -21,7 +21,7 @@ from rlft.types import UserError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation(folder / "cache"):
+  with cases.fast_compilation():
     yield folder
 
 

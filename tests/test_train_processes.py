@@ -18,7 +18,7 @@ TIMEOUT_S = 20.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation(folder / "cache"):
+  with cases.fast_compilation():
     yield folder
 
 
@@ -44,7 +44,7 @@ def settings(folder: pathlib.Path, workdir: pathlib.Path) -> Config:
   )
 
 
-def launch(config: Config, cache: pathlib.Path, broken: str) -> list[tuple[int, str]]:
+def launch(config: Config, broken: str) -> list[tuple[int, str]]:
   """(exit status, stderr) of two processes, of which the second has a mistake in its reward."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -52,8 +52,7 @@ def launch(config: Config, cache: pathlib.Path, broken: str) -> list[tuple[int, 
   both = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
   both += ["--cpu_devices=2", f"--process_timeout_s={TIMEOUT_S}"]
   started = [
-    cases.start(config, cache, [*both, f"--process_id={i}"], BROKEN=broken if i else "")
-    for i in range(2)
+    cases.start(config, [*both, f"--process_id={i}"], BROKEN=broken if i else "") for i in range(2)
   ]
   try:
     said = [process.communicate(timeout=600)[1] for process in started]
@@ -74,11 +73,11 @@ def assert_close(found, expected):
 
 
 def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, tmp_path):
-  config, cache = settings(folder, tmp_path / "run"), folder / "cache"
+  config = settings(folder, tmp_path / "run")
   workdir = tmp_path / "run"
 
   # Its fourth call, after one of the evaluation, is in the last iteration.
-  first, second = launch(config, cache, broken="dies@4")
+  first, second = launch(config, broken="dies@4")
   assert second[0] == -signal.SIGKILL, second
   assert first[0] == 1 and "Traceback" not in first[1], first
   said = [line for line in first[1].splitlines() if line.startswith("error: ")]
@@ -86,7 +85,7 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, 
   assert "iteration_1" in names(workdir) or "iteration_2" in names(workdir)
 
   # A signal that one of them gets stops both after the task of which it is the reward.
-  for status, said in launch(config, cache, broken="stops@1"):
+  for status, said in launch(config, broken="stops@1"):
     assert status == 0, said
   stopped = sorted(names(workdir))[-1]
   assert stopped in ("iteration_1_task_1", "iteration_2_task_1")

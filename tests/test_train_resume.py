@@ -31,7 +31,7 @@ ITERATIONS = 15  # of their run; a slow one takes 0.15 s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation(folder / "cache"):
+  with cases.fast_compilation():
     yield folder
 
 
@@ -51,7 +51,7 @@ def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path) -> Non
     time.sleep(0.02)
 
 
-def run_with_interruptions(config: Config, cache: pathlib.Path) -> list[tuple[int, str, int]]:
+def run_with_interruptions(config: Config) -> list[tuple[int, str, int]]:
   """Kills a run at a random moment, stops the next at another, and lets the third finish.
 
   Returns:
@@ -62,7 +62,7 @@ def run_with_interruptions(config: Config, cache: pathlib.Path) -> list[tuple[in
   found = []
   for stop in (subprocess.Popen.kill, subprocess.Popen.terminate, None):
     # A slow reward leaves time in which to stop it.
-    process = cases.start(config, cache, BROKEN="slow" if stop else "")
+    process = cases.start(config, BROKEN="slow" if stop else "")
     if stop:
       wait_for_checkpoint(process, workdir)
       time.sleep(moments.uniform(0, 1))
@@ -78,7 +78,7 @@ def interrupted(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("interrupted")
   config = cases.config(folder, workdir, iterations=ITERATIONS, checkpoint_every=1)
   with futures.ThreadPoolExecutor() as pool:
-    yield config, pool.submit(run_with_interruptions, config, folder / "cache")
+    yield config, pool.submit(run_with_interruptions, config)
 
 
 @pytest.mark.usefixtures("interrupted")  # Starts it early.

@@ -17,7 +17,6 @@ from typing import Any
 
 from flax import traverse_util
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 import models_cases
 import numpy as np
@@ -139,8 +138,8 @@ def tiny_model(seed: int = 2, channels: int = 16) -> StableDiffusion:
 
 
 def make_folder(folder: pathlib.Path) -> pathlib.Path:
-  """Makes a folder: `model`, `prompts.txt`, `rewards.py`, images in `pairs`, an empty `cache`."""
-  (folder / "cache").mkdir(parents=True)
+  """Makes a folder: `model`, `prompts.txt`, `rewards.py`, images in `pairs`."""
+  folder.mkdir(parents=True)
   pretrained.save(folder / "model", tiny_model())
   (folder / "prompts.txt").write_text("\n".join(PROMPTS))
   (folder / "rewards.py").write_text(_REWARDS)
@@ -236,21 +235,13 @@ def folder(factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def fast_compilation(cache: pathlib.Path) -> Iterator[None]:
-  """XLA optimises little, which halves its time, and programs are kept in `cache`."""
+def fast_compilation() -> Iterator[None]:
+  """XLA optimises little, which halves its time."""
   jax.config.update("jax_disable_most_optimizations", True)
-  jax.config.update("jax_enable_compilation_cache", True)
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  compilation_cache.reset_cache()
   try:
     yield
   finally:
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 _load, _make_programs = pretrained.load, open_lib.make_programs
@@ -370,35 +361,24 @@ def flags(config: Config) -> list[str]:
   return line
 
 
-def start(
-  config: Config, cache: pathlib.Path, arguments: Sequence[str] = (), **environment: str
-) -> subprocess.Popen:
-  """Starts `launch/train.py` on one device; programs are kept in and taken from `cache`.
+def start(config: Config, arguments: Sequence[str] = (), **environment: str) -> subprocess.Popen:
+  """Starts `launch/train.py` on one device.
 
   Args:
     config: the run.
-    cache: of compiled programs.
     arguments: further ones.
     **environment: further variables.
   """
-  return subprocess.Popen(
-    [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],
-    env=environment_of_runs(cache) | environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def environment_of_runs(cache: pathlib.Path) -> dict[str, str]:
-  """Variables of processes that keep programs in `cache` and are quick to compile them."""
-  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+  variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
     "PYTHONPATH": str(ROOT),
     "BROKEN": "",
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-    "JAX_ENABLE_COMPILATION_CACHE": "true",
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
+  return subprocess.Popen(
+    [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],
+    env=variables | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )

@@ -25,7 +25,7 @@ import optax
 from rlft.algorithms import losses
 from rlft.algorithms.advantages import PromptHistory
 from rlft.algorithms.base import Batch, Call, Learner, Numbers
-from rlft.config.settings import PolicySettings, TaskConfig
+from rlft.config.settings import AlgorithmSettings, PolicySettings, TaskConfig
 from rlft.data import shuffle
 from rlft.models.lora import Weights
 from rlft.parallel import sharding
@@ -99,6 +99,13 @@ class PolicyGradient:
         f"--prompt_history_min={self.prompt_history_min} is more than"
         f" --prompt_history={self.prompt_history}: the history would never be full enough, lower it"
       )
+    for name in ("prompt_history", "prompt_history_min"):
+      value, default = getattr(self, name), AlgorithmSettings.__dataclass_fields__[name].default
+      if self.advantage != "prompt" and value != default:
+        raise UserError(
+          f"--{name}={value} has no effect with --advantage={self.advantage}: leave it out, or give"
+          " --advantage=prompt"
+        )
     for task in tasks:
       if self.advantage == "group" and task.images_per_prompt == 1:
         raise UserError(

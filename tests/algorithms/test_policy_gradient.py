@@ -179,6 +179,8 @@ def test_who_is_compared_and_what_is_remembered():
   [
     ({"train_timesteps": 60}, "--train_timesteps=60 is more than --sampling_steps=50"),
     ({"prompt_history_min": 33}, "--prompt_history_min=33 is more than --prompt_history=32"),
+    ({"prompt_history": 64}, "--prompt_history=64 has no effect with --advantage=batch: leave it"),
+    ({"prompt_history_min": 8}, "--prompt_history_min=8 has no effect with --advantage=batch"),
     ({"advantage": "group"}, "images_per_prompt=1 every advantage is 0"),
     ({"first": 60}, "first=60 is out of range: give at most --sampling_steps=50, or 0 for all"),
     ({"first": 3, "train_timesteps": 4}, "--train_timesteps=4 is more than first=3"),

@@ -233,9 +233,8 @@ def test_mistakes(spec, message):
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation(folder / "cache"):
+def fast():
+  with cases.fast_compilation():
     yield
 
 

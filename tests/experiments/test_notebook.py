@@ -51,10 +51,7 @@ def executed(tmp_path_factory):
   with experiment_cases.script("notebook") as script, pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.delenv("XLA_FLAGS")  # One device is enough.
-    # Its commands share what they compile, and that is compiled in half the time.
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # Half the time of compilation.
     script.run(notebook, folder / "experiments")
   return notebook, folder
 

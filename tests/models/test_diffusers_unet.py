@@ -54,7 +54,7 @@ def test_a_run_with_it(flax_diffusers, tmp_path):
   )
   params = {**model.params, "unet": models_cases.random_params(network, seed=2)}
   pretrained.save(folder / "model", dataclasses.replace(model, unet=network, params=params))
-  with cases.fast_compilation(folder / "cache"):
+  with cases.fast_compilation():
     cases.run(
       cases.config(
         folder,

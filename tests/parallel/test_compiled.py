@@ -8,12 +8,7 @@ import pytest
 from rlft.parallel import compiled
 from rlft.types import UserError
 
-_SETTINGS = {
-  "jax_enable_compilation_cache": True,
-  "jax_compilation_cache_dir": None,
-  "jax_persistent_cache_min_compile_time_secs": 0,
-  "jax_persistent_cache_min_entry_size_bytes": -1,
-}
+_SETTINGS = {"jax_enable_compilation_cache": True, "jax_compilation_cache_dir": None}
 
 
 @pytest.fixture(autouse=True)

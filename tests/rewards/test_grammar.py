@@ -136,6 +136,7 @@ def test_importing_the_package_imports_no_reward():
   )
   assert set(found.stdout.split()) == {
     *("rlft", "rlft.config", "rlft.config.fields", "rlft.config.settings", "rlft.types"),
+    *("rlft.storage", "rlft.storage.files"),
     *(
       "rlft.rewards",
       "rlft.rewards.scoring",

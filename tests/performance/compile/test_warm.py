@@ -1,8 +1,10 @@
 """Programs that are compiled before a run are those that the run calls."""
 
+import contextlib
 import logging
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 import train_cases
 
@@ -12,6 +14,18 @@ from rlft.performance.compile import abstract_run, ahead, warm
 from rlft.types import UserError
 
 _PROGRAMS = ("encode", "sample", "update")
+
+
+@contextlib.contextmanager
+def no_other_programs():
+  """A run's --compilation_cache is one of its own."""
+  before = jax.config.jax_compilation_cache_dir
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 def test_a_run_compiles_nothing_that_was_warmed(tmp_path_factory, tmp_path, monkeypatch, caplog):
@@ -25,7 +39,7 @@ def test_a_run_compiles_nothing_that_was_warmed(tmp_path_factory, tmp_path, monk
     pretrain_weight=0.0,
     compilation_cache=str(tmp_path / "kept"),
   )
-  with train_cases.fast_compilation(tmp_path / "kept"):
+  with train_cases.fast_compilation(), no_other_programs():
     with monkeypatch.context() as one_device:
       devices = jax.devices()[:1]
       one_device.setattr(jax, "devices", lambda *_: devices)

@@ -182,7 +182,7 @@ def test_a_reward_is_told_the_times_of_its_batch():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation(folder / "cache"):
+  with cases.fast_compilation():
     yield folder
 
 
