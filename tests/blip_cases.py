@@ -28,8 +28,6 @@ NUMBERS = models_cases.FIXTURES / "blip.npz"
 TREES = models_cases.FIXTURES / "blip.json"
 
 # Compiled in half the time; what is compared is networks, not the compiler.
-QUICK = {"xla_backend_optimization_level": 0}
-
 # Word pieces; ids are the places.
 VOCABULARY = (
   *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
@@ -121,7 +119,7 @@ def _scores_and_gradient(name: str) -> Callable[..., Any]:
     scores = made.score(params, x, features)
     return scores.sum(), scores
 
-  return jax.jit(jax.grad(run, has_aux=True), compiler_options=QUICK)
+  return jax.jit(jax.grad(run, has_aux=True))
 
 
 def flax_outputs(case: str, x: Any = None) -> dict[str, np.ndarray]:

@@ -27,8 +27,6 @@ from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Conditioning
 
 # Compiles in half the time; what is compared is the networks, not the compiler.
-FAST_COMPILER = {"xla_backend_optimization_level": 0}
-
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 _UNET_SD1 = unet.UNetConfig(
@@ -199,7 +197,7 @@ def flax_outputs(name: str, **replacements: Any) -> dict[str, np.ndarray]:
   """What the Flax module makes of `inputs(name)`; `replacements` are attributes of the module."""
   module, given = MODULES[name].clone(**replacements), inputs(name)
   variables = {"params": random_params(module, seed=1)}
-  apply = jax.jit(module.apply, static_argnames="method", compiler_options=FAST_COMPILER)
+  apply = jax.jit(module.apply, static_argnames="method")
   if isinstance(module, unet.UNet2DCondition):
     outputs = {"sample": apply(variables, *unet_inputs(name))}
   elif isinstance(module, vae.AutoencoderKL):

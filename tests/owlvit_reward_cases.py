@@ -63,9 +63,7 @@ def reward_outputs(kind: str, size: str) -> dict[str, np.ndarray]:
     scores = made.score(made.params, x, ids)
     return scores.sum(), scores
 
-  gradient, scores = jax.jit(jax.grad(run, has_aux=True), compiler_options=towers_cases.FAST)(
-    images(size)
-  )
+  gradient, scores = jax.jit(jax.grad(run, has_aux=True))(images(size))
   return {"score": np.asarray(scores), "gradient": np.asarray(gradient)}
 
 

@@ -4,7 +4,6 @@ Shared by the tests and by `fixtures/make_fixtures.py`: deterministic DDIM with 
 steps and `GUIDANCE` from the same noise, prompts `PROMPTS`, no negative prompts.
 """
 
-import functools
 import pathlib
 import tempfile
 from typing import Any
@@ -41,7 +40,7 @@ def flax_outputs_of(model: StableDiffusion) -> dict[str, np.ndarray]:
   )
   ids, empty_ids = (model.tokenize(texts)[0] for texts in (models_cases.PROMPTS, [""]))
 
-  @functools.partial(jax.jit, compiler_options=models_cases.FAST_COMPILER)
+  @jax.jit
   def run(params, noise, ids, empty_ids):
     size = stable_diffusion.image_size(model)
     prompt = text.encode(model, params, ids, size)

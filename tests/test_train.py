@@ -5,7 +5,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import models_cases
 import numpy as np
 import pytest
 import tensorboard_cases
@@ -21,9 +20,7 @@ from rlft.parallel.compiled import compilations
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation():
-    yield folder
+  return cases.folder(tmp_path_factory)
 
 
 class Run:
@@ -172,6 +169,18 @@ def test_golden(one_device):
   assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
+def test_with_all_optimisations_of_xla(folder, tmp_path, one_device):
+  """As users run it; what else is tested here is compiled in half the time."""
+  config = cases.config(folder, tmp_path, iterations=1, pretrain_weight=0.0)
+  process = cases.start(config, JAX_DISABLE_MOST_OPTIMIZATIONS="false")
+  _, said = process.communicate(timeout=600)
+  assert process.returncode == 0, said
+  (line,) = cases.metrics(tmp_path)
+  assert line["ratio/max_abs_deviation"] <= 1e-5
+  name = "reward/red/mean"
+  assert line[name] == pytest.approx(one_device.metrics[0][name], rel=1e-4)
+
+
 @pytest.mark.parametrize(
   ("run", "other"), [("without_pretraining", "eight_devices"), ("one_device", "sharded")]
 )
@@ -309,7 +318,7 @@ def test_accumulated_timesteps_make_one_update(folder, tmp_path, one_device, rec
 
   assert indices.shape == (2,)
   params, latents = model.params["unet"], jnp.asarray(path.latents)
-  gradient_at = jax.jit(jax.grad(loss), compiler_options=models_cases.FAST_COMPILER)
+  gradient_at = jax.jit(jax.grad(loss))
   both = [gradient_at(params, index) for index in indices]
   gradient = jax.tree.map(lambda a, b: (a.astype(np.float64) + b) / 2, *jax.device_get(both))
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))

@@ -52,9 +52,8 @@ def first_updates(tmp_path_factory):
       runs[name] = [call for call in found if call.name == "update"]
     return runs[name]
 
-  # What XLA rounds where is decided before the optimizations that are left out here.
-  with train_cases.fast_compilation():
-    yield calls
+  # What XLA rounds where is decided before the optimizations that tests leave out.
+  return calls
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -17,9 +17,7 @@ TIMEOUT_S = 20.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation():
-    yield folder
+  return cases.folder(tmp_path_factory)
 
 
 def settings(folder: pathlib.Path, workdir: pathlib.Path) -> Config:

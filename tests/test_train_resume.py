@@ -30,9 +30,7 @@ ITERATIONS = 15  # of their run; a slow one takes 0.15 s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation():
-    yield folder
+  return cases.folder(tmp_path_factory)
 
 
 def newest(workdir: pathlib.Path) -> tuple[int, ...]:

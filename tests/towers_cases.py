@@ -26,8 +26,6 @@ NUMBERS = models_cases.FIXTURES / "towers.npz"
 TREES = models_cases.FIXTURES / "towers.json"
 
 # Compiled in half the time; what is compared is the networks, not the compiler.
-FAST = {"xla_backend_optimization_level": 0}
-
 END = 57  # not the highest id, so that the two rules of pooling differ
 _TEXT = clip.CLIPTextConfig(
   vocab_size=60,
@@ -106,7 +104,7 @@ def params(name: str) -> Any:
 def apply(name: str, *args: Any, method: str | None = None) -> Any:
   """`MODULES[name]` on `args`, compiled."""
   run = functools.partial(MODULES[name].apply, {"params": params(name)}, method=method)
-  return jax.jit(run, compiler_options=FAST)(*args)
+  return jax.jit(run)(*args)
 
 
 def _weighted(outputs: dict[str, Any]) -> Any:
@@ -147,7 +145,7 @@ def flax_outputs(name: str) -> dict[str, np.ndarray]:
     return _weighted(outputs), outputs
 
   given = inputs(name)
-  compiled = jax.jit(jax.grad(run, has_aux=True), compiler_options=FAST)
+  compiled = jax.jit(jax.grad(run, has_aux=True))
   gradient, outputs = compiled(given["pixels"], given["ids"])
   return jax.tree.map(np.asarray, outputs | {"gradient": gradient})
 
@@ -157,7 +155,7 @@ def flax_outputs_rounded(name: str) -> dict[str, np.ndarray]:
   """What the module makes of `inputs(name)` if its towers compute in bfloat16."""
   run = functools.partial(_flax, name, dtype=jnp.bfloat16)
   given = inputs(name)
-  outputs = jax.jit(run, compiler_options=FAST)(given["pixels"], given["ids"])
+  outputs = jax.jit(run)(given["pixels"], given["ids"])
   return jax.tree.map(np.asarray, outputs)
 
 

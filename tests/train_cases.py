@@ -4,8 +4,7 @@ Nearly all of a run's time here is compilation, so runs whose settings give the 
 them, XLA optimises little, and most runs use one of the eight devices.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
 import copy
 import dataclasses
 import json
@@ -234,16 +233,6 @@ def folder(factory: pytest.TempPathFactory) -> pathlib.Path:
   return made if made.exists() else make_folder(made)
 
 
-@contextlib.contextmanager
-def fast_compilation() -> Iterator[None]:
-  """XLA optimises little, which halves its time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    yield
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 _load, _make_programs = pretrained.load, open_lib.make_programs
 _shared: dict[Any, Any] = {}
 # Settings that no program depends on.
@@ -373,7 +362,6 @@ def start(config: Config, arguments: Sequence[str] = (), **environment: str) -> 
     "PYTHONPATH": str(ROOT),
     "BROKEN": "",
     "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
   }
   return subprocess.Popen(
     [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],

@@ -232,12 +232,6 @@ def test_mistakes(spec, message):
 # ---------------------------------------------------------------------------- a whole model
 
 
-@pytest.fixture(scope="module")
-def fast():
-  with cases.fast_compilation():
-    yield
-
-
 B = len(blip_cases.PROMPTS)
 GUIDANCE, STEPS = 2.0, 3
 ALGORITHMS = {
@@ -265,7 +259,7 @@ def given():
   text = Guidance(Conditioning(prompt), Conditioning(empty))
   keys, shape = jax.random.split(jax.random.key(0), B), (4, 4, 4)
 
-  @functools.partial(jax.jit, compiler_options=models_cases.FAST_COMPILER)
+  @jax.jit
   def walk(params):
     start = rollout.normal(keys, STEPS, shape)
     return rollout.sample(policy(), Weights(params), start, text, keys).latents
@@ -345,7 +339,7 @@ def by_torch(name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_gradients_are_those_of_pytorch(fast, name):
+def test_gradients_are_those_of_pytorch(name):
   pytest.importorskip("torch")
   pytest.importorskip("diffusers")
   pytest.importorskip("transformers")
@@ -392,7 +386,7 @@ def bright(images):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, fast):
+def folder(tmp_path_factory):
   folder = cases.folder(tmp_path_factory)
   (folder / "gradient_rewards.py").write_text(_REWARDS)
   return folder

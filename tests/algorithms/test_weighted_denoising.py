@@ -232,7 +232,7 @@ def test_a_run_of_raft(tmp_path_factory):
     train_timesteps=5,
     clip_range=1e-4,
   )
-  with cases.fast_compilation(), compilations() as compiled:
+  with compilations() as compiled:
     cases.run(config, devices=8)
   assert compiled.count("jit(update)") == 1
   lines = cases.metrics(workdir)
@@ -258,8 +258,7 @@ def run(tmp_path_factory):
     train_timesteps=5,
     clip_range=1e-4,
   )
-  with cases.fast_compilation():
-    cases.run(config, devices=8, calls=calls)
+  cases.run(config, devices=8, calls=calls)
   return folder, calls, cases.metrics(workdir)
 
 

@@ -20,13 +20,6 @@ def experiment():
     yield module
 
 
-@pytest.fixture
-def little_optimisation():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def found(path):
   return {line["what"]: line for line in map(json.loads, path.read_text().splitlines())}
 
@@ -49,7 +42,7 @@ def test_without_packages_that_a_rented_machine_lacks(tmp_path):
   assert found(output.with_suffix(".jsonl"))["the whole part"]["unit"] == "s"
 
 
-def test_kernels_beside_xla(tmp_path, monkeypatch, little_optimisation):
+def test_kernels_beside_xla(tmp_path, monkeypatch):
   """Here what is chosen is XLA's, too; and a shape that fails costs itself."""
   compiled = checks._compile
 
@@ -71,7 +64,7 @@ def test_kernels_beside_xla(tmp_path, monkeypatch, little_optimisation):
   assert not lines[other]["ok"] and lines[other]["note"] == "INTERNAL: no plan"
 
 
-def test_agreement(tmp_path, little_optimisation):
+def test_agreement(tmp_path):
   checks.agreement(TINY, Say("agreement", tmp_path / "lines"))
   lines = found(tmp_path / "lines")
   assert all(line["ok"] for line in lines.values()), lines
@@ -80,7 +73,7 @@ def test_agreement(tmp_path, little_optimisation):
   assert lines["update: arrays of the old state that are left"]["value"] == 0
 
 
-def test_speed(tmp_path, little_optimisation):
+def test_speed(tmp_path):
   speed.large(TINY, Say("large", tmp_path / "lines"))
   lines = found(tmp_path / "lines")
   for what in ("sampling", "update", "iteration"):

@@ -51,7 +51,6 @@ def executed(tmp_path_factory):
   with experiment_cases.script("notebook") as script, pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.delenv("XLA_FLAGS")  # One device is enough.
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # Half the time of compilation.
     script.run(notebook, folder / "experiments")
   return notebook, folder
 

@@ -16,9 +16,7 @@ from rlft.types import UserError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation():
-    yield folder
+  return cases.folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

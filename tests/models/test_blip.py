@@ -27,9 +27,7 @@ def small():
   ids = rng.randint(5, 18, (4, 10)).astype(np.int32)
   mask = (np.arange(10) < np.array([[10], [3], [7], [1]])).astype(np.int32)
   variables = {"params": blip_cases.params("small")}
-  apply = jax.jit(
-    blip_cases.MODULES["small"].apply, static_argnames="method", compiler_options=blip_cases.QUICK
-  )
+  apply = jax.jit(blip_cases.MODULES["small"].apply, static_argnames="method")
   return apply, variables, pixels, ids, mask
 
 
@@ -137,7 +135,7 @@ def test_bfloat16_encoders_give_float32_scores(small):
   apply, variables, pixels, ids, mask = small
   exact = apply(variables, pixels, ids, mask)
   rounded = blip_cases.MODULES["small"].clone(dtype=jnp.bfloat16)
-  found = jax.jit(rounded.apply, compiler_options=blip_cases.QUICK)(variables, pixels, ids, mask)
+  found = jax.jit(rounded.apply)(variables, pixels, ids, mask)
   assert found.dtype == jnp.float32
   # 0.4 % a rounding, some tens of roundings in a row, scores of size 1.
   assert 1e-5 < np.abs(found - exact).max() < 0.05
@@ -147,7 +145,7 @@ def test_a_network_starts_with_scores_of_moderate_size_that_depend_on_the_image(
   module = blip_cases.MODULES["other"]
   pixels = np.random.RandomState(2).standard_normal((2, 24, 24, 3)).astype(np.float32)
   given = pixels, np.array([[2, 6, 3, 0]]), np.array([[1, 1, 1, 0]])
-  start = jax.jit(module.init_with_output, compiler_options=blip_cases.QUICK)
+  start = jax.jit(module.init_with_output)
   scores, _ = start(jax.random.key(0), *given)
   assert np.abs(scores).max() < 5 and abs(scores[0] - scores[1]) > 0.01
 

@@ -1,7 +1,6 @@
 """OWL-ViT and OWLv2 against transformers; the published layouts are in test_clip.py."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -36,7 +35,7 @@ def test_queries_may_be_encoded_once_for_a_batch():
   module, variables = towers_cases.MODULES["owlvit"], {"params": towers_cases.params("owlvit")}
   given, own = towers_cases.inputs("owlvit"), towers_cases.flax_outputs("owlvit")
 
-  @functools.partial(jax.jit, compiler_options=towers_cases.FAST)
+  @jax.jit
   def shared(pixels, ids):
     queries = module.apply(variables, ids, method="encode_queries")
     patches = module.apply(variables, pixels, method="encode_images")

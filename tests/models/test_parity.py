@@ -117,7 +117,7 @@ def test_maps_are_computed_once_for_several_texts(case):
   latents, timesteps, conditioning = models_cases.unet_inputs(case)
   other = jax.tree.map(lambda x: 1.5 * x[::-1], conditioning)
   both = jax.tree.map(lambda *rows: jnp.concatenate(rows), other, conditioning)
-  apply = jax.jit(module.apply, compiler_options=models_cases.FAST_COMPILER)
+  apply = jax.jit(module.apply)
   first, second = jnp.split(apply({"params": params}, latents, timesteps, both), 2)
   expected = models_cases.flax_outputs_once(case)["sample"]
   np.testing.assert_allclose(second, expected, rtol=0, atol=1e-5)
@@ -130,7 +130,7 @@ def test_prepared_text_gives_the_same_result():
   params = models_cases.random_params(module, seed=1)
   latents, timesteps, conditioning = models_cases.unet_inputs("unet_odd")
   prepared = module.apply({"params": params}, conditioning, method="prepare")
-  apply = jax.jit(module.apply, compiler_options=models_cases.FAST_COMPILER)
+  apply = jax.jit(module.apply)
   found = apply({"params": params}, latents, timesteps, prepared)
   expected = models_cases.flax_outputs_once("unet_odd")["sample"]
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -140,8 +140,15 @@ def test_prepared_text_gives_the_same_result():
 
 def test_rematerialisation_changes_neither_tree_nor_gradient():
   module, given = models_cases.MODULES["unet_sd2"], models_cases.unet_inputs("unet_sd2")
-  # Two blocks in the middle: there, each by itself is computed again.
-  config = dataclasses.replace(module.config, transformer_layers_per_block=(1, 2))
+  config = dataclasses.replace(
+    module.config,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    block_out_channels=(32,),
+    attention_head_dim=(2,),
+    # Also in the middle: there, each by itself is computed again.
+    transformer_layers_per_block=(2,),
+  )
   module = module.clone(config=config)
   remat = module.clone(remat=True)
   chex.assert_trees_all_equal_shapes_and_dtypes(param_shapes(module), param_shapes(remat))
@@ -150,12 +157,12 @@ def test_rematerialisation_changes_neither_tree_nor_gradient():
 
   def gradient(m):
     function = jax.grad(lambda p: (weights * m.apply({"params": p}, *given)).sum())
-    return jax.jit(function, compiler_options=models_cases.FAST_COMPILER)(params)
+    return jax.jit(function)(params)
 
   exact = gradient(module)
   chex.assert_trees_all_close(gradient(remat), exact, rtol=1e-3, atol=1e-3)
   program = str(jax.make_jaxpr(lambda p: remat.apply({"params": p}, *given))(params))
-  assert program.count("remat") >= 8 + 3 + 2  # resnets, transformers, blocks in the middle
+  assert program.count("remat") >= 5 + 3 + 2  # resnets, transformers, blocks in the middle
 
   # A parameter that is created but not used would pass the comparison of trees.
   for path, leaf in traverse_util.flatten_dict(exact).items():

@@ -21,8 +21,6 @@ from rlft.types import UserError
 
 TOLERANCE = 1e-4
 # Compiled in half the time; what is compared is the networks, not the compiler.
-FAST = {"xla_backend_optimization_level": 0}
-
 need_heads = pytest.mark.skipif(
   not (cases.HEADS / "sac+logos+ava1-l14-linearMSE.pth").exists(),
   reason="LAION's heads are not in the repository: set RLFT_HEADS to a directory that has them",
@@ -49,7 +47,7 @@ def flax_scores(files):
       scores = reward.score(reward.params, images, features)
       return scores @ jnp.array([1.0, 2.0, 3.0]), scores
 
-    compiled = jax.jit(jax.grad(total, has_aux=True), compiler_options=FAST)
+    compiled = jax.jit(jax.grad(total, has_aux=True))
     gradient, scores = compiled(cases.images(cases.SIZES[number]))
     return {"scores": np.asarray(scores), "gradient": np.asarray(gradient)}
 
@@ -92,7 +90,7 @@ def test_half_precision_towers_and_the_divisor(files, flax_scores):
     np.dtype(np.float32)
   }
   ids = reward.prepare(cases.PROMPTS, [{}] * 3)
-  score = jax.jit(reward.score, compiler_options=FAST)
+  score = jax.jit(reward.score)
   scores = score(reward.params, cases.images(cases.SIZES[0]), ids)
   exact = flax_scores("pickscore", 0)["scores"] / 2
   assert scores.dtype == np.float32
@@ -119,7 +117,7 @@ def test_features_of_images(files):
   embed, params = clip_reward.image_embedder(f"{files}/hf")
   assert set(params) == {"vision_model", "visual_projection", "logit_scale"}
   images = cases.images(cases.SIZES[0])
-  features = jax.jit(embed, compiler_options=FAST)(params, images)
+  features = jax.jit(embed)(params, images)
   assert features.shape == (3, cases.FEATURES) and features.dtype == np.float32
   np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-6)
   # The same features in another reward: V1 is linear in them.

@@ -95,7 +95,7 @@ def test_weights_are_read_from_files_and_nothing_named_is_nan(files):
   made = catalog.make_reward(f"owlvit?weights={files / 'owlvit'}")
   assert not made.is_set
   ids = made.prepare([""] * 3, [*cases.NAMED[:2], {}])
-  score = jax.jit(made.score, compiler_options=towers_cases.FAST)
+  score = jax.jit(made.score)
   found = score(made.params, cases.images("small"), ids)
   expected = cases.reward_outputs("owlvit", "small")["score"]
   np.testing.assert_allclose(found, [*expected[:2], np.nan], atol=1e-5)
@@ -105,7 +105,7 @@ def test_bfloat16_towers_and_a_tokenizer_from_elsewhere(files):
   spec = f"owlv2?weights={files / 'owlv2'}&tokenizer={files / 'owlvit'}&dtype=bfloat16"
   made = catalog.make_reward(spec)
   ids = made.prepare([""] * 3, cases.NAMED)
-  score = jax.jit(made.score, compiler_options=towers_cases.FAST)
+  score = jax.jit(made.score)
   found = score(made.params, cases.images("small"), ids)
   assert found.dtype == jnp.float32
   expected = cases.reward_outputs("owlv2", "small")["score"]
@@ -119,7 +119,7 @@ def test_images_may_be_spread_over_a_mesh():
   mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
   over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   given = jax.device_put((images, ids), over)
-  found = jax.jit(made.score, compiler_options=towers_cases.FAST)(made.params, *given)
+  found = jax.jit(made.score)(made.params, *given)
   assert len(found.sharding.device_set) == 4
   expected = cases.reward_outputs("owlvit", "small")["score"][[0, 1, 2, 0]]
   np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -37,11 +37,9 @@ def tiny():
     size = work_lib.Size(architecture, jax.device_count(), STEPS, 3.0, 1)
     patch.setattr(policy, "SIZES", {"tiny": size})
     patch.setattr(contest, "_PEAK_SIZES", {"cpu": 16})
-    jax.config.update("jax_disable_most_optimizations", True)  # Most of the time is compilation.
     # Threads of PyTorch that wait for each other on busy cores would take most of the time.
     patch.setattr(torch_ports, "cores", lambda: 1)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def configured(what="iteration", **given):

@@ -39,7 +39,7 @@ def test_a_run_compiles_nothing_that_was_warmed(tmp_path_factory, tmp_path, monk
     pretrain_weight=0.0,
     compilation_cache=str(tmp_path / "kept"),
   )
-  with train_cases.fast_compilation(), no_other_programs():
+  with no_other_programs():
     with monkeypatch.context() as one_device:
       devices = jax.devices()[:1]
       one_device.setattr(jax, "devices", lambda *_: devices)

@@ -181,9 +181,7 @@ def test_a_reward_is_told_the_times_of_its_batch():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation():
-    yield folder
+  return cases.folder(tmp_path_factory)
 
 
 def settings(folder, workdir, address):

@@ -1,11 +1,9 @@
 """Which rewards have a gradient, and the gradient of a batch's scores."""
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
-import models_cases
 import numpy as np
 import pytest
 
@@ -21,7 +19,6 @@ from rlft.rewards.scoring.task import task_reward
 from rlft.types import HostReward, JaxReward, Prompt, UserError
 
 B = 8
-quick = functools.partial(jax.jit, compiler_options=models_cases.FAST_COMPILER)
 IMAGES = jax.ShapeDtypeStruct((B, 4, 4, 3), jnp.float32)
 
 
@@ -95,11 +92,11 @@ def test_gradients_are_the_slopes_of_scores(name):
   images = 0.7 * np.stack(scenes) + 0.3 * random.uniform(0.2, 0.8, (2, 32, 32, 3))
   images = jnp.asarray(images.astype(np.float32))
 
-  @quick
+  @jax.jit
   def total(images):
     return scorer.apply(reward, 1, reward.params, images, features).values.sum()
 
-  found = quick(lambda x: scorer.slope(reward, 1, reward.params, x, features).gradient)(images)
+  found = jax.jit(lambda x: scorer.slope(reward, 1, reward.params, x, features).gradient)(images)
   for direction in (found, random.standard_normal(images.shape)):
     direction = direction / np.linalg.norm(direction)
     step = 3e-3

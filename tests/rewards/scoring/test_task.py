@@ -260,9 +260,7 @@ def test_when_all_images_of_a_set_score_the_same():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  with cases.fast_compilation():
-    yield folder
+  return cases.folder(tmp_path_factory)
 
 
 def test_a_run_with_a_sum_a_veto_and_a_judge(folder, tmp_path):
