@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 
+from rlft.config import fields
 from rlft.config.settings import Config
 from rlft.evaluation import results
-from rlft.performance.reproduce.scale import EXPERIMENTS
+from rlft.performance.reproduce.scale import EXPERIMENTS, config_of
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -32,10 +33,21 @@ def finished(config: Config) -> bool:
   return bool(history) and history[-1][0] == config.iterations
 
 
-def done(config: Config, flags: Sequence[str]) -> bool:
-  """Whether a run is finished, and was trained with these flags."""
+def done(config: Config) -> bool:
+  """Whether a run is finished, and was trained with these settings."""
+  return finished(config) and not _changes(config)
+
+
+def _changes(config: Config) -> list[str]:
+  """The settings with which a run was not begun; none if it was not begun."""
   file = pathlib.Path(config.output.workdir) / _FLAGS
-  return finished(config) and file.exists() and file.read_text().splitlines() == list(flags)
+  if not file.exists() or not results.read_history(file.parent):
+    return []
+  try:
+    begun = fields.flat(config_of(file.read_text().splitlines(), where=str(file)))
+  except UserError:  # Of another version.
+    return [_FLAGS]
+  return [name for name, value in fields.flat(config).items() if value != begun[name]]
 
 
 def start(command: Sequence[str], kept_open: int, environment: dict[str, str]) -> int:
@@ -78,7 +90,7 @@ def train(
 
   Args:
     config: of the run.
-    flags: its command line.
+    flags: its command line, of which `config` was made.
     say: takes a line about what is done.
     start: runs a process to its end.
 
@@ -90,7 +102,12 @@ def train(
   """
   workdir = pathlib.Path(config.output.workdir)
   with _locked(workdir, say) as lock:
-    if done(config, flags):
+    if changes := _changes(config):
+      return (
+        f"the run in {workdir} was begun with other settings ({', '.join(changes)}): move it away,"
+        " or give another --workdir"
+      )
+    if finished(config):
       return ""
     files.write_atomic(workdir / _FLAGS, "\n".join(flags) + "\n")
     environment = dict(os.environ)

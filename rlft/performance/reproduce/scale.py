@@ -209,13 +209,28 @@ class Experiment:
     Raises:
       UserError: it cannot be made anything of.
     """
-    values = flags.FlagValues()
-    cli.define(Config, flag_values=values)
-    try:
-      values(["train", *self.flags(scale, workdir)])
-    except flags.Error as error:
-      raise UserError(f"{scale.name}.toml: {self.method} on {self.on}: {error}") from error
-    return cli.read(Config, flag_values=values)
+    return config_of(
+      self.flags(scale, workdir), where=f"{scale.name}.toml: {self.method} on {self.on}"
+    )
+
+
+def config_of(line: Sequence[str], *, where: str) -> Config:
+  """What the trainer makes of a command line.
+
+  Args:
+    line: flags.
+    where: they stand, for an error.
+
+  Raises:
+    UserError: it cannot make anything of them.
+  """
+  values = flags.FlagValues()
+  cli.define(Config, flag_values=values)
+  try:
+    values(["train", *line])
+  except flags.Error as error:
+    raise UserError(f"{where}: {error}") from error
+  return cli.read(Config, flag_values=values)
 
 
 def _changed(task: str, *changes: str) -> str:

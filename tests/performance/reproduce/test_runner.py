@@ -12,6 +12,7 @@ import pytest
 import reproduce_cases as cases
 
 from rlft.performance.reproduce import runner
+from rlft.performance.reproduce import scale as scale_lib
 from rlft.performance.reproduce.scale import Experiment
 from rlft.types import UserError
 
@@ -45,10 +46,26 @@ def test_a_run_is_started_and_not_started_again(tmp_path, planned):
   assert commands[0][1].endswith("launch/train.py")
   assert commands[0][2] == f"--flagfile={tmp_path / ONE.name / 'run.flags'}"
   assert (tmp_path / ONE.name / "run.flags").read_text().splitlines() == flags
-  assert runner.done(config, flags)
+  assert runner.done(config)
   assert runner.train(config, flags, say=print, start=start) == "" and len(commands) == 1
-  # With other flags it is the trainer's to say whether it can go on.
-  assert not runner.done(config, [*flags, "--iterations=8"])
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, planned):
+  config, flags = planned
+  start, commands = ending(tmp_path)
+  runner.train(config, flags, say=print, start=start)
+  other = [*flags, "--learning_rate=0.5", "--clip_range=0.5"]
+  changed = scale_lib.config_of(other, where="here")
+  assert not runner.done(changed)
+  for _ in range(2):
+    said = runner.train(changed, other, say=print, start=start)
+    assert said.startswith(f"the run in {tmp_path / ONE.name} was begun with other settings (")
+    assert "clip_range" in said and "learning_rate" in said and "move it away" in said
+  assert len(commands) == 1 and runner.done(config)
+  # The same settings, said otherwise.
+  assert runner.train(config, [*flags, "--seed=0"], say=print, start=start) == ""
+  (tmp_path / ONE.name / "run.flags").write_text("--no_such_flag=1\n")
+  assert not runner.done(config)
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path, planned):
@@ -120,6 +137,7 @@ def test_another_training_in_the_directory_is_waited_for(tmp_path, planned):
 _PARENT = """
 import os, sys
 from rlft.performance.reproduce import runner
+from rlft.performance.reproduce import scale as scale_lib
 with runner._locked(__import__("pathlib").Path(sys.argv[1]), print) as lock:
   child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
   started = runner.subprocess.Popen
