@@ -29,6 +29,7 @@ CONTENT: dict[str, Any] = {
   + [
     f"name={name},prompts=emoji:pair/test,development=emoji:pair/test,metric=oracle-both,images=24"
     for name in ("parity", "parity-gendered", "skin", "skin-gendered", "distance", "diversity")
+    + ("presence",)
   ],
   "guidance_scales": "1,3",
   "rater_noise": 0.1,
@@ -137,8 +138,8 @@ def write_run(workdir: pathlib.Path, *, until: int = 0) -> None:
     rows.append({"iteration": i, "time/iteration_s": 30.0})
     rows[-1] |= {f"reward/{task}/mean": 0.1 * i + GAINS[method] for task in tasks}
   for i in range(0, done + 1, 2):
-    # ReFL's oracle falls while its reward rises.
-    up = 0.1 * i * np.sign(GAINS[method])
+    # RL has learnt all when half is done; ReFL's oracle falls while its reward rises.
+    up = 0.1 * (min(i, iterations / 2) if method == "rl" else i) * np.sign(GAINS[method])
     judged = -up if method == "refl" else up
     found = {f"{task}-trained": result(PROMPTS + up + i * JITTER) for task in tasks}
     found |= {f"{task}-oracle": result(PROMPTS + judged + i * JITTER) for task in tasks}

@@ -1,10 +1,11 @@
-"""When a run had learnt nearly all that it was to learn."""
+"""When a run had learnt nearly all that it was to learn, if it had."""
 
 import numpy as np
 
 from rlft.evaluation import results
 
 SHARE = 0.95  # of the gain at the end
+STILL = 1 / 4  # of a run, in which one that has converged gets no better
 
 
 def converged(history: results.History, name: str, *, share: float = SHARE) -> int | None:
@@ -16,13 +17,18 @@ def converged(history: results.History, name: str, *, share: float = SHARE) -> i
     share: in (0, 1].
 
   Returns:
-    How many iterations were done; None if the end is not better than the start.
+    How many iterations were done; None if the end is not better than the start, or is better than
+    the measurement a quarter of the run before: then it is still rising.
   """
   points = [(iteration, found[name]) for iteration, found in history if name in found]
   if len(points) < 2:
     return None
   start, end = points[0][1], points[-1][1]
   if results.paired_difference(start, end).verdict != "better":
+    return None
+  still = points[-1][0] - STILL * (points[-1][0] - points[0][0])
+  before = next(found for i, found in reversed(points) if i <= still)
+  if results.paired_difference(before, end).verdict == "better":
     return None
   needed = share * (end.mean - start.mean)
   sign = 1 if needed > 0 else -1

@@ -34,5 +34,6 @@ def preferred(
     Shares in [0, 1] of the shape of `liked`; NaN where a picture has no u.
   """
   chance = scipy.special.expit((np.asarray(liked, np.float64) - other) / noise)
-  votes = np.random.default_rng(seed).binomial(raters, np.nan_to_num(chance)) / raters
-  return np.where(np.isnan(chance), np.nan, votes)
+  # One number for each rater of each pair, whatever the chance: binomial() would draw others.
+  luck = np.random.default_rng(seed).random((*chance.shape, raters))
+  return np.where(np.isnan(chance), np.nan, (luck < chance[..., None]).mean(axis=-1))

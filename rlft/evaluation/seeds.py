@@ -100,7 +100,8 @@ def estimate(
   groups = [group for group in groups if len(group) > 1]
   terms = np.array([group.var(ddof=1) / len(group) for group in groups])
   freedom = np.array([len(group) - 1 for group in groups])
-  if not terms.any():
+  # Of equal numbers their rounding is left.
+  if np.sqrt(terms.sum()) <= 1e-12 * max(np.abs(table).max() for table in tables):
     return Estimate(mean, mean, mean, spread)
   degrees = terms.sum() ** 2 / np.sum(terms**2 / freedom)
   drawn = _resampled(tables, samples) - mean

@@ -19,14 +19,12 @@ def svg(
   panels: Sequence[tuple[str, Sequence[Series]]],
   *,
   x_label: str | Sequence[str],
-  smooth: bool = False,
 ) -> str:
   """Line charts side by side, each with its legend below.
 
   Args:
     panels: titles and what is drawn under them.
     x_label: below each, or a list with each one's own.
-    smooth: as of `charts.line_chart`.
 
   Returns:
     The content of an SVG file.
@@ -36,7 +34,7 @@ def svg(
   width = charts.WIDTH * len(panels)
   height = _TITLE + charts.HEIGHT + _LABEL + _ENTRY * entries + 6
   drawn = [
-    f'<g transform="translate({i * charts.WIDTH} {_TITLE})">{_panel(*panel, label, smooth)}</g>'
+    f'<g transform="translate({i * charts.WIDTH} {_TITLE})">{_panel(*panel, label)}</g>'
     for i, (panel, label) in enumerate(zip(panels, labels, strict=True))
   ]
   return (
@@ -46,11 +44,11 @@ def svg(
   )
 
 
-def _panel(title: str, series: Sequence[Series], x_label: str, smooth: bool) -> str:
+def _panel(title: str, series: Sequence[Series], x_label: str) -> str:
   below = charts.HEIGHT + _LABEL - 8
   parts = [
     f'<text class="t" x="8" y="-6">{html.escape(title)}</text>',
-    charts.lines(series, smooth=smooth),
+    charts.lines(series),
     f'<text x="{charts.WIDTH // 2}" y="{below}" text-anchor="middle">{html.escape(x_label)}</text>',
   ]
   for i, (color, one) in enumerate(zip(charts.colors(len(series)), series, strict=True)):

@@ -15,11 +15,11 @@ def converged(*gains, lower=False, **how):
 
 
 def test_the_first_evaluation_with_nearly_all_of_the_final_gain():
-  assert converged(0, 0.5, 0.94, 0.96, 1.0) == 30
-  assert converged(0, 0.5, 0.94, 0.96, 1.0, share=0.5) == 10
+  assert converged(0, 0.5, 0.94, 0.96, 1.0, 1.0, 1.0) == 30
+  assert converged(0, 0.5, 0.94, 0.96, 1.0, 1.0, 1.0, share=0.5) == 10
   # What was more in between counts as reached.
-  assert converged(0, 1.2, 0.8, 1.0) == 10
-  assert converged(0, -0.5, -0.97, -1.0, lower=True) == 20
+  assert converged(0, 1.2, 1.0, 0.97, 1.0, 1.0, 1.0) == 10
+  assert converged(0, -0.5, -0.97, -1.0, -1.0, -1.0, lower=True) == 20
 
 
 def test_a_run_that_does_not_become_better_does_not_converge():
@@ -27,6 +27,13 @@ def test_a_run_that_does_not_become_better_does_not_converge():
   assert converged(0, 0.0) is None
   assert converged(0, 1.0, lower=True) is None
   assert converged(0) is None
+
+
+def test_a_run_that_is_still_rising_has_not_converged():
+  assert converged(0, 0.25, 0.5, 0.75, 1.0) is None
+  assert converged(0, 0.9, 0.9, 0.9, 1.0) is None
+  # What it gained before its last quarter is its own affair.
+  assert converged(0, 0.25, 0.5, 1.0, 1.0) == 30
 
 
 def test_where_a_curve_is_first_at_a_level():

@@ -16,6 +16,15 @@ def test_raters_follow_the_oracle_as_often_as_bradley_and_terry_say():
   assert raters.preferred(liked, liked - 9, noise=0.08).min() == 1
 
 
+def test_raters_have_the_same_luck_whatever_they_are_shown():
+  """So a hair's breadth between two methods is not told as a difference."""
+  liked = np.linspace(0.3, 0.7, 20_000)
+  above, below = (raters.preferred(liked, liked + x, noise=0.08) for x in (-0.001, 0.001))
+  assert (above >= below).all() and (above != below).mean() < 0.1
+  liked[0] = np.nan  # Nor does one that cannot be judged change the votes on others.
+  np.testing.assert_array_equal(raters.preferred(liked, liked - 0.001, noise=0.08)[1:], above[1:])
+
+
 def test_raters_are_the_same_each_time_and_say_nothing_of_what_has_no_score():
   liked = np.array([[0.1, 0.2, np.nan], [0.3, 0.1, 0.2]])
   other = np.array([0.2, np.nan, 0.1])

@@ -119,3 +119,9 @@ def test_without_any_spread_the_interval_has_no_width():
   times = seeds.estimate(np.array([[1.0], [2], [3]]))
   assert times.mean == 2 and times.low < 1 and times.high > 3
   assert np.isnan(seeds.estimate(np.array([[1.0]])).low)
+
+
+def test_equal_numbers_have_no_width():
+  for shape, value in (((2, 3), 0.1), ((3, 10), 0.3)):
+    found = seeds.estimate(np.full(shape, value))
+    assert found.low == found.mean == found.high == pytest.approx(value)

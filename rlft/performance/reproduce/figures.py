@@ -20,7 +20,9 @@ _HEIGHT = 96  # pixels of a picture, at most; smaller ones are enlarged, pixels 
 
 
 def curves_section(tasks: Mapping[str, Sequence[Row]], findings: Findings) -> Section:
-  """The training reward of every method over the images drawn.
+  """The trained reward of every method on development prompts, over the images drawn.
+
+  Not that of the images it trains on: those of reward-weighted denoising are the base model's.
 
   Args:
     tasks: rows by the task that they are trained on.
@@ -30,22 +32,22 @@ def curves_section(tasks: Mapping[str, Sequence[Row]], findings: Findings) -> Se
   for task, rows in tasks.items():
     series = [_training(row, runs, task) for row in rows if (runs := findings.of(row))]
     if series:
-      panels.append((f"reward in training: {task}", series))
+      panels.append((f"trained reward: {task}", series))
   text = (
-    "## Curves\n\nThe reward on the prompts of training, over the images drawn for it; lines are"
-    " means over seeds, bands their least and their most.\n"
+    "## Curves\n\nThe reward that is trained on, on development prompts, over the images drawn for"
+    " training; lines are means over seeds, bands their least and their most.\n"
   )
   if not panels:
     return Section("curves", f"{text}\nNo run is finished.\n", {})
-  figure = figures.svg(panels, x_label="images", smooth=True)
-  return Section("curves", f"{text}\n![Training reward](curves.svg)\n", {"curves.svg": figure})
+  figure = figures.svg(panels, x_label="images")
+  return Section("curves", f"{text}\n![Trained reward](curves.svg)\n", {"curves.svg": figure})
 
 
 def _training(row: Row, runs: Sequence[Trained], task: str) -> Series:
-  """Mean and range over seeds of the reward of each iteration."""
-  key = f"reward/{task}/mean"
-  rows = np.array([[line.get(key) for line in run.metrics] for run in runs], float)
-  images = (np.arange(rows.shape[1]) + 1) * runs[0].images
+  """Mean and range over seeds of the reward at each evaluation."""
+  name = evaluation(task, "trained")
+  rows = np.array([[found[name].mean for _, found in run.history] for run in runs], float)
+  images = np.array([iteration for iteration, _ in runs[0].history]) * runs[0].images
   return Series(row.title, images, rows.mean(0), rows.min(0), rows.max(0))
 
 

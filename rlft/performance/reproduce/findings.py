@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -44,10 +45,14 @@ class Trained:
     """Drawn in an iteration."""
     return sum(task.batch_size for task in self.config.task)
 
-  def seconds(self, iteration: int) -> float:
-    """Seconds of drawing, scoring and learning until so many iterations were done."""
-    rows = (row for row in self.metrics if row["iteration"] < iteration)
-    return sum(row.get("time/iteration_s") or 0.0 for row in rows)
+  def seconds(self, iterations: int) -> float:
+    """Seconds of drawing, scoring and learning in so many iterations, without compilation.
+
+    That many times the median, without the first: in a run that was started again, others compile,
+    too.
+    """
+    times = [row.get("time/iteration_s") or math.nan for row in self.metrics]
+    return iterations * float(np.nanmedian(times[1:] or times))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Findings:
     """`[S, P]`, see `seeds`; None if nothing of the row is there."""
     entry, at_best = self._entry(column), self._at_best(column)
     if row.chosen:
-      found = [self.chosen[column.measure]]
+      found = [self.chosen[column.measure]] if column.measure in self.chosen else []
     elif row.method:
       found = [run.results[column.measure] for run in self.of(row)]
     else:

@@ -54,6 +54,7 @@ class PaperTable:
     title: what it shows.
     rows: by the names under which columns have figures.
     columns: of measures; of a table of convergence there are none.
+    guards: further columns, of what must not be lost.
     on: the task of methods that a scale adds.
   """
 
@@ -61,6 +62,7 @@ class PaperTable:
   title: str
   rows: Mapping[str, Row]
   columns: Sequence[Column] = ()
+  guards: Sequence[Column] = ()
   on: tuple[str, ...] = ()
 
   @property
@@ -79,6 +81,12 @@ def _rows(methods: Sequence[str], tasks: tuple[str, ...]) -> dict[str, Row]:
   return rows | {name: Row(_TITLES[name], name, tasks) for name in methods}
 
 
+_GUARDS = (
+  Column("a single object is there", "presence"),
+  Column("skin found", "skin"),
+  Column("diversity", "diversity"),
+  Column("distance to renderings", "distance"),
+)
 _ALL = ("refl", "raft", "draft", "rwr", "rl")
 _ANY_REWARD = ("raft", "rwr", "rl")
 # RL beat the base and every baseline in the paper's human evaluation, on both sets of prompts, and
@@ -135,16 +143,17 @@ T1 = PaperTable(
       "preference-seen",
       rated=True,
       paper="people, DiffusionDB",
-      above=_RL_FIRST[1:],
+      above=_RL_FIRST,
     ),
     Column(
       "raters prefer it to the base, out-of-domain",
       "preference-unseen",
       rated=True,
       paper="people, PartiPrompts",
-      above=_RL_FIRST[1:],
+      above=_RL_FIRST,
     ),
   ),
+  guards=_GUARDS,
   on=_PREFERENCE,
 )
 
@@ -178,6 +187,7 @@ T3 = PaperTable(
     Column("skin found, occupations", "skin"),
     Column("skin found, second kind", "skin-gendered"),
   ),
+  guards=tuple(guard for guard in _GUARDS if guard.measure != "skin"),
   on=_SKINTONE,
 )
 
@@ -201,6 +211,7 @@ T4 = PaperTable(
     Column("both by the oracle, unseen", "both-unseen"),
     Column("both by the oracle, seen", "both-seen"),
   ),
+  guards=_GUARDS,
   on=_COMPOSITION,
 )
 
@@ -254,6 +265,7 @@ T5 = PaperTable(
     Column("preference by the oracle", "preference-seen"),
     Column("both by the oracle", "both-seen"),
   ),
+  guards=_GUARDS,
 )
 # The row of T5 that is trained on a column's task alone, by the column's measure.
 SPECIALISTS = {

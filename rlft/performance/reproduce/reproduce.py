@@ -127,9 +127,9 @@ def reproduce(
   if settings.dry_run:
     return _listed(runs, scale)
   failed = _train(runs, say, start)
-  done = [run for run in runs if runner.finished(run.config)]
+  done = [run for run in runs if runner.done(run.config)]
   findings = _measure(done, runs, scale, workdir / _PROTOCOL, say, chosen="T1" in sections)
-  text = _write(pathlib.Path(settings.output), sections, findings)
+  text = _write(pathlib.Path(settings.output), sections, findings, settings.seeds)
   if failed:
     raise UserError(
       f"{len(failed)} of {len(runs)} trainings failed ({'; '.join(failed)}): the tables are without"
@@ -140,7 +140,7 @@ def reproduce(
 
 def _train(runs: Sequence[_Run], say: Callable[[str], None], start: runner.Start) -> list[str]:
   """Trains what is missing; what is said of those that failed."""
-  missing = [run for run in runs if not runner.done(run.config, run.flags)]
+  missing = [run for run in runs if not runner.done(run.config)]
   failed = []
   for number, run in enumerate(missing, 1):
     rest = sum(one.images for one in missing[number - 1 :])
@@ -159,12 +159,12 @@ def _listed(runs: Sequence[_Run], scale: Scale) -> str:
   for run in runs:
     history = results.read_history(run.config.output.workdir)
     state = f"evaluated at {history[-1][0]}" if history else "missing"
-    state = "done" if runner.done(run.config, run.flags) else state
+    state = "done" if runner.done(run.config) else state
     iterations = f"{run.config.iterations:,}"
     rows.append((run.experiment.name, state, iterations, f"{run.images:,}"))
   evaluated = _protocol_images(scale)
   scales = len(ProtocolSettings("", guidance_scales=scale.guidance_scales).guidances())
-  left = [run for run in runs if not runner.done(run.config, run.flags)]
+  left = [run for run in runs if not runner.done(run.config)]
   lines = [
     Table(("run", "state", "iterations", "images"), rows).markdown(),
     f"{len(left)} of {len(runs)} trainings are left, with {sum(r.images for r in left):,} images.",
@@ -220,12 +220,14 @@ def _measure(
 def _section(name: str, findings: Findings) -> Section:
   """A part of the results."""
   if name == "curves":
-    by_task: dict[str, dict[Row, None]] = {}
+    # Some runs are in several tables, under other titles: the first counts.
+    by_task: dict[str, dict[tuple[str, tuple[str, ...]], Row]] = {}
     for table in _CURVES:
       for row in findings.rows(table).values():
         for task in row.tasks:
-          by_task.setdefault(task, {})[row] = None
-    return figures.curves_section({task: list(rows) for task, rows in by_task.items()}, findings)
+          by_task.setdefault(task, {}).setdefault((row.method, row.tasks), row)
+    shown = {task: list(rows.values()) for task, rows in by_task.items()}
+    return figures.curves_section(shown, findings)
   if name == "hacking":
     rows = {**findings.rows(paper.T1), **findings.rows(ABLATION)}
     (task,) = paper.T1.on
@@ -240,18 +242,21 @@ def _section(name: str, findings: Findings) -> Section:
   return section
 
 
-def _write(output: pathlib.Path, names: Sequence[str], findings: Findings) -> str:
+def _write(output: pathlib.Path, names: Sequence[str], findings: Findings, seeds: int) -> str:
   """Writes each part, and one page of all parts that are there, also from earlier."""
   for name in names:
     section = _section(name, findings)
-    for file, content in {**section.files, f"{name}.md": section.text}.items():
+    flags = f"--scale={findings.scale.name}", f"--seeds={seeds}", f"--only={name}"
+    command = shlex.join(["python", "launch/reproduce.py", *flags])
+    text = f"{section.text}\nMade by `{command}`.\n"
+    for file, content in {**section.files, f"{name}.md": text}.items():
       files.write_atomic(output / file, content)
   kept = [output / f"{name}.md" for name in _SECTIONS]
   parts = [path.read_text() for path in kept if path.exists()]
-  command = shlex.join(["python", "launch/reproduce.py", f"--scale={findings.scale.name}"])
   head = (
-    f"# Results at the scale {findings.scale.name!r}\n\nMade by `{command}`; docs/protocol.md says"
-    " how runs are measured, and the .csv files beside this page have the numbers behind it.\n"
+    f"# Results at the scale {findings.scale.name!r}\n\nBelow each part stands the command that"
+    " made it; docs/protocol.md says how runs are measured. The .csv files beside this page have"
+    " the numbers behind it.\n"
   )
   text = "\n".join([head, *parts])
   files.write_atomic(output / "README.md", text)

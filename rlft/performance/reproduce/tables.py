@@ -64,27 +64,33 @@ def section(table: PaperTable, findings: Findings) -> Section:
   """A table of measures."""
   rows = findings.rows(table)
   columns = [_measured(column, rows, findings) for column in table.columns]
-  text = Table(
-    ("", "seeds", *(column.title for column in columns)),
-    [
-      (row.title, _seeds(row, findings), *(_cell(column, name) for column in columns))
-      for name, row in rows.items()
-    ],
-  )
   orders = {column.title: _orders(column) for column in columns}
   found = [order for group in orders.values() for order in group]
-  parts = [f"## {table.name}: {table.title}", text.markdown(), _legend(rows, findings)]
+  parts = [f"## {table.name}: {table.title}", _table(columns, rows, findings)]
+  parts.append(_legend(rows, findings))
   if table is paper.T5:
     parts.append(_shares(columns))
   parts += [_ordering_text(found), _ordering_table(orders, rows).markdown()]
+  guards = [_measured(column, rows, findings) for column in table.guards]
+  if guards:
+    parts += ["What must not be lost beside these gains:", _table(guards, rows, findings)]
   return Section(
     table.name,
     "\n\n".join(parts) + "\n",
     {
-      f"{table.name}.csv": _numbers(table, rows, columns, findings).csv(),
+      f"{table.name}.csv": _numbers(table, rows, [*columns, *guards], findings).csv(),
       f"{table.name}-orderings.csv": _ordering_numbers(orders).csv(),
     },
   )
+
+
+def _table(columns: Sequence[_Measured], rows: Mapping[str, Row], findings: Findings) -> str:
+  lines = [
+    (row.title, _seeds(row, findings), *(_cell(column, name) for column in columns))
+    for name, row in rows.items()
+    if row.method or any(name in column.scores for column in columns)
+  ]
+  return Table(("", "seeds", *(column.title for column in columns)), lines).markdown()
 
 
 def _measured(column: Column, rows: Mapping[str, Row], findings: Findings) -> _Measured:
@@ -246,10 +252,12 @@ def convergence_section(table: PaperTable, findings: Findings) -> Section:
     f"## {table.name}: {table.title}",
     Table(header, lines).markdown(),
     f"A run has converged at its first evaluation with {convergence.SHARE:.0%} of its own final"
-    " gain in the reward that it is trained on, on development prompts; one that ends no better"
-    " than it began has not. Images are those drawn for training; minutes are those of drawing,"
-    " scoring and learning. Means over the seeds that converged, and in brackets the least and the"
-    " most.",
+    " gain in the reward that it is trained on, on development prompts. One that ends no better"
+    " than it began has not; nor has one that is still rising, better at its end than at"
+    f" {1 - convergence.STILL:.0%} of its length. Images are those drawn for training; minutes are"
+    " iterations times the median of one, so without compilation: they compare methods if nothing"
+    " else ran on the machine. Means over the seeds that converged, and in brackets the least and"
+    " the most.",
     _ordering_text(orders),
     _ordering_table({"hours": orders}, rows).markdown(),
   ]
