@@ -2,13 +2,13 @@
 
     python experiments/choose_rates.py --scale=miniature --workdir=runs/rates
 
-Each method of experiments/miniature.toml is trained on --task at its own rate, at three times and
-at a third of it, and on in the direction that is better until it gets worse; with a seed that no
-table has and for --iterations iterations. Chosen is the rate at which the *judge* (the oracle, not
-the trained reward: a rate that hacks is not good) gains most on development prompts. The table says
-what to write into the file; nothing is changed in it.
+Each method of experiments/miniature.toml is trained on --task for --iterations iterations: at its
+own learning rate, at three times and at a third of it, and then on in the better direction until it
+gets worse. The seed is one that no table has. The choice is the learning rate at which the *judge*
+(the oracle, not the trained reward: a rate that hacks is not good) gains most on development
+prompts. The table says what to write into the file; the file itself is not changed.
 
-Killed, the same command goes on. Result: experiments/results/rates.md and rates.csv.
+If killed, the same command goes on. Result: experiments/results/rates.md and rates.csv.
 """
 
 from collections.abc import Callable, Iterator, Sequence
