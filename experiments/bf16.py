@@ -4,7 +4,7 @@ python experiments/bf16.py
 
 Trains the preference task of experiments/emoji_bf16.flags in each type with several seeds, one run
 after another, and then draws the same images in both types from the base model. Runs of the same
-seed draw the same prompts with the same noise. Interrupted, the same command goes on where it
+seed draw the same prompts with the same noise. If interrupted, the same command goes on where it
 stopped.
 
 Result, in runs/bf16: the rewards of all runs (bf16.csv), curves (bf16.html), the drift

@@ -1,16 +1,16 @@
 """Do rlft and a release of diffusers read each other's models? Small ones, with random weights.
 
-Pipelines (Stable Diffusion 1 whole, in half precision and in shards; 2 with velocity prediction and
-linear projections; SDXL) and what rewards are made of (CLIP, OWL-ViT, OWLv2, BERT's vocabulary).
---save and --read run in the environment of diffusers and transformers, of whichever releases, and
---compare in rlft's; both may be one:
+It tries pipelines (Stable Diffusion 1 in one file, in half precision and in shards; 2 with velocity
+prediction and linear projections; SDXL) and models of rewards (CLIP, OWL-ViT, OWLv2, BERT's
+vocabulary). --save and --read run in an environment with any releases of diffusers and
+transformers, --compare in rlft's; both may be the same:
 
     python experiments/diffusers_layouts.py --save=runs/layouts     # diffusers draws, and saves
     python experiments/diffusers_layouts.py --compare=runs/layouts  # rlft reads, draws, and exports
     python experiments/diffusers_layouts.py --read=runs/layouts     # diffusers reads what it wrote
 
-Each takes about a minute and prints what differs. The last two fail where latents after 8 guided
-DDIM steps, or features, are more than 1e-4 from those of --save, or tokens are others.
+Each takes about a minute and prints the differences. The last two fail if latents after 8 guided
+DDIM steps, or features, differ by more than 1e-4 from those of --save, or if any token differs.
 """
 
 import argparse

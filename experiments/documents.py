@@ -3,11 +3,11 @@
     python experiments/documents.py                      # all pages of docs/
     python experiments/documents.py docs/your_reward.md
 
-In a folder of its own, each page's blocks of `bash` are run from top to bottom, and its blocks of
-`python` that begin with a comment of a file's name are written to that file. Trainings last one
-iteration. What stands in `sh` needs what is not everywhere (an accelerator, the network, weights)
-and is left out. A page ends with the first command that fails; the others go on, and the status is
-1 in the end.
+Each page has a folder of its own. Its blocks of `bash` are run there from top to bottom, and each
+block of `python` that begins with a comment with a file's name is written to that file. Trainings
+last one iteration. Blocks of `sh` need something that is not everywhere (an accelerator, the
+network, weights) and are left out. A page ends with the first command that fails; the other pages
+go on, and the exit status is 1 in the end.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""Does every kind of harm to a small run, at random moments, and sees whether anything is lost.
+"""Harms a small run in every way, at random moments, and checks that nothing is lost.
 
     mkdir /tmp/faults; mount -t tmpfs -o size=64m tmpfs /tmp/faults
     python experiments/faults.py --faults=200 --seed=1 --workdir=/tmp/faults
 
 A run of launch/train.py on the tests' tiny model is harmed, started again with the same command,
-harmed again, and so on to its end, where its whole state and every number in metrics.jsonl must be
-those of a run that nobody disturbed, bit for bit; then the next run begins. Every eighth is a run
-of two processes. A fault is recovered from if the harmed process ended as it should, with one line
-and no traceback, the next one went on from the last good checkpoint and made another, and the run
-ended with the same bits. What became of each fault is kept in WORKDIR/results.jsonl, so the command
-goes on where it was stopped, and WORKDIR/table.md has the table so far.
+harmed again, and so on to its end. Its whole state and every number in metrics.jsonl must then be
+those of an undisturbed run, bit for bit. Then the next run begins; every eighth is a run of two
+processes. A fault counts as recovered if the harmed process ended as it should, with one line and
+no traceback, the next one went on from the last good checkpoint and made another, and the run ended
+with the same bits. The outcome of each fault is kept in WORKDIR/results.jsonl, so the command goes
+on where it was stopped, and WORKDIR/table.md has the table so far.
 
-Without the small file system nothing can fill the disk, and that kind is left out. Needs the extra
+Without the small file system, the kind of fault that fills the disk is left out. Needs the extra
 `test`. A fault takes about 6 s of a core; experiments/faults.md has what this printed here.
 """
 

@@ -3,10 +3,10 @@
     python experiments/open_questions.py --seeds=3
 
 Trains the policy gradient of experiments/miniature.toml with each answer to each question below,
-several seeds, and compares how far the judge (the oracle) has come on development prompts. Runs of
-one seed draw the same prompts in the same order.
+with several seeds, and compares how much the judge (the oracle) gains on development prompts. Runs
+of one seed draw the same prompts in the same order.
 
-Killed, the same command goes on. Result: experiments/results/open_questions.md, .csv (all
+If killed, the same command goes on. Result: experiments/results/open_questions.md, .csv (all
 measurements) and a figure for each question.
 """
 

@@ -34,7 +34,7 @@ _STYLE = (
 
 
 def texts(rows: int) -> list[str]:
-  """Prompts of 5 to 35 words, one in ten a repetition."""
+  """Prompts of 3 to 15 terms, one in ten a repetition."""
   draw = random.Random(0)
   words = [*compose.objects(), *_STYLE]
   made = [", ".join(draw.choices(words, k=draw.randint(3, 15))) for _ in range(rows * 9 // 10)]

@@ -3,19 +3,22 @@
 experiments/trl_venv.sh DIRECTORY
 python experiments/trl_curves.py --trl_python=DIRECTORY/bin/python --sweep
 
-Trains composition of experiments/miniature.toml, by our method there and by TRL 0.23.1, which
-trains the whole network, too, on as many images of the same prompts in the same order, scored by
-the same JAX network in this process. What it saves is measured as our runs measure themselves.
-Neither knows settings of the other: --sweep chooses those of both by the judge on development
-prompts, as many for each side and by a seed of its own (`_OURS`, `_TRL` below; without it, what an
-earlier sweep chose is taken, or else where it would start). Then --seeds runs of each, and the
-figures at their end on test prompts.
+Trains the composition task of experiments/miniature.toml, with rlft's policy gradient and with TRL
+0.23.1. Both train the whole network, on the same number of images of the same prompts in the same
+order, scored by the same JAX network in this process. TRL's saved models are measured in the same
+way as rlft's.
 
-Killed, the same command goes on: what is finished is not done again, and both trainers go on from
-their last saved state (TRL's is saved after each epoch). Run nothing beside it: it takes times.
+Neither side has the settings of the other: --sweep chooses them for each side, by the judge on
+development prompts, with the same number of trials and a seed of its own (`_OURS`, `_TRL` below).
+Without --sweep, the choice of an earlier sweep is taken, or else the sweep's first settings. Then
+--seeds runs of each side are trained, and measured at their end on test prompts.
+
+If killed, the same command goes on: what is finished is not done again, and both trainers go on
+from their last saved state (TRL's is saved after each epoch). Run nothing else meanwhile, since
+times are measured.
 
 Result: experiments/trl_curves.csv (all measurements), .svg and .md (for experiments/README.md).
-Duration: 22 trainings with --sweep and 3 seeds.
+Duration: that of 22 trainings, with --sweep and 3 seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +65,7 @@ _TASK = flags.DEFINE_string("task", "composition", "one of its tasks")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "trainings of each side", lower_bound=1)
 _SWEEP = flags.DEFINE_boolean("sweep", False, "choose the settings of both sides first")
 _CHANGES = flags.DEFINE_multi_string(
-  "change", [], "flag of launch/train.py that stands above the file's, e.g. --iterations=20"
+  "change", [], "a flag of launch/train.py that replaces the file's, e.g. --iterations=20"
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 0, "images of an iteration; 0: the task's", lower_bound=0

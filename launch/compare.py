@@ -18,8 +18,8 @@ class CompareSettings:
   """What is compared; each field is a flag of the same name."""
 
   run: tuple[str, ...] = option(
-    "directory of a run; to be given for each. Those that differ in their seeds alone are one"
-    " method",
+    "directory of a run; give the flag once for each. Runs that differ in --seed alone are one"
+    " method with several seeds",
     (),
     path=True,
   )

@@ -21,12 +21,14 @@ class EvaluateSettings:
   """What is measured beside --model, and where to; each field is a flag of the same name."""
 
   models: tuple[str, ...] = option(
-    "further models for --suite, to be given for each: they are compared with --model. Options:"
+    "with --suite: further models, compared with --model; give the flag once for each. Options:"
     " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1&lora=FILE",
     (),
     path=True,
   )
-  output: str = option("JSON file for the figures; the directory of a suite", "", path=True)
+  output: str = option(
+    "JSON file for the results; with --suite a directory, which must be given", "", path=True
+  )
 
 
 flags.define(Drawing)

@@ -20,23 +20,25 @@ from rlft.types import UserError
 class ExportSettings:
   """What is written, and where to; each field is a flag of the same name."""
 
-  pretrained: str = option("where the base model of the run is now, if it has moved", "", path=True)
-  ema: bool = option("the averaged weights, where the run has them", True)
-  output: str = option("directory for the model, a LoRA merged into it", "", path=True)
+  pretrained: str = option("the base model of the run, if it has moved since", "", path=True)
+  ema: bool = option("use the averaged weights (EMA), if the run has them", True)
+  output: str = option(
+    "directory for the whole model in the diffusers layout; a LoRA is merged into it", "", path=True
+  )
   lora_output: str = option(
     "safetensors file for the LoRA alone, to be used with the base model", "", path=True
   )
   lora_format: str = option(
-    "of --lora_output: peft for diffusers; kohya for Kohya's scripts and other interfaces",
+    "format of --lora_output: peft for diffusers; kohya for Kohya's scripts and other programs",
     "peft",
     choices=lora_files.FORMATS,
   )
   push_to_hub: str = option(
-    "org/name on the Hugging Face hub: what was written is uploaded there, with its model card; a"
-    " repository that is not there yet is made, for everybody to read",
+    "org/name on the Hugging Face hub: upload what was written, with a model card; a repository"
+    " that does not exist is created as a PUBLIC one",
     "",
   )
-  dtype: str = option("of the stored weights", "float32", choices=("float32", "float16"))
+  dtype: str = option("type of the stored weights", "float32", choices=("float32", "float16"))
 
 
 flags.define(OutputSettings, "workdir")

@@ -16,15 +16,16 @@ class RateSettings:
   """What is compared; each field is a flag of the same name."""
 
   models: tuple[str, ...] = option(
-    "a run, a model, or a folder of pictures with a metadata.jsonl; to be given for each. Options:"
-    " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1. Without any, --output goes on",
+    "a run, a model, or a folder of pictures with a metadata.jsonl; give the flag once for each, at"
+    " least twice, or leave it out to go on with --output. Options:"
+    " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1",
     (),
     path=True,
   )
   set: tuple[str, ...] = option(
-    "prompts whose pictures are compared, as name=NAME,prompts=SOURCE,count=100,images=1,"
+    "a set of prompts whose pictures are compared, as name=NAME,prompts=SOURCE,count=100,images=1,"
     f"ask=quality,oracle=NAME; or a preset: {', '.join(PRESETS)}. images=6,ask=variety compares"
-    " groups of 6",
+    " groups of 6. Without any: the folders' own prompts, or the preset where emoji-sd is compared",
     (),
   )
 

@@ -17,7 +17,7 @@ class ReportSettings:
   """Where to; each field is a flag of the same name."""
 
   output: str = option(
-    "the page that compares several runs; compared.html here if empty", "", path=True
+    "file of the page that compares several runs; if empty, compared.html here", "", path=True
   )
 
 

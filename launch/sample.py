@@ -15,11 +15,13 @@ from rlft.inference.draw import Drawing, save_grid
 class SampleSettings:
   """What is drawn, and where to; each field is a flag of the same name."""
 
-  prompt: tuple[str, ...] = option("what to draw; may be given several times", ())
+  prompt: tuple[str, ...] = option("a prompt to draw; may be given several times", ())
   prompts: str = option(
-    "more to draw: emoji:TASK/SPLIT, records:DIRECTORY/SPLIT or a file, or a part of one", ""
+    "a source of further prompts, as for a task of launch/train.py, e.g. prompts.txt[:10]", ""
   )
-  max_prompts: int = option("at most so many of --prompts are drawn, spread evenly", 32, least=1)
+  max_prompts: int = option(
+    "at most this many of --prompts are drawn, spread evenly over the source", 32, least=1
+  )
   images_per_prompt: int = option("images drawn for each prompt", 4, least=1)
   output: str = option("the PNG file; a row for each prompt", "grid.png", path=True)
 

@@ -36,12 +36,13 @@ class PrepareConfig:
   )
   output: str = option("directory of the data set", path=True)
   source: str = option(
-    "what people and preference are made of: prompts as those of a task, e.g."
+    "--kind=people and preference: the prompts to start from, a source as for a task, e.g."
     " captions.jsonl?column=text",
     "",
   )
   held_out: int = option(
-    "prompts of the source that are put aside as the split heldout, by their text alone",
+    "--kind=people and preference: how many prompts become the split heldout; which ones depends on"
+    " their text alone",
     2000,
     least=0,
   )

@@ -72,9 +72,11 @@ class BaseModelConfig:
   vae_batch_size: int = option("images a VAE step", 16, least=1)
   unet_steps: int = option("steps of the UNet and text encoder", 8_000, least=1)
   unet_batch_size: int = option("latents a UNet step", 64, least=1)
-  learning_rate: float = option("peak rate of Adam; linear to 0 at the end", 1e-3, above=0)
+  learning_rate: float = option(
+    "peak learning rate of Adam; falls linearly to 0 at the end", 1e-3, above=0
+  )
   decay_share: float = option(
-    "last part of the steps, in which the rate falls", 0.25, least=0, most=1
+    "share of the steps, the last ones, in which the learning rate falls", 0.25, least=0, most=1
   )
   ema_decay: float = option(
     "decay of the averaged weights, which are the result", 0.999, least=0, below=1
@@ -82,7 +84,7 @@ class BaseModelConfig:
   caption_dropout: float = option(
     "share of captions left empty, for guidance", 0.1, least=0, most=1
   )
-  cpu_devices: int = option("on CPUs, split the host into so many devices; 0 leaves it", 0, least=0)
+  cpu_devices: int = option("on CPUs: split the machine into this many devices; 0: one", 0, least=0)
   checkpoint_every: int = option("steps between checkpoints and sample grids", 500, least=1)
 
 

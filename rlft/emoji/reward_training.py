@@ -45,12 +45,12 @@ class RewardConfig:
   steps: int = option("training steps", 3_000, least=1)
   batch_size: int = option("pictures a step, over all devices", 64, least=4)
   learning_rate: float = option(
-    "peak rate of AdamW; warmed up, then a cosine to 0", 1e-3, least=0.0
+    "peak learning rate of AdamW: warm-up, then a cosine decay to 0", 1e-3, least=0.0
   )
   weight_decay: float = option("decoupled weight decay", 1e-2, least=0.0)
   held_out: int = option("held-out pictures measured at the end", 2_000, least=16)
   checkpoint_every: int = option("steps between checkpoints", 500, least=1)
-  cpu_devices: int = option("on CPUs, split the host into so many devices; 0 leaves it", 0, least=0)
+  cpu_devices: int = option("on CPUs: split the machine into this many devices; 0: one", 0, least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,14 @@ from rlft.types import Prompt, Reward, UserError
 
 @dataclasses.dataclass(frozen=True)
 class BestOfSettings:
-  """What is drawn for an image that is measured; each field is a flag of the same name."""
+  """Best of n: how many images are drawn for each one that is measured; fields are flags."""
 
   best_of: int = option(
-    "images drawn for each that is measured, which is the best of them by --best_of_reward",
+    "best of n: draw this many images and measure the one that --best_of_reward scores highest",
     1,
     least=1,
   )
-  best_of_reward: str = option("a reward's name, to choose by", "")
+  best_of_reward: str = option("the reward by which --best_of chooses", "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,47 +32,51 @@ class Drawing:
   """
 
   model: str = option(
-    "a run's directory, or a model as --pretrained of training takes it", path=True
+    "a run's directory, or a model as --pretrained of launch/train.py takes it", path=True
   )
   pretrained: str = option(
-    "where the base model of the run is now, if it has moved", default="", path=True
+    "the base model of the run, if it has moved since", default="", path=True
   )
   lora: str = option(
     "a LoRA to add to the model: a safetensors file of PEFT, diffusers or Kohya",
     default="",
     path=True,
   )
-  ema: bool = option("the averaged weights, where the run has them", default=True)
+  ema: bool = option("use the averaged weights (EMA), if the run has them", default=True)
   seed: int | None = option(
-    "of the noise; if not given, that of the run's evaluations",
+    "seed of the noise; if not given, the run's --eval_seed, 1000 for other models, 2000 for a"
+    " suite",
     default=None,
     least=0,
     most=2**32 - 1,
   )
   sampling_steps: int | None = option(
-    "DDIM steps per image; if not given, the run's", default=None, least=1
+    "DDIM steps per image; if not given, the run's, or 50", default=None, least=1
   )
   guidance_scale: float | None = option(
-    "classifier-free guidance, 1 is none; if not given, the run's", default=None, least=0.0
+    "scale of classifier-free guidance, 1 is no guidance; if not given, the run's, or 7",
+    default=None,
+    least=0.0,
   )
   eta: float | None = option(
-    "noise of the DDIM steps, 0 is none, 1 as DDPM; if not given, the run's",
+    "noise of the DDIM steps, 0 is none, 1 is as much as DDPM; if not given, the run's, or 1",
     default=None,
     least=0.0,
     most=1.0,
   )
   scheduler: str = option(
-    "KEY=VALUE,...: options that stand above those of the run and of the model's"
-    " scheduler_config.json",
+    "KEY=VALUE,... that replace options of the run and of the model's scheduler_config.json",
     default="",
   )
   image_size: str = option(
-    "height and width of the images in pixels, e.g. 512 or 512x768; if empty, those of the run or"
-    " else of the model",
+    "height x width of the images in pixels, e.g. 512 or 512x768; if empty, the run's, or the"
+    " model's own",
     default="",
   )
   batch_size: int = option(
-    "images drawn at once, rounded up to a multiple of the devices", default=16, least=1
+    "images drawn at once, rounded up to a multiple of the number of devices",
+    default=16,
+    least=1,
   )
 
 

@@ -39,16 +39,19 @@ class ProtocolSettings:
   """How runs and their base model are compared; each field is a flag of the same name."""
 
   output: str = option(
-    "directory for the tables and for what the base model was measured", path=True
+    "directory for the tables and for the measurements of the base model", path=True
   )
   pretrained: str = option(
-    "where the base model of the runs is now, if it has moved", "", path=True
+    "the base model of the runs, if it has moved; without --run: the model to measure",
+    "",
+    path=True,
   )
   guidance_scales: str = option(
-    "of which the base model gets the best for each metric", "1,2,3,5,7"
+    "guidance scales at which the base model is measured; the best for each metric is compared",
+    "1,2,3,5,7",
   )
   noise_seed: int = option(
-    "seed of the development prompts' noise; that of the test prompts is the next",
+    "seed of the noise for development prompts; test prompts have this seed plus 1",
     2000,
     least=0,
     below=2**32 - 1,

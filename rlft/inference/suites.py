@@ -44,18 +44,18 @@ class SuiteSettings:
   """What is measured of several models; each field is a flag of the same name."""
 
   suite: str = option(
-    "what to measure of --models, with options of its own as 'NAME?key=value&key=value'; see"
-    " docs/evaluation.md",
+    "which suite of metrics to measure with --model and --models, as NAME or"
+    " 'NAME?key=value&key=value' (docs/evaluation.md)",
     "",
   )
   weights_dir: str = option(
-    "directory with the weights of reward models, under the names under which they are published",
+    "with --suite: directory with the weights of reward models, under their published names",
     "",
     path=True,
   )
   guidance_sweep: str = option(
-    "guidance scales, e.g. 1,2,3,5,7: each model is measured at the one that is best for each"
-    " metric, chosen on development prompts",
+    "with --suite: guidance scales, e.g. 1,2,3,5,7. Each model is measured at the one that is best"
+    " for each metric on development prompts",
     "",
   )
 

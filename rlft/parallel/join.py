@@ -31,15 +31,19 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 
 @dataclasses.dataclass(frozen=True)
 class ProcessSettings:
-  """Which processes make the run; on TPU pods and under Slurm that is found out."""
+  """Which processes make the run; on TPU pods and under Slurm they find each other."""
 
   coordinator: str = option(
-    "HOST:PORT at which the others reach process 0; the same for all processes", ""
+    "HOST:PORT of process 0, the same for all processes; not needed on TPU pods and under Slurm", ""
   )
-  num_processes: int | None = option("processes of the run", None, least=1)
-  process_id: int | None = option("number of this process, from 0", None, least=0)
+  num_processes: int | None = option(
+    "with --coordinator: number of processes of the run", None, least=1
+  )
+  process_id: int | None = option(
+    "with --coordinator: number of this process, from 0", None, least=0
+  )
   process_timeout_s: float = option(
-    "seconds without a sign of life from a process after which the others stop", 45.0, least=5
+    "the others stop when a process has given no sign of life for this many seconds", 45.0, least=5
   )
 
 

@@ -13,14 +13,18 @@ QUALITY, VARIETY = "quality", "variety"
 class PromptSet:
   """Prompts whose pictures are compared; each has a row in the tables."""
 
-  name: str = option("used in tables")
+  name: str = option("a short name, used in the tables")
   prompts: str = option(
-    "as those of an evaluation; if empty, those of the first folder of pictures", ""
+    "a source of prompts, as for an evaluation; if empty, those of the first folder of pictures", ""
   )
-  count: int = option("at most so many of the prompts, spread evenly", 100, least=1)
+  count: int = option("at most this many of the prompts, spread evenly", 100, least=1)
   images: int = option("pictures of a prompt that are judged together", 1, least=1, most=24)
-  ask: str = option("what is asked; variety for sets", QUALITY, choices=(QUALITY, VARIETY))
-  oracle: str = option("the metric that --simulate rates by", "")
+  ask: str = option(
+    "what raters are asked: which is better, or which group is more varied",
+    QUALITY,
+    choices=(QUALITY, VARIETY),
+  )
+  oracle: str = option("the metric that simulated raters (--simulate) follow", "")
 
 
 # The paper's three tasks on test prompts of the emoji world; groups for the one on diversity.
@@ -49,27 +53,33 @@ def parse_set(text: str) -> tuple[PromptSet, ...]:
 class StudySettings:
   """What is compared and how; each field is a flag of the same name. Fixed once it has begun."""
 
-  seed: int = option("of the pictures' noise, and of orders and sides", 0, least=0, below=2**31)
-  raters_per_pair: int = option("people who compare each pair", 5, least=1)
-  ties: bool = option("whether 'no difference' may be answered", True)
+  seed: int = option(
+    "seed of the pictures' noise, and of the order and sides of pairs", 0, least=0, below=2**31
+  )
+  raters_per_pair: int = option("number of people who compare each pair", 5, least=1)
+  ties: bool = option("whether raters may answer 'no difference'", True)
   checks: float = option(
-    "share of the pairs that each rater is shown a second time, to see who answers the same",
+    "share of the pairs that a rater is shown a second time, to see who answers the same",
     0.1,
     least=0.0,
     most=1.0,
   )
   guidance_scale: float | None = option(
-    "of models for which nothing else is said; if not given, a run's own, and for other models"
-    " that of the first run",
+    "guidance scale of models without their own ?guidance_scale=; if not given, a run's own, and"
+    " that of the first run for other models",
     None,
     above=0,
   )
-  sampling_steps: int | None = option("as --guidance_scale", None, least=1)
-  eta: float | None = option("as --guidance_scale", None, least=0, most=1)
-  image_size: str = option("height and width of drawn pictures in pixels", "")
-  pretrained: str = option(
-    "where the base model of the runs is now, if it has moved", "", path=True
+  sampling_steps: int | None = option(
+    "DDIM steps per image, chosen as for --guidance_scale", None, least=1
   )
+  eta: float | None = option(
+    "noise of the DDIM steps, chosen as for --guidance_scale", None, least=0, most=1
+  )
+  image_size: str = option(
+    "height x width of the pictures in pixels, e.g. 512; if empty, the model's own", ""
+  )
+  pretrained: str = option("the base model of the runs, if it has moved since", "", path=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,24 +89,32 @@ class PageSettings:
   output: str = option(
     "directory of the comparison: pictures, votes, results", "runs/rating", path=True
   )
-  raters: int = option("links to hand out, one for each person", 5, least=1, most=10_000)
-  simulate: int = option("raters whom oracles simulate, instead of a page", 0, least=0, most=10_000)
+  raters: int = option("number of links to hand out, one for each person", 5, least=1, most=10_000)
+  simulate: int = option(
+    "simulate this many raters with the sets' oracles, instead of serving a page",
+    0,
+    least=0,
+    most=10_000,
+  )
   noise: float = option(
-    "of simulated raters: the difference at which three of four agree, in standard deviations of"
-    " the differences",
+    "with --simulate: the difference at which nearly three of four raters agree, in standard"
+    " deviations of the differences",
     0.5,
     above=0,
   )
   min_consistency: float = option(
-    "raters who answer less than this share of repeated pairs the same are left out of the results",
+    "leave out raters who gave the same answer to less than this share of their repeated pairs",
     0.0,
     least=0,
     most=1,
   )
-  results: bool = option("print and write the results so far, and end", False)
-  host: str = option("address to listen at; others than this machine reach 0.0.0.0", "127.0.0.1")
-  port: int = option("to listen at; 0 takes a free one", 8000, least=0, most=65535)
+  results: bool = option("print and write the results so far, without serving the page", False)
+  host: str = option(
+    "address to listen at: 127.0.0.1 for this machine alone, 0.0.0.0 for others as well",
+    "127.0.0.1",
+  )
+  port: int = option("port to listen at; 0 takes a free one", 8000, least=0, most=65535)
   address: str = option(
-    "http://... at which raters reach the page, for the links; if empty, by --host and --port", ""
+    "http://... of the page in the links, as raters reach it; if empty, from --host and --port", ""
   )
   batch_size: int = option("images drawn at once", 16, least=1)

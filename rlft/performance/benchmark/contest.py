@@ -32,36 +32,37 @@ class BenchmarkConfig:
   """What `launch/benchmark.py` takes; each field is a flag of the same name."""
 
   what: str = option("what to measure: rewards, sampling, update or iteration", "rewards")
-  port: str = option("which rewards, with commas between; empty for all", "")
+  port: str = option("--what=rewards: which ones, separated by commas; if empty, all", "")
   size: str = option(
-    "sizes of the model for sampling, update and iteration, with commas between: miniature, small,"
+    "sampling, update and iteration: sizes of the model, separated by commas: miniature, small,"
     " medium, sd1.5, sd2-base, sdxl-base",
     "small",
   )
-  sides: str = option("which implementations, with commas between; empty for all", "")
-  batch_size: int = option("images in a call; 0 for what is usual at the size", 0, least=0)
+  sides: str = option("which implementations, separated by commas; if empty, all", "")
+  batch_size: int = option("images in a call; 0: the default of the size", 0, least=0)
   image_size: int = option(
     "height and width of the images that rewards are given, in pixels", 512, least=8
   )
-  sampling_steps: int = option("DDIM steps; 0 for what is usual at the size", 0, least=0, most=1000)
+  sampling_steps: int = option("DDIM steps; 0: the default of the size", 0, least=0, most=1000)
   guidance_scale: float = option(
-    "classifier-free guidance, 1 is none; 0 for what is usual at the size", 0.0, least=0
+    "scale of classifier-free guidance, 1 is no guidance; 0: the default of the size", 0.0, least=0
   )
   train_timesteps: int = option(
-    "timesteps that an iteration trains; 0 for what is usual at the size", 0, least=0
+    "timesteps that an iteration trains on; 0: the default of the size", 0, least=0
   )
   dtype: str = option("type that the networks compute in: float32 or bfloat16", "float32")
   cpu_devices: int = option(
-    "on CPUs, devices that our sampling and training split the host into; 0 for what is the fastest"
+    "on CPUs: devices into which rlft's sampling and training split the machine; 0: what is fastest"
     " at the size",
     0,
     least=0,
   )
   settings: str = option(
-    "more settings of launch/train.py for our side, e.g. microbatch=16,remat=true", ""
+    "more settings of launch/train.py for rlft's side, e.g. microbatch=16,remat=true", ""
   )
   trl_python: str = option(
-    "Python of the environment that experiments/trl_venv.sh makes, for the iteration of TRL", ""
+    "--what=iteration: the Python of the environment that experiments/trl_venv.sh makes, for TRL",
+    "",
   )
   repeats: int = option("timed calls of each side; the table shows their median", 5, least=1)
   json: str = option("file for the table and all times", "")

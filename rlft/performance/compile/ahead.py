@@ -48,18 +48,21 @@ class CompileConfig:
     "cpu:1",
   )
   architecture: str = option(
-    "sd1.5, sd2-base, sd2.1 or sdxl-base, in the place of --pretrained: needs no weights", ""
+    "sd1.5, sd2-base, sd2.1 or sdxl-base, instead of --pretrained: needs no weights", ""
   )
   programs: str = option(
-    "only these, with commas between: encode, sample, update, pretrain, average; of refl and draft"
-    " also decode, pull (the decoder's gradient) and predict",
+    "only these programs, separated by commas: encode, sample, update, pretrain, average; with refl"
+    " and draft also decode, pull (the decoder's gradient) and predict; if empty, all",
     "",
   )
-  json: str = option("file for the results", "", path=True)
-  cache_dir: str = option("directory for compiled programs and results; '' keeps nothing", CACHE)
+  json: str = option("JSON file for the results", "", path=True)
+  cache_dir: str = option(
+    "directory in which programs compiled for --target and their results are kept; if empty, none",
+    CACHE,
+  )
   warm: bool = option(
-    "in the place of all that, compile for the devices that are here, into the --compilation_cache"
-    " in which a run with the same flags looks",
+    "instead, compile for the devices of this machine into the --compilation_cache, where a run"
+    " with the same flags finds the programs",
     False,
   )
 

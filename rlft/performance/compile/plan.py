@@ -35,27 +35,29 @@ class PlanConfig:
   """Whether a run is only described, and for which devices; the run itself is a `Config`."""
 
   dry_run: bool = option(
-    "print what would run, where its files would be, whether it fits and what it will cost; start"
-    " nothing and write nothing",
+    "print what would run, where its files would be, whether it fits and what it would cost; start"
+    " and write nothing",
     False,
   )
   target: str = option(
-    "with --dry_run: devices as launch/compile.py takes them, e.g. v6e:8x16 or h100:8; those of"
-    " this machine if empty",
+    "with --dry_run: the devices of all processes, as launch/compile.py takes them, e.g. v6e:8x16"
+    " or h100:8; if empty, those of this machine",
     "",
   )
   architecture: str = option(
-    "with --dry_run: sd1.5, sd2-base, sd2.1 or sdxl-base, in the place of --pretrained", ""
+    "with --dry_run: sd1.5, sd2-base, sd2.1 or sdxl-base, instead of --pretrained", ""
   )
   utilisation: float = option(
-    "with --dry_run: share of the chips' peak that is used; 0.2 is what the replication of Stable"
-    " Diffusion 2 on 128 A100 had",
+    "with --dry_run: the share of the chips' peak FLOP/s that the run is assumed to reach; 0.2 was"
+    " reached in a replication of Stable Diffusion 2 on 128 A100",
     cost.UTILISATION,
     above=0,
     most=1,
   )
   price_per_chip_hour: float = option(
-    "with --dry_run: what a chip costs in an hour, for the price of the run", 0.0, least=0
+    "with --dry_run: price of a chip per hour, in any currency; 0: no price is computed",
+    0.0,
+    least=0,
   )
   cache_dir: str = option("with --dry_run: where launch/compile.py keeps its results", ahead.CACHE)
 

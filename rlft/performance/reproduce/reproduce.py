@@ -36,9 +36,11 @@ _CURVES = (paper.T1, paper.T3, paper.T4, paper.T5)  # tables whose runs have the
 class ReproduceSettings:
   """What is reproduced; each field is a flag of the same name."""
 
-  scale: str = option("which experiments: the name of a file experiments/NAME.toml", "miniature")
-  seeds: int = option("training seeds of each method: 0, 1, ...", 3, least=1)
-  only: str = option(f"comma-separated: {', '.join(_SECTIONS)}; all if empty", "")
+  scale: str = option("the experiments of a file experiments/NAME.toml", "miniature")
+  seeds: int = option("how many training seeds each method has: 0, 1, ...", 3, least=1)
+  only: str = option(
+    f"only these parts, separated by commas: {', '.join(_SECTIONS)}; if empty, all", ""
+  )
   workdir: str = option("directory of all runs", "runs/reproduce", path=True)
   output: str = option("directory for the results", "experiments/results", path=True)
   dry_run: bool = option("only list what would be trained and measured", False)
