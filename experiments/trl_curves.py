@@ -27,6 +27,7 @@ import functools
 import json
 import math
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -71,25 +72,40 @@ _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 0, "images of an iteration; 0: the task's", lower_bound=0
 )
 
-# Where the choice starts, and what is tried of each setting in turn: eight trainings of each side.
-# Adam, its learning rate; how many steps of it an iteration has; the range of the ratio.
+# Where the choice starts, and what is tried of each setting in turn: nine trainings of each side.
+# Adam's learning rate; how many steps of it an iteration has; the range of the ratio; and of what
+# one side alone has, whether it is better without, or as the other has it.
 _OURS: tuple[Settings, Mapping[str, Sequence[Any]]] = (
-  {"learning_rate": 1.5e-4, "train_timesteps": 5, "clip_range": 1e-3, "pretrain_weight": 1.0},
+  {
+    "learning_rate": 1.5e-4,
+    "train_timesteps": 5,
+    "clip_range": 1e-3,
+    "pretrain_weight": 1.0,
+    "ema_decay": 0.9,
+  },
   {
     "learning_rate": (5e-5, 5e-4),
-    "train_timesteps": (3, 10),
+    "train_timesteps": (3, 6),
     "clip_range": (1e-4, 1e-2),
     "pretrain_weight": (0.0,),
+    "ema_decay": (0.0,),
   },
 )
 # "batches": into how many an epoch's images are cut, with a step for each.
 _TRL: tuple[Settings, Mapping[str, Sequence[Any]]] = (
-  {"train_learning_rate": 1.5e-4, "batches": 4, "train_clip_range": 1e-3, "inner_epochs": 1},
+  {
+    "train_learning_rate": 1.5e-4,
+    "batches": 4,
+    "train_clip_range": 1e-3,
+    "inner_epochs": 1,
+    "max_grad_norm": 1.0,
+  },
   {
     "train_learning_rate": (5e-5, 5e-4),
     "batches": (1, 16),
     "train_clip_range": (1e-4, 1e-2),
     "inner_epochs": (2,),
+    "max_grad_norm": (0.02,),
   },
 )
 
@@ -221,6 +237,7 @@ def trl_options(settings: Settings, batch_size: int) -> dict[str, Any]:
     "train_batch_size": batch_size // settings["batches"],
     "train_clip_range": settings["train_clip_range"],
     "train_num_inner_epochs": settings["inner_epochs"],
+    "train_max_grad_norm": settings["max_grad_norm"],
   }
 
 
@@ -287,6 +304,7 @@ def _write(
     chosen=chosen,
     tried=tried,
     failed=failed,
+    flags=trainings.experiment(chosen["rlft"], 0)[0],
     figure=f"{output.name}.svg",
   )
   files.write_atomic(output.with_suffix(".csv"), curves.csv_table(sides).csv())
@@ -304,6 +322,7 @@ def section(
   chosen: Mapping[str, Settings],
   tried: Mapping[str, Sequence[tuple[Settings, float | None]]],
   failed: Sequence[str],
+  flags: Sequence[str],
   figure: str,
 ) -> str:
   """The text about a comparison, in Markdown."""
@@ -322,6 +341,10 @@ def section(
     "At the end, on test prompts, with intervals over seeds and prompts:",
     final.markdown(),
     "Settings: " + "; ".join(f"{side} {_label(chosen[side], ', ')}" for side in sides) + ".",
+    "TRL has its defaults beside these. With `--pretrain_weight` above 0 rlft takes one more step"
+    " an iteration on real pictures, which are not among the images that are counted, and with"
+    " `--ema_decay` above 0 it is measured by the average of its weights. All of its flags:"
+    f" `{shlex.join(one for one in flags if not one.startswith('--workdir='))}`.",
   ]
   rows = [
     [side, _label(settings, ", "), "failed" if value is None else f"{value:.4f}"]

@@ -41,6 +41,7 @@ CONTENT: dict[str, Any] = {
       "trained": _EVAL.format("emoji-objects"),
       "oracle": _EVAL.format("oracle-both"),
     }
+    | ({"note": "Said of skin."} if name == "skintone" else {})
     for name in ("preference", "composition", "skintone")
   },
   "methods": {

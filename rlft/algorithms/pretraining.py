@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlft.algorithms import losses
 from rlft.algorithms.base import Learner
@@ -50,7 +51,8 @@ def make_pretrain(
     latents, text = encode_pairs(learner, model, frozen, images, sources, ids, decode_chunk)
     rows = jax.tree.map(lambda x: x[None], (latents, text, timesteps, noise))
     gradient, errors = learner.gradient(loss, state, frozen, rows)
-    return learner.step(state, gradient), {"loss/pretrain": errors.mean()}
+    metrics = {"loss/pretrain": errors.mean(), "grad_norm/pretrain": optax.tree.norm(gradient)}
+    return learner.step(state, gradient), metrics
 
   return pretrain
 

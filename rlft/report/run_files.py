@@ -130,7 +130,8 @@ class RunFiles:
   def place(self) -> Place:
     """Where it is, for commands."""
     prompts = [one.get("prompts") for one in (*_entries(self.config, "eval"), *self.tasks)]
-    rate, weight = (self.config.get(key) for key in ("learning_rate", "pretrain_weight"))
+    keys = "learning_rate", "pretrain_weight", "max_grad_norm"
+    rate, weight, bound = (self.config.get(key) for key in keys)
     return Place(
       workdir=self.workdir,
       base=self.config.get("pretrained") or "",
@@ -138,6 +139,7 @@ class RunFiles:
       learning_rate=rate if isinstance(rate, float) else 0.0,
       prompts=next((one for one in prompts if one and one != "?"), ""),
       pretrain_weight=weight if isinstance(weight, float) else 0.0,
+      pretrain_bounded=bool(bound) and self._lately("grad_norm/pretrain") > bound,
     )
 
 

@@ -222,6 +222,7 @@ class Place:
     learning_rate: its own; 0 where that is not known.
     prompts: of the first evaluation or task; '' where that is not known.
     pretrain_weight: of its pretraining loss; 0 where it has none.
+    pretrain_bounded: the pretraining step is as long as the bound on gradients lets it be.
   """
 
   workdir: str
@@ -230,6 +231,7 @@ class Place:
   learning_rate: float = 0.0
   prompts: str = ""
   pretrain_weight: float = 0.0
+  pretrain_bounded: bool = False
 
 
 def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
@@ -274,7 +276,11 @@ def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
     steps.insert(0, Step("See below since when it became worse: fewer iterations may keep both."))
   if found.kind == "hacked":
     closer = Step("Hold it closer to the base model: a pretraining loss (--pretrain_data).")
-    if place.pretrain_weight:
+    if place.pretrain_bounded:
+      slower = again(f"--learning_rate={place.learning_rate / 3:g}") if place.learning_rate else ""
+      why = "Go in smaller steps: --max_grad_norm leaves --pretrain_weight without effect."
+      closer = Step(why, slower)
+    elif place.pretrain_weight:
       heavier = again(f"--pretrain_weight={3 * place.pretrain_weight:g}")
       closer = Step("Hold it closer to the base model: a heavier pretraining loss.", heavier)
     steps += [

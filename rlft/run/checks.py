@@ -207,7 +207,7 @@ def warn(config: Config, metrics: Mapping[str, float], iteration: int) -> None:
     iteration: from 0; the second compiles nothing.
   """
   if iteration == 0:
-    warn_if_bounded(config, metrics["grad_norm"])
+    warn_if_bounded(config, metrics)
   if iteration == 1 and cpu.goes_on():  # No machine with CPUs alone is taken away.
     warn_if_slow_to_stop(metrics, jax.process_count())
 
@@ -236,14 +236,22 @@ def warn_if_slow_to_stop(metrics: Mapping[str, float], process_count: int) -> No
     )
 
 
-def warn_if_bounded(config: Config, norm: float) -> None:
+def warn_if_bounded(config: Config, metrics: Mapping[str, float]) -> None:
   """Says so if the bound on gradients leaves the weights of losses without effect."""
   bound = config.optimizer.max_grad_norm
-  if bound and norm > bound:
+  if bound and (norm := metrics["grad_norm"]) > bound:
     _log.warning(
       "the tasks' gradients are cut from %.2g, their mean norm, to --max_grad_norm=%g: a factor of"
       " their losses (--kl_weight, timestep_weights) does not change how long a step is, unless it"
       " makes the gradient shorter than that",
       norm,
       bound,
+    )
+  if bound and (norm := metrics.get("grad_norm/pretrain", 0.0)) > bound:
+    _log.warning(
+      "the pretraining step's gradient is cut from %.2g to --max_grad_norm=%g: --pretrain_weight=%g"
+      " does not change how long the step is, unless it makes the gradient shorter than that",
+      norm,
+      bound,
+      config.pretraining.pretrain_weight,
     )

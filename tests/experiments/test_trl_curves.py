@@ -7,6 +7,7 @@ import experiment_cases
 import numpy as np
 import pytest
 
+from rlft import catalog
 from rlft.evaluation.tables import Table
 from rlft.performance.peer import curves
 from rlft.performance.reproduce import scale
@@ -35,6 +36,13 @@ def test_flags_of_a_run(experiment, tmp_path):
   assert ours.judge in [entry.name for entry in config.eval]
 
 
+def test_every_trial_of_ours_can_be_trained(experiment, tmp_path):
+  start, rounds = experiment._OURS
+  for changed in [{}, *({name: value} for name, each in rounds.items() for value in each)]:
+    _, config = trainings(experiment, tmp_path).experiment(start | changed, 0)
+    catalog.make_algorithm(config.algorithm).check(config.policy, config.task)
+
+
 def test_a_workdir_has_trainings_of_one_kind(experiment, tmp_path):
   for _ in range(2):
     trainings(experiment, tmp_path).check_workdir()
@@ -49,6 +57,7 @@ def test_options_of_trl(experiment):
     "train_batch_size": 32,
     "train_clip_range": 1e-3,
     "train_num_inner_epochs": 1,
+    "train_max_grad_norm": 1.0,
   }
   with pytest.raises(UserError, match="12 images cannot be cut into 16 batches"):
     experiment.trl_options({**settings, "batches": 16}, 12)
@@ -65,7 +74,7 @@ def test_a_choice_is_kept(experiment, tmp_path):
     def worth(self, side, settings):
       self.asked += 1
       if side == "rlft":
-        return settings["train_timesteps"] / 10
+        return settings["train_timesteps"] / 6
       return float("nan") if settings["inner_epochs"] == 2 else -settings["train_learning_rate"]
 
   file, asked = tmp_path / "chosen.json", Worth()
@@ -73,8 +82,8 @@ def test_a_choice_is_kept(experiment, tmp_path):
   assert starts["TRL"] == experiment._TRL[0] and not none["TRL"] and not asked.asked
   for sweep in (True, True, False):
     chosen, tried = experiment._chosen(asked, file, sweep=sweep)
-    assert chosen["rlft"]["train_timesteps"] == 10 and chosen["TRL"]["train_learning_rate"] == 5e-5
-    assert asked.asked == 16 and tried["TRL"][-1][1] is None
+    assert chosen["rlft"]["train_timesteps"] == 6 and chosen["TRL"]["train_learning_rate"] == 5e-5
+    assert asked.asked == 18 and [1 for _, value in tried["TRL"] if value is None]
   assert json.loads(file.read_text())["chosen"] == chosen
 
 
@@ -92,11 +101,13 @@ def test_the_text(experiment):
     chosen={"rlft": {"a": 1e-3}, "TRL": {"b": 2}},
     tried={"rlft": [({"a": 1e-3}, 0.7)], "TRL": [({"b": 2}, None)]},
     failed=["TRL with seed 1: epoch 0: why"],
+    flags=["--seed=0", "--workdir=somewhere"],
     figure="f.svg",
   )
   assert "16 images; trainings: 1 of rlft, 1 of TRL." in text
   assert "0.2500 (rlft) and 0.2500 (TRL)" in text
   assert "| 0.500 | 8 | 16 | 1 | 2 |" in text and "| j | 0.2 ±0.1 |" in text
   assert "Settings: rlft a=0.001; TRL b=2." in text
+  assert "All of its flags: `--seed=0`." in text
   assert "| rlft | a=0.001 | 0.7000 |" in text and "| TRL | b=2 | failed |" in text
   assert "for they failed: TRL with seed 1: epoch 0: why." in text

@@ -145,8 +145,12 @@ def test_every_preset_passes_the_checks(preset, run):
   ("norm", "bound", "said"), [(0.3, 0.1, True), (0.1, 0.3, False), (9, 0, False)]
 )
 def test_weights_without_effect_are_said_to_have_none(run, caplog, norm, bound, said):
-  checks.warn_if_bounded(fields.replace(run, max_grad_norm=float(bound)), norm)
+  run = fields.replace(run, max_grad_norm=float(bound))
+  checks.warn_if_bounded(run, {"grad_norm": norm})
   assert ("--max_grad_norm=0.1: a factor of their losses" in caplog.text) == said
+  caplog.clear()
+  checks.warn_if_bounded(run, {"grad_norm": 0.0, "grad_norm/pretrain": norm})
+  assert ("--max_grad_norm=0.1: --pretrain_weight=1 does not change" in caplog.text) == said
 
 
 @pytest.mark.parametrize(

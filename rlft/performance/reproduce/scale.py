@@ -25,11 +25,13 @@ class TaskPlan:
     task: as after `--task=`.
     trained: evaluation of its reward on the way, as after `--eval=`, on development prompts.
     oracle: that of its judge, on the same prompts.
+    note: what a reader of its tables should know.
   """
 
   task: str
   trained: str
   oracle: str
+  note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

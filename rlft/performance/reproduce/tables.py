@@ -68,6 +68,8 @@ def section(table: PaperTable, findings: Findings) -> Section:
   found = [order for group in orders.values() for order in group]
   parts = [f"## {table.name}: {table.title}", _table(columns, rows, findings)]
   parts.append(_legend(rows, findings))
+  tasks = dict.fromkeys(task for row in rows.values() for task in row.tasks)
+  parts += [note for task in tasks if (note := findings.scale.tasks[task].note)]
   if table is paper.T5:
     parts.append(_shares(columns))
   parts += [_ordering_text(found), _ordering_table(orders, rows).markdown()]

@@ -166,9 +166,8 @@ def test_joint_training_beside_specialists(tmp_path, measured):
   start, _ = starting()
   text, _ = run(tmp_path, start, only="T5", seeds=1)
   # All RL runs have one gain here, so joint training keeps all of it.
-  assert (
-    "What must not be lost beside these gains:\n\n|  | seeds | a single object is there |" in text
-  )
+  assert "What must not be lost beside these gains:\n\n|  | seeds | a single object" in text
+  assert "\n\nSaid of skin.\n\n" in text
   assert "Made by `python launch/reproduce.py --scale=tiny --seeds=1 --only=T5`." in text
   assert "- skin tone (parity): joint training keeps 100% of the gain (the paper: 77%)" in text
   assert "One training seed: intervals say nothing of other seeds." in text
