@@ -182,7 +182,9 @@ def _facts(
     f"in its checkpoints/, {often}, {size / GIB:.2f} GiB each; the newest {output.keep_checkpoints}"
     " stay",
   )
-  yield "logs", f"in its {METRICS_FILE} and tensorboard/; in the end its {REPORT_FILE}"
+  board = "tensorboard" in output.tracker.split("+") and not files.is_bucket(output.workdir)
+  also = " and tensorboard/" if board else ""
+  yield "logs", f"in its {METRICS_FILE}{also}; in the end its {REPORT_FILE}"
   yield from (("missing", message) for message in _missing(config, target))
 
 

@@ -138,6 +138,7 @@ def test_a_plan_says_where_what_and_how_much(described, tmp_path):
     "before, every 4 iterations and after, 24 images each time\n",
     "runs/x: starts afresh\n",
     "every 10 iterations, 0.00 GiB each; the newest 2 stay\n",
+    "logs         in its metrics.jsonl and tensorboard/; in the end its report.html\n",
     "missing      prompt file prompts.txt does not exist",
     "| average | 1 | 0.0 GFLOP | at least 0.00, estimated |",
     "Hours are not known, as cpu:8 has no known peak",
@@ -150,6 +151,7 @@ def test_a_plan_goes_on_from_the_newest_checkpoint(described):
   pathlib.Path("prompts.txt").write_text("a dog\n")
   text = described(fields.replace(CONFIG, eval=(), eval_every=0))
   assert "runs/x: goes on from iteration 7\n" in text and "missing" not in text
+  assert "in its metrics.jsonl; in" in described(fields.replace(CONFIG, tracker="none"))
 
 
 def test_a_workdir_that_cannot_be_read_is_taken_to_be_new(described):
