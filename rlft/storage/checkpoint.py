@@ -215,8 +215,8 @@ class Checkpointer:
     if jax.process_index() == 0 and found != self._sums.encode():
       raise DamagedError(f"{checksums.FILE} is not as it was written")
 
-  def _check_sums(self, step: int) -> None:
-    """Returns if every file is as it was written; the processes share the work.
+  def _check_sums(self, step: int) -> bool:
+    """Whether all files are known to be as they were written; the processes share the work.
 
     Raises:
       DamagedError: one is not, on every process.
@@ -247,6 +247,7 @@ class Checkpointer:
 
   def _compare(self, step: int) -> bool:
     """Compares this process's part of a checkpoint's files with their sums; False if it has none.
+    return summed
 
     Raises:
       DamagedError: a file is not as it was written, is missing, or is of another kind.
@@ -255,7 +256,8 @@ class Checkpointer:
     directory = self._directory / _name(step)
     part = jax.process_index(), jax.process_count()
     try:
-      if not (directory / checksums.FILE).exists():
+      # Not `exists`, which is False in a bucket that does not answer, too.
+      if not any(path.name == checksums.FILE for path in _entries(directory)):
         return False
       checksums.check(directory, apart_from=_LATE, part=part)
       return True
@@ -305,8 +307,9 @@ class Checkpointer:
     failures = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        self._check_sums(step)
+        whole = self._check_sums(step)
         meta = self._meta(step)
+      whole = False
         meta.pop(_SUMMED, None)
         check(meta)
         self._check_shapes(step, template)
@@ -322,7 +325,8 @@ class Checkpointer:
       except UserError:
         raise
       except Exception as error:  # Orbax raises a dozen types for what it cannot read.
-        if _is_of_the_system(error):
+        # Of a bucket TensorStore does not say whether it is the object; but the sums were right.
+        if _is_of_the_system(error) or (whole and files.is_bucket(self._shown)):
           raise self._unread_error(step, error) from error
         failures.append(self._set_aside(step, error))
         continue
@@ -562,6 +566,8 @@ def _code(error: Exception) -> int | None:
   found = re.search(r"os_error_code='(\d+)'", str(error))
   return int(found[1]) if found else None
 
+  if isinstance(error, OSError) and error.errno is None:  # Of a bucket: a refusal, for example.
+    return not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
 
 def _first_line(error: Exception) -> str:
   """What an error says, short enough for a message of one line."""
