@@ -67,7 +67,7 @@ def check_writable(directory: str) -> None:
     probe.write_bytes(b"rlft")
     with contextlib.suppress(FileNotFoundError):  # Whoever clears such files up was first.
       probe.unlink()
-  except _errors(path) as error:
+  except errors(path) as error:
     raise UserError(
       f"{directory} cannot be written to ({_reason(error)}): give a directory that you can write to"
     ) from error
@@ -141,7 +141,7 @@ def _copy(system: Any, root: str, paths: Iterable[str], place: pathlib.Path) -> 
         raise
 
 
-def _errors(name: str | os.PathLike[str]) -> type[Exception]:
+def errors(name: str | os.PathLike[str]) -> type[Exception]:
   """What may be raised in reading and writing; libraries of buckets have no common base class."""
   return Exception if os.fspath(name).startswith(_COPIED) else OSError
 
@@ -160,7 +160,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except _errors(path) as error:
+  except errors(path) as error:
     raise UserError(
       f"cannot write {os.fspath(path)}: {_reason(error)}; free some space or fix the directory,"
       " then run the same command again (what was written before is intact)"
@@ -174,7 +174,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except _errors(path) as error:
+  except errors(path) as error:
     raise UserError(f"cannot read {os.fspath(path)}: {_reason(error)}; make it readable") from error
 
 
