@@ -150,6 +150,9 @@ def _reason(error: Exception) -> str:
   if isinstance(error, ImportError):
     package = "s3fs" if "s3fs" in str(error) else "gcsfs"
     return f"buckets need {package}: pip install {package}"
+  # Of a bucket it says an address, and no more.
+  if isinstance(error, FileNotFoundError) and not error.strerror:
+    return "there is no such bucket or object"
   return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
