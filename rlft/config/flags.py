@@ -167,6 +167,8 @@ def main(run: Callable[..., None], *, takes_paths: bool = False) -> None:
     flags.DEFINE_boolean("version", False, "print the versions of rlft, JAX and Python, and end")
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["version"])
   logging.getLogger("jax._src.xla_bridge").addFilter(_tells_something)
+  for library in ("fsspec", "gcsfs"):  # Each file that is opened, and what is raised as well.
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
   def guarded(argv: Sequence[str]) -> None:
     try:

@@ -69,7 +69,10 @@ class Checkpointer:
     self._read_only = read_only
     # A save that has not been opened again, and its tree with all arrays but one left out.
     self._saved: tuple[int, Any] | None = None
+    self._step = 0  # of the newest save, also of one that failed and has not ended yet
     self._sums = ""  # as written for it, on the first process
+    # What may be raised in writing. TensorStore's errors are ValueErrors.
+    self._failures = files.errors(self._shown), ValueError
     orbax_noise.silence()
     self._lock = None if read_only else self._hold()
     try:
@@ -97,9 +100,9 @@ class Checkpointer:
   def _writing(self) -> Iterator[None]:
     try:
       yield
-    except OSError as error:
+    except files.errors(self._shown) as error:
       raise UserError(
-        f"cannot write checkpoints in {self._shown}: {error.strerror or error}; choose"
+        f"cannot write checkpoints in {self._shown}: {_first_line(error)}; choose"
         " another --workdir or free some space"
       ) from error
 
@@ -140,7 +143,7 @@ class Checkpointer:
       return
     self.wait()  # So would Orbax; here a failure has the name of the save that failed.
     self._check_held()
-    self._saved = step, _smallest_alone(state)
+    self._saved, self._step = (step, _smallest_alone(state)), step
     try:
       self._manager.save(
         step,
@@ -149,7 +152,7 @@ class Checkpointer:
         ),
         force=True,
       )
-    except (OSError, ValueError) as error:
+    except self._failures as error:
       self._saved = None
       raise self._save_error(step, error) from error
 
@@ -164,7 +167,7 @@ class Checkpointer:
     step, probe = self._saved
     try:
       self._manager.wait_until_finished()
-    except (OSError, ValueError) as error:
+    except self._failures as error:
       raise self._save_error(step, error) from error
     finally:
       self._saved = None
@@ -189,7 +192,7 @@ class Checkpointer:
     try:
       for old in sorted(self._manager.all_steps())[: -self._keep]:
         self._manager.delete(old)
-    except OSError as error:
+    except files.errors(self._shown) as error:
       raise self._save_error(step, error) from error
 
   def _check_held(self) -> None:
@@ -203,7 +206,7 @@ class Checkpointer:
 
   def _write_sums(self) -> None:
     """Writes the sums of the files of the save that goes on; raises OSError."""
-    name = _name(self._saved[0])
+    name = _name(self._step)
     # Orbax commits by giving the directory its name, or in a bucket by a file in it.
     names = (path.name for path in _entries(self._directory))
     found = next(one for one in names if one == name or one.startswith(f"{name}.orbax"))
@@ -215,8 +218,8 @@ class Checkpointer:
     if jax.process_index() == 0 and found != self._sums.encode():
       raise DamagedError(f"{checksums.FILE} is not as it was written")
 
-  def _check_sums(self, step: int) -> None:
-    """Returns if every file is as it was written; the processes share the work.
+  def _check_sums(self, step: int) -> bool:
+    """Whether all files are known to be as they were written; the processes share the work.
 
     Raises:
       DamagedError: one is not, on every process.
@@ -244,6 +247,7 @@ class Checkpointer:
       processes.raise_together(damaged)
     except UserError as agreed:
       raise DamagedError(str(agreed)) from agreed
+    return summed
 
   def _compare(self, step: int) -> bool:
     """Compares this process's part of a checkpoint's files with their sums; False if it has none.
@@ -255,7 +259,8 @@ class Checkpointer:
     directory = self._directory / _name(step)
     part = jax.process_index(), jax.process_count()
     try:
-      if not (directory / checksums.FILE).exists():
+      # Not `exists`, which is False in a bucket that does not answer, too.
+      if not any(path.name == checksums.FILE for path in _entries(directory)):
         return False
       checksums.check(directory, apart_from=_LATE, part=part)
       return True
@@ -304,8 +309,9 @@ class Checkpointer:
     """
     failures = []
     for step in sorted(self._manager.all_steps(), reverse=True):
+      whole = False
       try:
-        self._check_sums(step)
+        whole = self._check_sums(step)
         meta = self._meta(step)
         meta.pop(_SUMMED, None)
         check(meta)
@@ -322,7 +328,8 @@ class Checkpointer:
       except UserError:
         raise
       except Exception as error:  # Orbax raises a dozen types for what it cannot read.
-        if _is_of_the_system(error):
+        # Of a bucket TensorStore does not say whether it is the object; but the sums were right.
+        if _is_of_the_system(error) or (whole and files.is_bucket(self._shown)):
           raise self._unread_error(step, error) from error
         failures.append(self._set_aside(step, error))
         continue
@@ -412,8 +419,14 @@ class Checkpointer:
         stack.callback(self._lock.release)
       if self._link:
         stack.callback(self._link.cleanup)
-      stack.callback(self._manager.close)
+      stack.callback(self._close_manager)
       self.wait()
+
+  def _close_manager(self) -> None:
+    try:
+      self._manager.close()
+    except self._failures as error:  # It raises again what was raised when a save was waited for.
+      raise self._save_error(self._step, error) from error
 
 
 class _Found(ocp.path.step.Metadata):
@@ -553,6 +566,8 @@ def _persistently(do: Callable[[], bool]) -> bool:
 
 def _is_of_the_system(error: Exception) -> bool:
   """Whether an error is of reading, and says nothing of what is in the file."""
+  if isinstance(error, OSError) and error.errno is None:  # Of a bucket: a refusal, for example.
+    return not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
   code = error.errno if isinstance(error, OSError) else _code(error)
   return code is not None and code not in _GONE
 
@@ -567,4 +582,6 @@ def _first_line(error: Exception) -> str:
   """What an error says, short enough for a message of one line."""
   if (code := _code(error)) is not None:
     return os.strerror(code)
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -67,7 +67,7 @@ def check_writable(directory: str) -> None:
     probe.write_bytes(b"rlft")
     with contextlib.suppress(FileNotFoundError):  # Whoever clears such files up was first.
       probe.unlink()
-  except _errors(path) as error:
+  except errors(path) as error:
     raise UserError(
       f"{directory} cannot be written to ({_reason(error)}): give a directory that you can write to"
     ) from error
@@ -141,7 +141,7 @@ def _copy(system: Any, root: str, paths: Iterable[str], place: pathlib.Path) -> 
         raise
 
 
-def _errors(name: str | os.PathLike[str]) -> type[Exception]:
+def errors(name: str | os.PathLike[str]) -> type[Exception]:
   """What may be raised in reading and writing; libraries of buckets have no common base class."""
   return Exception if os.fspath(name).startswith(_COPIED) else OSError
 
@@ -150,6 +150,9 @@ def _reason(error: Exception) -> str:
   if isinstance(error, ImportError):
     package = "s3fs" if "s3fs" in str(error) else "gcsfs"
     return f"buckets need {package}: pip install {package}"
+  # Of a bucket it says an address, and no more.
+  if isinstance(error, FileNotFoundError) and not error.strerror:
+    return "there is no such bucket or object"
   return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -160,7 +163,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except _errors(path) as error:
+  except errors(path) as error:
     raise UserError(
       f"cannot write {os.fspath(path)}: {_reason(error)}; free some space or fix the directory,"
       " then run the same command again (what was written before is intact)"
@@ -174,7 +177,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except _errors(path) as error:
+  except errors(path) as error:
     raise UserError(f"cannot read {os.fspath(path)}: {_reason(error)}; make it readable") from error
 
 

@@ -59,9 +59,11 @@ class Lock:
     """Returns if the lock is still held.
 
     Raises:
-      UserError: another process took this one for dead; it must not write any more.
+      UserError: another process took this one for dead; it must not write any more. Or it cannot
+        be found out.
     """
-    holder = _holder(self._path)
+    with files.reading(self._path):
+      holder = _holder(self._path)
     if holder is None or not _is_same(holder, self._own):
       other = "somebody deleted its lock" if holder is None else f"{_name(holder)} took it over"
       raise UserError(
