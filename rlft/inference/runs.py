@@ -9,7 +9,7 @@ from typing import Any
 
 from rlft.config import fields, stored
 from rlft.config.settings import Config, EvaluationSettings, OutputSettings
-from rlft.storage import checkpoint, files
+from rlft.storage import files, folders
 from rlft.types import UserError
 
 # Settings that do not change what is trained.
@@ -43,10 +43,10 @@ def open_run(path: str) -> TrainedRun:
     raise UserError(f"{path} is no directory of a run: give one that launch/train.py has made")
   with files.reading(file):
     text = file.read_text()
-  newest = checkpoint.newest(files.path_of(path) / "checkpoints")
-  if not newest:
+  newest = folders.newest(files.path_of(path) / "checkpoints")
+  if newest is None:
     raise UserError(f"{path} has no checkpoint yet: wait for the run's first")
-  return TrainedRun(path, stored.from_json(text), newest)
+  return TrainedRun(path, stored.from_json(text), folders.name_of(newest))
 
 
 def grouped(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
