@@ -78,14 +78,11 @@ class Checkpointer:
 
   def _hold(self) -> Lock | None:
     """Holds the directory, on the first of the run's processes."""
-    lock, error = None, None
-    if jax.process_index() == 0:
-      path = files.path_of(self._shown)
-      try:
+    lock = None
+    with processes.together():
+      if jax.process_index() == 0:
+        path = files.path_of(self._shown)
         lock = Lock(path.with_name(f"{path.name}.lock"))
-      except UserError as own:
-        error = own
-    processes.raise_together(error)
     return lock
 
   @contextlib.contextmanager
@@ -134,7 +131,9 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     self.wait()  # So would Orbax; here a failure has the name of the save that failed.
-    self._check_held()
+    with processes.together():
+      if self._lock is not None:
+        self._lock.check()
     self._saved = step, _smallest_alone(state)
     try:
       self._manager.save(
@@ -186,15 +185,6 @@ class Checkpointer:
         self._manager.delete(old)
     except OSError as error:
       raise self._save_error(step, error) from error
-
-  def _check_held(self) -> None:
-    error = None
-    try:
-      if self._lock is not None:
-        self._lock.check()
-    except UserError as own:
-      error = own
-    processes.raise_together(error)
 
   def _write_sums(self) -> None:
     """Writes the sums of the files of the save that goes on; raises OSError."""

@@ -72,12 +72,8 @@ class HostScorer:
     return lambda: self._finish(started)
 
   def _finish(self, started: Started) -> Scores:
-    found, error = None, None
-    try:
+    with processes.together(RewardError):
       found = self._caller.finish(started)
-    except RewardError as own:
-      error = own
-    processes.raise_together(error, RewardError)
     return jax.tree.map(self._spread, found)
 
   def _spread(self, own: np.ndarray) -> jax.Array:
