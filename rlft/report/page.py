@@ -169,7 +169,7 @@ def training_charts(run: RunFiles) -> tuple[list[str], list[str], list[str]]:
   if not run.rows:
     return [], [], []
   x = run.values("iteration")
-  keys = list(run.keys)
+  keys = run.keys
 
   def curve(name: str, key: str) -> charts.Series:
     return charts.Series(name, x, run.values(key))

@@ -145,7 +145,7 @@ class _Judge:
       asked = self._asked(prompts[row], metadata[row])
       if not asked:
         continue
-      url = base64.b64encode(images_lib.encode_png(images_lib.to_uint8(images[row]))).decode()
+      url = base64.b64encode(images_lib.encode_png(images[row])).decode()
       found = [
         self._ask(f"data:image/png;base64,{url}", *each, started, deadline) for each in asked
       ]
