@@ -28,6 +28,7 @@ from rlft.rewards.remote.client import Answer, Client, TryAgain
 from rlft.rewards.remote.limits import Limits
 from rlft.rewards.remote.protocol import Tensor
 from rlft.rewards.scoring.errors import RewardError
+from rlft.storage import images as images_lib
 from rlft.types import HostReward, UserError
 
 _MODEL = re.compile(r"(?P<prefix>.*)(?P<path>/v2/models/[^/]+(/versions/[^/]+)?)/?")
@@ -141,7 +142,7 @@ class _Remote:
         " server declare -1 for both sizes and resize them"
       )
     if inputs.datatype == "UINT8":
-      images = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+      images = images_lib.to_uint8(images)
     tensors = [Tensor(inputs.images, inputs.datatype, images.shape, images)]
     for name, what, rest in inputs.texts:
       texts = prompts if what == "prompts" else [_json(known) for known in metadata]
