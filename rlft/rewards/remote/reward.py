@@ -24,7 +24,7 @@ import numpy as np
 from rlft.rewards.remote import limits as limits_lib
 from rlft.rewards.remote import protocol as open_inference
 from rlft.rewards.remote import server as remote_model
-from rlft.rewards.remote.client import Answer, Client, TryAgain
+from rlft.rewards.remote.client import QUESTION_S, Answer, Client, TryAgain
 from rlft.rewards.remote.limits import Limits
 from rlft.rewards.remote.protocol import Tensor
 from rlft.rewards.scoring.errors import RewardError
@@ -164,7 +164,7 @@ class _Remote:
       said = self.client.quote(answer)
       if answer.status in (400, 404):
         # A server that was restarted may answer before it has loaded its models.
-        timeout_s = min(timeout_s, remote_model.QUESTION_S)
+        timeout_s = min(timeout_s, QUESTION_S)
         if self.client.request("GET", f"{self.path}/ready", timeout_s=timeout_s).status != 200:
           raise TryAgain(f"the model is not ready ({said})")
       self.client.give_up(
