@@ -25,6 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rlft.config.settings import EMOJI_SD
 from rlft.models import clip, diffusers_unet, scheduler_config, stable_diffusion, unet, vae
 from rlft.models import config as config_lib
 from rlft.models.files import (
@@ -42,7 +43,6 @@ from rlft.models.stable_diffusion import StableDiffusion
 from rlft.storage.files import staged
 from rlft.types import UserError
 
-EMOJI_SD = "emoji-sd"
 EMOJI_SD_PATH = pathlib.Path(__file__).parents[2] / "emoji" / "data" / EMOJI_SD
 
 _CONFIGS = {
