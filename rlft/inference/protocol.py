@@ -27,8 +27,8 @@ from rlft.report import samples
 from rlft.storage import files
 from rlft.types import UserError
 
-# How images are drawn, but for what methods may differ in.
-DRAWN_BY = ("scheduler", "image_size", "sampling_steps", "eta")
+# Settings of drawing in which methods that are compared must not differ.
+DRAWN_ALIKE_BY = ("scheduler", "image_size", "sampling_steps", "eta")
 _NO_CHOICE = BestOfSettings()
 
 
@@ -99,7 +99,7 @@ class Protocol:
     self.evals = tuple(evals)
     self.base_model = settings.pretrained or base
     self._settings, self._scoring = settings, scoring
-    self._how = {name: getattr(policy, name) for name in DRAWN_BY}
+    self._how = {name: getattr(policy, name) for name in DRAWN_ALIKE_BY}
     self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     make = functools.cache(catalog.make_reward)
     moved = [dataclasses.replace(entry, prompts=entry.development) for entry in evals]
