@@ -1,6 +1,6 @@
 """Checkpoints by Orbax: asynchronous, atomic, and resumed without being asked.
 
-One module wraps Orbax, so that its traps are handled in one place: `latest_step()` may name a save
+One class wraps Orbax, so that its traps are handled in one place: `latest_step()` may name a save
 that is not committed yet (only a fresh manager is asked), a save may be committed and yet not be
 readable (each is opened before an older one is deleted), a directory that a crash left unreadable
 must not stop a run that has an older good one, and restoring needs explicit shardings.
