@@ -31,6 +31,7 @@ from rlft.parallel import compiled, cpu, processes, sharding
 from rlft.parallel.join import announced
 from rlft.report import iteration as iteration_metrics
 from rlft.report.metrics import Progress
+from rlft.report.run_files import CONFIG_FILE
 from rlft.report.usage import Usage
 from rlft.rewards.scoring.errors import RewardError
 from rlft.run import checks, output
@@ -60,7 +61,7 @@ def train(config: Config) -> None:
     state, cursor = resume(run, run.initial_state())
     with processes.together():
       if run.writes:
-        files.write_atomic(run.workdir / "config.json", stored.to_json(config) + "\n")
+        files.write_atomic(run.workdir / CONFIG_FILE, stored.to_json(config) + "\n")
     _loop(run, state, cursor, stop, start)
 
 

@@ -66,8 +66,6 @@ class Guidance:
 # (x_t [n, H, W, C], timesteps [n] int32, conditioning [N, ...]) -> output [N, H, W, C] float32,
 # with N a multiple of n: the maps are repeated as often as needed, all of them each time.
 Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
-# Computes from the conditioning what the denoiser needs of it at every step.
-Prepare = Callable[[Conditioning], Conditioning]
 
 
 @jax.tree_util.register_dataclass

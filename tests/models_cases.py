@@ -21,7 +21,7 @@ import pytest
 
 from rlft.models import architectures, attention, clip, unet, vae
 from rlft.models import tokens as tokens_lib
-from rlft.models.files import torch_layout
+from rlft.models.files import streaming, torch_layout
 from rlft.models.shapes import param_shapes
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Conditioning
@@ -369,6 +369,14 @@ def tiny_pipeline(kind: str = "epsilon") -> StableDiffusion:
     params=params,
     zero_empty=kind == "sdxl",
   )
+
+
+def fingerprint(params: Any) -> str:
+  """What `pretrained.load` says of a model with these parameters, if asked to identify it."""
+  found = streaming.Fingerprint()
+  for path, array in sorted(traverse_util.flatten_dict(params).items()):
+    found.add(path, np.asarray(array))
+  return found.bytes().hex()
 
 
 @contextlib.contextmanager

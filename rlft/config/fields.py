@@ -137,13 +137,18 @@ def convert(text: str, kind: Any) -> Any:
   raise TypeError(f"no text can be given for {kind}")
 
 
+def plain(kind: Any) -> type:
+  """int for `int | None`."""
+  if isinstance(kind, types.UnionType):
+    (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+  return kind
+
+
 def mistake(value: Any, field: dataclasses.Field) -> str | None:
   """What is wrong with a value by itself: 'is ...: remedy'; None if nothing is."""
-  rules, kind = field.metadata, field.type
-  if isinstance(kind, types.UnionType):
-    if value is None:
-      return None
-    (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+  rules, kind = field.metadata, plain(field.type)
+  if value is None and kind is not field.type:
+    return None
   numbers = {int: int, float: (int, float)}.get(kind)
   if numbers is None:
     if not isinstance(value, kind):
@@ -173,8 +178,9 @@ def check(settings: Any, where: str = "--") -> None:
   Raises:
     UserError: the first value that is none of its field's.
   """
+  values = flat(settings)
   for name, field in leaves(type(settings)).items():
-    value = flat(settings)[name]
+    value = values[name]
     if isinstance(value, tuple):
       for entry in value:
         check(entry, f"--{name}=name={entry.name},...,")

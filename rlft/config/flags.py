@@ -16,9 +16,7 @@ import os
 import platform
 import re
 import sys
-import types
-import typing
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
 
@@ -37,7 +35,7 @@ _SHIPPED = (EMOJI_SD, EMOJI)  # names that stand where a path may stand
 _TOKENIZER = "?tokenizer="
 _LONGEST = 1200  # characters of an error
 
-Settings = typing.TypeVar("Settings")
+Settings = TypeVar("Settings")
 
 
 def define(kind: type, *names: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -111,7 +109,7 @@ class _Parser(flags.ArgumentParser):
     return value
 
   def flag_type(self) -> str:
-    return _plain(self._field.type).__name__
+    return fields.plain(self._field.type).__name__
 
 
 def _absolute(path: str) -> str:
@@ -125,13 +123,6 @@ def _absolute(path: str) -> str:
   if os.path.exists(path) and path not in _SHIPPED:
     return os.path.abspath(path)
   return path
-
-
-def _plain(annotation: Any) -> type:
-  """int for `int | None`."""
-  if isinstance(annotation, types.UnionType):
-    (annotation,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
-  return annotation
 
 
 def _help(field: dataclasses.Field) -> str:

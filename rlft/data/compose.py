@@ -149,9 +149,9 @@ def load(name: str, split: str) -> Sequence[Prompt]:
   Raises:
     UserError: there are none of this name.
   """
-  for word, known, what in ((name, SPLITS, "prompts"), (split, SPLITS.get(name, {}), "prompts")):
+  for word, known in ((name, SPLITS), (split, SPLITS.get(name, {}))):
     if word not in known:
       raise UserError(
-        f"paper:{name}/{split}: there are no {what} '{word}': use one of {', '.join(known)}"
+        f"paper:{name}/{split}: there are no prompts '{word}': use one of {', '.join(known)}"
       )
   return SPLITS[name][split]()

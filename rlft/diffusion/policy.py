@@ -78,8 +78,7 @@ class Policy:
     """
     output = self.output(weights, index, sample, self.conditioned(weights, text))
     mean = self.process.mean(index, sample, output)
-    std = jnp.asarray(self.process.std)[index]
-    return log_prob(next_sample, mean, std[:, None, None, None] if std.ndim else std), mean
+    return log_prob(next_sample, mean, ddim.at_step(self.process.std, index)), mean
 
 
 def make_policy(

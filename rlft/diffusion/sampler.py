@@ -199,7 +199,6 @@ class Sampler:
   """Draws images in batches of one size; compiled once.
 
   Attributes:
-    policy: what draws.
     encode, sample: its two programs, jitted; see `make_encode` and `make_sample`.
   """
 
@@ -240,7 +239,6 @@ class Sampler:
       self._mesh, {name: tree for name, tree in model.params.items() if name != "unet"}
     )
     self._weights = None
-    self.policy = policy
     self.encode = sharding.jit(
       make_encode(model, self._mesh, guidance_scale=policy.guidance_scale), static_argnums=3
     )
@@ -276,11 +274,6 @@ class Sampler:
     text = self.encode(encoders, ids, self._empty, len(keys))
     collected, images = self.sample(weights, self._frozen["vae"], text, keys)
     return Drawn(images, text, collected)
-
-  def initial_noise(self, count: int, seed: int) -> np.ndarray:
-    """`[count, H, W, C]` float32: the noise that images 0..count-1 of `seed` start from."""
-    steps, shape = len(self.policy.process.timesteps), stable_diffusion.latent_shape(self._model)
-    return np.asarray(rollout.normal(_keys(seed, 0, count), steps, shape))
 
   def __call__(self, prompts: Sequence[str], seed: int, **settings: Any) -> np.ndarray:
     """Draws one image for each prompt: `batches`, joined.
@@ -319,12 +312,9 @@ class Sampler:
     starts = range(0, count, size)
     hidden = None if progress else True  # None: where it is no terminal, as in a log file.
     for start in tqdm.tqdm(starts, desc=progress, unit="batch", disable=hidden, leave=False):
-      drawn = self.draw(weights, ids[start : start + size], _keys(seed, start, size))
+      keys = image_keys(jax.random.key(seed), start, size)
+      drawn = self.draw(weights, ids[start : start + size], keys)
       yield sharding.fetch(drawn.images)[: count - start]
-
-
-def _keys(seed: int, start: int, count: int) -> jax.Array:
-  return image_keys(jax.random.key(seed), start, count)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from rlft.config.settings import EMOJI_SD
 from rlft.emoji import art, measures, prompts, reward_training, scenes, world
 from rlft.models import blip, image_reward
 from rlft.models.files import sources, torch_layout
@@ -219,7 +220,7 @@ def _generated(path: Path, texts: Sequence[str], seed: int) -> np.ndarray:
     with np.load(path) as file:
       if file["texts"].tolist() == list(texts):
         return file["images"]
-  model, images = pretrained.load(pretrained.EMOJI_SD), []
+  model, images = pretrained.load(EMOJI_SD), []
   for guidance in _GUIDANCE:
     policy = make_policy(model, sampling_steps=10, guidance_scale=guidance)
     draw = Sampler(model, policy, batch_size=64)

@@ -128,8 +128,7 @@ def fit(config: RewardConfig, recipe: Recipe) -> Params:
   metrics = Path(config.workdir, "metrics.jsonl")
   with contextlib.closing(Checkpointer(Path(config.workdir, "checkpoints"))) as checkpointer:
     params, first = recipe.init(config.seed), 0
-    state = {"params": params, "opt": jax.tree.map(np.asarray, optimizer.init(params))}
-    state = sharding.put(state, everywhere)
+    state = sharding.put({"params": params, "opt": optimizer.init(params)}, everywhere)
     restored = checkpointer.restore(state)
     if restored is not None:
       first, state, meta = restored

@@ -18,6 +18,7 @@ import optax
 import safetensors
 import safetensors.numpy
 
+from rlft.config.settings import EMOJI_SD
 from rlft.emoji import art, measures, prompts, reward_training, scenes, world
 from rlft.storage import files
 from rlft.types import UserError
@@ -209,7 +210,7 @@ def generated_portraits(seed: int, n: int) -> np.ndarray:
   from rlft.models.files import pretrained
 
   portraits = prompts.prompts("portrait", "train")
-  model = pretrained.load(pretrained.EMOJI_SD)
+  model = pretrained.load(EMOJI_SD)
   draw = Sampler(model, make_policy(model, sampling_steps=10, guidance_scale=1.0), batch_size=64)
   texts = [portraits[i % len(portraits)].text for i in range(n)]
   return draw(texts, seed, progress="drawing portraits")

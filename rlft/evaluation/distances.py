@@ -22,6 +22,7 @@ import PIL.Image
 from rlft.models.files import clip_weights
 from rlft.rewards import clip
 from rlft.storage import files
+from rlft.storage import images as images_lib
 from rlft.types import UserError
 
 # (x [n, F], y [m, F]) of unit norm -> [n, m].
@@ -32,7 +33,6 @@ _SIGMA = 10.0
 _FEWEST = 3  # images of which the mean over pairs has a spread
 _BLOCK = 1024  # rows of a kernel matrix held at once
 _BATCH = 64  # real pictures at once
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +171,13 @@ def _pictures(folder: str) -> list[pathlib.Path]:
   directory = files.local_path(folder)
   if not directory.is_dir():
     raise UserError(f"real={folder} is no folder: give one of real pictures")
-  found = sorted(path for path in directory.rglob("*") if path.suffix.lower() in _SUFFIXES)
+  found = sorted(
+    path for path in directory.rglob("*") if path.suffix.lower() in images_lib.SUFFIXES
+  )
   if len(found) < _FEWEST:
     raise UserError(
       f"real={folder} has {len(found)} pictures: give a folder of at least {_FEWEST}, better of"
-      f" thousands ({', '.join(_SUFFIXES)})"
+      f" thousands ({', '.join(images_lib.SUFFIXES)})"
     )
   return found
 

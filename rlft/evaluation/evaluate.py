@@ -139,6 +139,11 @@ def sharing(specs: Sequence[EvalSpec]) -> list[list[EvalSpec]]:
   return list(shared.values())
 
 
+def images(specs: Sequence[EvalSpec]) -> int:
+  """How many images evaluations draw."""
+  return sum(group[0].images for group in sharing(specs))
+
+
 def _watched(
   batches: Iterable[np.ndarray], kept: dict[int, np.ndarray | None]
 ) -> Iterator[np.ndarray]:

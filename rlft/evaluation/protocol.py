@@ -216,16 +216,6 @@ def verdict(change: Estimate, *, lower_is_better: bool) -> str:
   )
 
 
-def words(estimate: Estimate, digits: int | None = None) -> str:
-  """A mean and half the width of its interval, with as many digits as it says if None is given."""
-  if math.isnan(estimate.mean):
-    return "not scored"
-  digits = estimate.digits if digits is None else digits
-  text = f"{estimate.mean:.{digits}f}"
-  half = (estimate.high - estimate.low) / 2
-  return text if math.isnan(half) else f"{text} ±{half:.{digits}f}"
-
-
 def change_words(change: Estimate) -> str:
   """A difference and its interval."""
   if math.isnan(change.mean):
@@ -252,9 +242,9 @@ def table(comparisons: Sequence[Comparison]) -> Table:
         one.measure + marks,
         one.metric,
         "lower" if one.lower_is_better else "higher",
-        f"{words(one.best)} at {one.best_guidance:g}{_found(one.found_best)}",
-        words(one.same),
-        words(one.after) + _found(one.found_after),
+        f"{summary.mean(one.best)} at {one.best_guidance:g}{_found(one.found_best)}",
+        summary.mean(one.same),
+        summary.mean(one.after) + _found(one.found_after),
         change_words(one.gain),
         one.verdict,
       )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlft.config.settings import EvalConfig
-from rlft.evaluation import protocol, seeds, statistics
+from rlft.evaluation import protocol, seeds, statistics, summary
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.protocol import Results
 from rlft.evaluation.results import EvalResult
@@ -182,7 +182,7 @@ def table(rows: Sequence[Row]) -> Table:
         (
           row.name + " (trained on)" * (cell.model in row.trained_on),
           cell.model,
-          protocol.words(cell.mean),
+          summary.mean(cell.mean),
           "" if cell.change is None else protocol.change_words(cell.change),
           cell.verdict,
           "lower" if row.lower_is_better else "higher",

@@ -15,18 +15,22 @@ _FEWEST_DIGITS, _MOST_DIGITS = 4, 9  # shown after the point
 
 def mean(values: np.ndarray) -> float:
   """The mean of what is not NaN; NaN if there is nothing."""
-  values = np.asarray(values, np.float64)
-  values = values[~np.isnan(values)]
+  values = _known(values)
   return float(values.mean()) if len(values) else float("nan")
 
 
 def spread(values: np.ndarray) -> float:
   """The standard deviation of what is not NaN; NaN if there is nothing."""
-  values = np.asarray(values, np.float64)
-  values = values[~np.isnan(values)]
+  values = _known(values)
   if not len(values):
     return float("nan")
   return float(values.std()) if values.min() < values.max() else 0.0  # Not what rounding leaves.
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+  """What is not NaN, in float64."""
+  values = np.asarray(values, np.float64)
+  return values[~np.isnan(values)]
 
 
 def bootstrap_interval(
@@ -48,8 +52,7 @@ def bootstrap_interval(
   Returns:
     (low, high); both NaN if there are fewer than two values, which say nothing of their spread.
   """
-  values = np.asarray(values, np.float64)
-  values = values[~np.isnan(values)]
+  values = _known(values)
   count = len(values)
   if count < 2:
     return float("nan"), float("nan")

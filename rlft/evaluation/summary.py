@@ -6,15 +6,17 @@ import numpy as np
 
 from rlft.evaluation import results, statistics
 from rlft.evaluation.results import BestBase, EvalResult
+from rlft.evaluation.seeds import Estimate
 
 
-def mean(result: EvalResult) -> str:
-  """The mean and half the width of its interval."""
+def mean(result: EvalResult | Estimate, digits: int | None = None) -> str:
+  """The mean and half the width of its interval; if `digits` is None, with those that it says."""
   if np.isnan(result.mean):
     return "not scored"
-  text = f"{result.mean:.{result.digits}f}"
+  digits = result.digits if digits is None else digits
+  text = f"{result.mean:.{digits}f}"
   half = (result.high - result.low) / 2
-  return text if np.isnan(half) else f"{text} ±{half:.{result.digits}f}"
+  return text if np.isnan(half) else f"{text} ±{half:.{digits}f}"
 
 
 def table(

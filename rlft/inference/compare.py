@@ -9,7 +9,7 @@ from rlft.config import stored
 from rlft.config.settings import EvalConfig, PolicySettings, ScoringSettings
 from rlft.evaluation import protocol, statistics
 from rlft.evaluation.protocol import Base, Comparison, Method
-from rlft.inference.protocol import DRAWN_BY, Protocol, ProtocolSettings
+from rlft.inference.protocol import DRAWN_ALIKE_BY, Protocol, ProtocolSettings
 from rlft.inference.runs import TrainedRun, grouped, open_run
 from rlft.report import hacking
 from rlft.rewards import grammar
@@ -64,7 +64,7 @@ def compare(
   groups = grouped([open_run(path) for path in paths])
   runs = [run for group in groups.values() for run in group]
   base = _base_of(runs, settings)
-  for name in DRAWN_BY if runs else ():
+  for name in DRAWN_ALIKE_BY if runs else ():
     if (value := getattr(policy, name)) != getattr(_DEFAULT, name):
       raise UserError(f"--{name}={value} has no effect: the runs say how they draw, leave it out")
   policy = runs[0].config.policy if runs else policy

@@ -10,7 +10,6 @@ from rlft.config import fields
 from rlft.config.settings import Config
 from rlft.inference import runs
 from rlft.inference.draw import Drawing
-from rlft.storage import files
 from rlft.types import UserError
 
 DRAWN_BY = ("guidance_scale", "sampling_steps", "eta")
@@ -76,9 +75,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
 
 def config_of(source: str) -> Config | None:
   """The settings of a run; None if this is none."""
-  with files.reading(source):
-    is_run = (files.path_of(source) / "checkpoints").is_dir()
-  return runs.open_run(source).config if is_run else None
+  return runs.open_run(source).config if runs.is_run(source) else None
 
 
 def drawing(one: Contender, contenders: Sequence[Contender], given: Drawing) -> Drawing:

@@ -49,6 +49,11 @@ def results(
   return {spec.name: found[spec.name] for spec in specs}
 
 
+def pictures(file: files.Path) -> files.Path:
+  """The directory of the pictures that belong to a file of results."""
+  return file.parent / file.stem
+
+
 def stamp(model: str) -> Any:
   """Tells the files of a model from those that were there before, by their sizes and times."""
   source = pretrained.find(model)

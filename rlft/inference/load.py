@@ -5,6 +5,7 @@ from typing import Any
 
 from rlft.config import stored
 from rlft.config.settings import Config
+from rlft.inference import runs
 from rlft.models import lora as lora_lib
 from rlft.models import scheduler_config
 from rlft.models.files import lora_files, pretrained
@@ -71,14 +72,11 @@ def load(
 
 def _load(path: str, ema: bool, base: str, scheduler: str, image_size: str) -> Finetuned:
   """What `load` gives without an adapter from a file."""
-  workdir = files.path_of(path)
-  with files.reading(path):
-    is_run = (workdir / "checkpoints").is_dir()
-  if not is_run:
+  if not runs.is_run(path):
     if base:
       raise UserError(f"--pretrained={base} has no effect: {path} is no run, leave it out")
     return Finetuned(pretrained.load(path, scheduler=scheduler, image_size=image_size))
-  checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
+  checkpointer = Checkpointer(files.path_of(path) / "checkpoints", read_only=True)
   restored = checkpointer.restore_numpy()
   checkpointer.close()
   if restored is None:

@@ -1,6 +1,6 @@
 """Measures a model as it is, without training, on held-out prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import json
 import os
@@ -20,6 +20,7 @@ from rlft.models import stable_diffusion
 from rlft.parallel import sharding
 from rlft.rewards import grammar
 from rlft.rewards.scoring import trial
+from rlft.rewards.scoring.trial import Use
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -69,14 +70,9 @@ def measure(
     specs = [
       dataclasses.replace(s, trained_on=s.trained_on or s.metric.name == chosen_by) for s in specs
     ]
-  trial.try_each(
-    uses,
-    image_shape=(*stable_diffusion.image_size(draw.found.model), 3),
-    timeout_s=scoring.reward_timeout_s,
-  )
-  with scorer(scoring) as score:
+  with tried_scorer(uses, draw, scoring) as score:
     measured = of_drawer(draw, specs, score=score, seed=draw.settings["seed"], how=how)
-  drawn = sum(group[0].images for group in evaluate_lib.sharing(specs)) * choice.best_of
+  drawn = evaluate_lib.images(specs) * choice.best_of
   if output:
     given = {name: getattr(drawing, name) for name in ("scheduler", "image_size", "lora")}
     given |= how.about() if how else {}
@@ -94,6 +90,18 @@ def measure(
 def scorer(scoring: ScoringSettings) -> metric_lib.MetricScorer:
   """What applies metrics on all devices, to be closed."""
   return metric_lib.MetricScorer(rows=sharding.batch(sharding.make_mesh()), scoring=scoring)
+
+
+def tried_scorer(
+  uses: Iterable[Use], draw: Drawer, scoring: ScoringSettings
+) -> metric_lib.MetricScorer:
+  """`scorer`, after the metrics and rewards were tried on images like those of a drawer."""
+  trial.try_each(
+    uses,
+    image_shape=(*stable_diffusion.image_size(draw.found.model), 3),
+    timeout_s=scoring.reward_timeout_s,
+  )
+  return scorer(scoring)
 
 
 def of_drawer(

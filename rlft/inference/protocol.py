@@ -23,14 +23,12 @@ from rlft.inference import best_of, kept, measure
 from rlft.inference.best_of import BestOfSettings
 from rlft.inference.draw import Drawer, Drawing
 from rlft.inference.runs import TrainedRun
-from rlft.models import stable_diffusion
 from rlft.report import samples
-from rlft.rewards.scoring import trial
 from rlft.storage import files
 from rlft.types import UserError
 
-# How images are drawn, but for what methods may differ in.
-DRAWN_BY = ("scheduler", "image_size", "sampling_steps", "eta")
+# Settings of drawing in which methods that are compared must not differ.
+DRAWN_ALIKE_BY = ("scheduler", "image_size", "sampling_steps", "eta")
 _NO_CHOICE = BestOfSettings()
 
 
@@ -104,7 +102,7 @@ class Protocol:
     self.evals = tuple(evals)
     self.base_model = settings.pretrained or base
     self._settings, self._scoring = settings, scoring
-    self._how = {name: getattr(policy, name) for name in DRAWN_BY}
+    self._how = {name: getattr(policy, name) for name in DRAWN_ALIKE_BY}
     self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     make = functools.cache(catalog.make_reward)
     moved = [dataclasses.replace(entry, prompts=entry.development) for entry in evals]
@@ -188,11 +186,11 @@ class Protocol:
 
     def measure_missing(missing: list[EvalSpec]) -> Results:
       where = run.path if run else self.base_model
-      drawn = images(missing) * choice.best_of
+      drawn = evaluate.images(missing) * choice.best_of
       self._say(f"measuring {where}: guidance {guidance:g}, {split}, {drawn:,} images")
       drawer = drawer_of()
       # Some pictures beside the figures: the same prompts and noise of every model.
-      keep = samples.Keeper(_pictures(file), 0)
+      keep = samples.Keeper(kept.pictures(file), 0)
       score = self._scorer(drawer)
       how = best_of.make(choice, missing)
       return measure.of_drawer(drawer, missing, score=score, seed=seed, how=how, keep=keep)
@@ -216,12 +214,7 @@ class Protocol:
     """Applies the metrics, which are tried first."""
     if self._score is None:
       specs = [spec for by_name in self._specs.values() for spec in by_name.values()]
-      trial.try_each(
-        metric_lib.uses(specs),
-        image_shape=(*stable_diffusion.image_size(drawer.found.model), 3),
-        timeout_s=self._scoring.reward_timeout_s,
-      )
-      self._score = measure.scorer(self._scoring)
+      self._score = measure.tried_scorer(metric_lib.uses(specs), drawer, self._scoring)
     return self._score
 
 
@@ -248,7 +241,7 @@ def pictures_of(output: str | os.PathLike[str], run: str, guidance: float) -> fi
     run: directory of a run; '' for the base model.
     guidance: of the base model.
   """
-  return _pictures(_file_of_run(run) if run else _file_of_base(output, "test", guidance))
+  return kept.pictures(_file_of_run(run) if run else _file_of_base(output, "test", guidance))
 
 
 def _file_of_run(run: str) -> files.Path:
@@ -257,13 +250,3 @@ def _file_of_run(run: str) -> files.Path:
 
 def _file_of_base(output: str | os.PathLike[str], split: str, guidance: float) -> files.Path:
   return files.path_of(output) / "base" / f"{split}-guidance-{guidance:g}.json"
-
-
-def _pictures(file: files.Path) -> files.Path:
-  """The directory of the pictures that belong to a file of results."""
-  return file.parent / file.stem
-
-
-def images(specs: Sequence[EvalSpec]) -> int:
-  """How many images evaluations draw."""
-  return sum(group[0].images for group in evaluate.sharing(specs))

@@ -6,6 +6,7 @@ import logging
 import os
 
 from rlft import catalog
+from rlft.inference import runs as runs_lib
 from rlft.report import page, several
 from rlft.report.run_files import CONFIG_FILE, RunFiles, read_run
 from rlft.storage import files
@@ -34,8 +35,7 @@ def report(workdirs: Sequence[str], *, output: str = "") -> list[str]:
       f"--output={output} is for a page that compares runs: leave it out, or give another run"
     )
   for workdir in workdirs:
-    if not (files.path_of(workdir) / CONFIG_FILE).exists():
-      raise UserError(f"{workdir} is no directory of a run: give one that launch/train.py has made")
+    runs_lib.check_run(workdir)
   runs = [_read(workdir) for workdir in workdirs]
   if len(runs) == 1:
     written = page.write_report(workdirs[0], lower_is_better=runs[0].lower_is_better)

@@ -9,7 +9,8 @@ from typing import Any
 
 from rlft.config import fields, stored
 from rlft.config.settings import Config, EvaluationSettings, OutputSettings
-from rlft.storage import checkpoint, files
+from rlft.report.run_files import CONFIG_FILE
+from rlft.storage import files, folders
 from rlft.types import UserError
 
 # Settings that do not change what is trained.
@@ -32,21 +33,36 @@ class TrainedRun:
   checkpoint: str
 
 
+def is_run(path: str) -> bool:
+  """Whether a path is the directory of a run that has begun to save, and no model.
+
+  Raises:
+    UserError: what is there cannot be looked at.
+  """
+  with files.reading(path):
+    return (files.path_of(path) / "checkpoints").is_dir()
+
+
+def check_run(path: str | os.PathLike[str]) -> None:
+  """Raises `UserError` if a path is no run's directory."""
+  if not (files.path_of(path) / CONFIG_FILE).exists():
+    raise UserError(f"{path} is no directory of a run: give one that launch/train.py has made")
+
+
 def open_run(path: str) -> TrainedRun:
   """Reads what is known of a run without its weights.
 
   Raises:
     UserError: there is no run, or it has no checkpoint yet.
   """
-  file = files.path_of(path) / "config.json"
-  if not file.exists():
-    raise UserError(f"{path} is no directory of a run: give one that launch/train.py has made")
+  check_run(path)
+  file = files.path_of(path) / CONFIG_FILE
   with files.reading(file):
     text = file.read_text()
-  newest = checkpoint.newest(files.path_of(path) / "checkpoints")
-  if not newest:
+  newest = folders.newest(files.path_of(path) / "checkpoints")
+  if newest is None:
     raise UserError(f"{path} has no checkpoint yet: wait for the run's first")
-  return TrainedRun(path, stored.from_json(text), newest)
+  return TrainedRun(path, stored.from_json(text), folders.name_of(newest))
 
 
 def grouped(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:

@@ -12,8 +12,8 @@ from rlft import catalog
 from rlft.config import fields
 from rlft.config.fields import option
 from rlft.config.settings import Config, ScoringSettings
+from rlft.evaluation import evaluate, protocol, side_by_side, statistics
 from rlft.evaluation import metric as metric_lib
-from rlft.evaluation import protocol, side_by_side, statistics
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.protocol import Results
 from rlft.evaluation.side_by_side import Row
@@ -23,12 +23,10 @@ from rlft.inference import kept, measure, runs
 from rlft.inference import load as finetuned
 from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
-from rlft.inference.protocol import images, parse_guidances
-from rlft.models import stable_diffusion
+from rlft.inference.protocol import parse_guidances
 from rlft.report import samples
 from rlft.report import suite as suite_page
 from rlft.rewards import grammar
-from rlft.rewards.scoring import trial
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -246,7 +244,7 @@ class _Bench:
       sheets = {}
       for model in models:
         file = self._file(model.name, "test", model.guidance[entry.name])
-        if kept_sheets := samples.read_samples(_pictures(file)).get(entry.name):
+        if kept_sheets := samples.read_samples(kept.pictures(file)).get(entry.name):
           sheets[model.name] = kept_sheets[-1]
       if len(sheets) == len(models):
         found.append(suite_page.gallery(entry.name, sheets))
@@ -269,9 +267,10 @@ class _Bench:
     file = self._file(one.name, split, guidance)
 
     def measure_missing(missing: list[EvalSpec]) -> Results:
-      _say(f"measuring {one.name}: guidance {guidance:g}, {split}, {images(missing):,} images")
+      drawn = evaluate.images(missing)
+      _say(f"measuring {one.name}: guidance {guidance:g}, {split}, {drawn:,} images")
       drawer = self._open(drawing)
-      keep = samples.Keeper(_pictures(file), 0, images_per_prompt=_PICTURES)
+      keep = samples.Keeper(kept.pictures(file), 0, images_per_prompt=_PICTURES)
       score = self._scorer(drawer)
       return measure.of_drawer(drawer, missing, score=score, seed=seed, keep=keep)
 
@@ -289,12 +288,7 @@ class _Bench:
     """Applies the metrics, which are tried first."""
     if self._score is None:
       specs = [spec for of_split in self._specs.values() for spec in of_split]
-      trial.try_each(
-        metric_lib.uses(specs),
-        image_shape=(*stable_diffusion.image_size(drawer.found.model), 3),
-        timeout_s=self._scoring.reward_timeout_s,
-      )
-      self._score = measure.scorer(self._scoring)
+      self._score = measure.tried_scorer(metric_lib.uses(specs), drawer, self._scoring)
     return self._score
 
 
@@ -312,8 +306,3 @@ def _about(drawing: Drawing) -> Mapping[str, Any]:
       status = os.stat(drawing.lora)
     about["lora_file"] = [status.st_size, status.st_mtime_ns]
   return about
-
-
-def _pictures(file: files.Path) -> files.Path:
-  """The directory of the pictures that belong to a file of results."""
-  return file.parent / file.stem

@@ -49,7 +49,7 @@ def attention(
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r}: choose from {IMPLEMENTATIONS}")
   arrays = query, key, value
-  use_splash = implementation in ("auto", "splash") and mask is None and _splash_takes(*arrays)
+  use_splash = implementation in ("auto", "splash") and mask is None and _splash_takes(query, key)
   use_cudnn = implementation in ("auto", "cudnn") and mask is None and _cudnn_takes(*arrays)
   if implementation != "auto":
     return splash(*arrays) if use_splash else cudnn(*arrays) if use_cudnn else xla(*arrays, mask)
@@ -121,7 +121,7 @@ def _block(tokens: int) -> int:
   return max(n for n in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if tokens % n == 0)
 
 
-def _splash_takes(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+def _splash_takes(query: jax.Array, key: jax.Array) -> bool:
   tokens = query.shape[1]
   return (
     tokens == key.shape[1]

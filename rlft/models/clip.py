@@ -17,7 +17,6 @@ from rlft.models import clip_layers, clip_vision
 from rlft.models import config as config_lib
 
 CLIPVisionConfig = clip_vision.CLIPVisionConfig
-CLIPVisionTower = clip_vision.CLIPVisionTower
 
 # Configs from before transformers 4.31 say 2 whatever the tokenizer's end token is; the end token
 # is then the highest id, as in OpenAI's code.
@@ -240,7 +239,7 @@ class CLIPModel(nn.Module):
   Attributes:
     config: see `CLIPConfig`.
     dtype: type that the towers compute in; their last layer norms and the projections are float32.
-    pre_norm: name of the image tower's first layer norm, see `CLIPVisionTower`.
+    pre_norm: name of the image tower's first layer norm, see `clip_vision.CLIPVisionTower`.
     end_is_highest: the end of a text is its highest token id, whatever the config says (OWL-ViT).
   """
 

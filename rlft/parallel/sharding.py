@@ -144,9 +144,17 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 def put(x: Any, sharding: Any) -> Any:
-  """Places host arrays that every process has whole; `sharding` is one, or a tree like `x`."""
+  """Places arrays of which every process has what its devices need.
+
+  Unlike `jax.device_put` this compares nothing between processes.
+
+  Args:
+    x: a tree of arrays.
+    sharding: of each, or a tree like `x`.
+  """
 
   def leaf(value, where):
+    value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
   if isinstance(sharding, NamedSharding):

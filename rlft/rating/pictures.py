@@ -21,7 +21,6 @@ from rlft.storage import files, images
 from rlft.types import Prompt, UserError
 
 _LISTING = "metadata.jsonl"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def is_folder(source: str) -> bool:
@@ -127,7 +126,7 @@ def _check_model(source: str, base: str) -> None:
   except UserError:
     folder = files.local_path(source)
     if not folder.is_dir() or all(
-      path.suffix.lower() not in _SUFFIXES for path in folder.iterdir()
+      path.suffix.lower() not in images.SUFFIXES for path in folder.iterdir()
     ):
       raise
     raise UserError(

@@ -312,7 +312,7 @@ def votes_table(study: Study, votes: Sequence[Question]) -> Table:
   return Table(header, rows)
 
 
-def markdown(study: Study, results: Results) -> str:
+def markdown(results: Results) -> str:
   """The tables, with a sentence for each two contenders at the top."""
   two = {(one.liked, one.other): one for one in results.rates}  # The last is of all sets.
   parts = [sentence(one) for one in two.values()]
@@ -374,7 +374,7 @@ def write(
   Raises:
     UserError: they cannot be written.
   """
-  text = markdown(study, results)
+  text = markdown(results)
   content = json.dumps(to_json(study, results), indent=1, ensure_ascii=False) + "\n"
   directory = study.directory
   files.write_atomic(directory / f"{name}.md", text)

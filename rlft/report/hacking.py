@@ -5,8 +5,6 @@ import dataclasses
 import os
 from typing import Any
 
-import numpy as np
-
 from rlft.evaluation import hacking, results
 from rlft.evaluation.hacking import Hacking
 from rlft.report import metrics
@@ -99,13 +97,9 @@ def _by_curves(
 ) -> Iterator[Call]:
   keys = dict.fromkeys(key for row in rows for key in row)
   judged = f"watch/{task['name']}/mean"
-
-  def curve(key: str) -> np.ndarray:
-    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], float)
-
   for name in metrics.trained_curves(keys):
     if name.partition("/")[0] != task["name"] or judged not in keys:
       continue
-    curves = curve("iteration"), curve(f"reward/{name}/mean"), curve(judged)
+    curves = (metrics.curve(rows, key) for key in ("iteration", f"reward/{name}/mean", judged))
     if called := hacking.of_curves(*curves, lower_is_better=lower_is_better):
       yield Call(name, task["watch"], called)

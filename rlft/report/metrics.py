@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any, TextIO
 
+import numpy as np
 import tqdm
 
 from rlft.report import trackers as trackers_lib
@@ -95,6 +96,12 @@ def trained_curves(names: Iterable[str], *, kind: str = "reward") -> list[str]:
   matches = (re.fullmatch(f"{kind}/(.+)/mean", name) for name in names)
   found = [match[1] for match in matches if match]
   return [one for one in found if not any(other.startswith(f"{one}/") for other in found)]
+
+
+def curve(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+  """A metric in each of the rows, `[N]`; NaN where it is missing."""
+  found = [row.get(key) for row in rows]
+  return np.array([np.nan if value is None else value for value in found], float)
 
 
 def _number(value: Any) -> int | float:

@@ -11,7 +11,7 @@ from rlft.evaluation import statistics, summary
 from rlft.report import charts, evaluations, metrics, samples
 from rlft.report import verdict as verdict_lib
 from rlft.report.render import render
-from rlft.report.run_files import RunFiles, read_run
+from rlft.report.run_files import TIMES, RunFiles, read_run
 from rlft.report.usage import Cost
 from rlft.storage import files
 
@@ -19,7 +19,6 @@ REPORT_FILE = "report.html"
 PICTURES = 8_000_000  # bytes of all pictures together, in base64, so that a page can be mailed
 
 _RATIO_FLOOR = 1e-9
-_TIMES = ("time/sample_s", "time/reward_s", "time/update_s")
 
 # Title, key in metrics.jsonl (a group in it names the curve), how it is drawn, how it is read.
 _PANELS = (
@@ -159,7 +158,7 @@ def made(run: RunFiles) -> list[tuple[str, str]]:
       ("Commit of rlft", ", ".join(run.cost.commits) or "not known"),
       ("Starts", f"{run.cost.starts}, {duration(run.cost.seconds)} in all"),
     ]
-  parts = [(key.removeprefix("time/").removesuffix("_s"), run.values(key)) for key in _TIMES]
+  parts = [(key.removeprefix("time/").removesuffix("_s"), run.values(key)) for key in TIMES]
   spent = [f"{name} {duration(float(np.nansum(values)))}" for name, values in parts]
   return found + ([("Of that, in iterations", ", ".join(spent))] if run.seconds else [])
 
@@ -169,7 +168,7 @@ def training_charts(run: RunFiles) -> tuple[list[str], list[str], list[str]]:
   if not run.rows:
     return [], [], []
   x = run.values("iteration")
-  keys = list(run.keys)
+  keys = run.keys
 
   def curve(name: str, key: str) -> charts.Series:
     return charts.Series(name, x, run.values(key))
@@ -198,7 +197,7 @@ def training_charts(run: RunFiles) -> tuple[list[str], list[str], list[str]]:
         curve(match[1] if match.re.groups and match[1] else total, match[0]) for match in matches
       ]
       figures.append(charts.line_chart(title, curves, hint=hint, **options))
-  parts = [key for key in _TIMES if key in keys]
+  parts = [key for key in TIMES if key in keys]
   if parts:
     shown.update(parts)
     split = [curve(key.removeprefix("time/").removesuffix("_s"), key) for key in parts]

@@ -24,8 +24,8 @@ from rlft.report.verdict import Measure, Place, Training, Verdict
 from rlft.storage import files
 
 CONFIG_FILE = "config.json"
+TIMES = ("time/sample_s", "time/reward_s", "time/update_s")  # of an iteration
 
-_TIMES = ("time/sample_s", "time/reward_s", "time/update_s")
 _LAST = 5  # the last fifth of a run says how it goes
 
 # What is shown of a task; settings in which a part is missing are survived.
@@ -75,7 +75,7 @@ class RunFiles:
   @property
   def seconds(self) -> float:
     """Time of sampling, scoring and updating; without compilation, evaluations, lost iterations."""
-    return sum(row.get(key) or 0 for row in self.rows for key in _TIMES)
+    return sum(row.get(key) or 0 for row in self.rows for key in TIMES)
 
   @property
   def guards(self) -> set[str]:
@@ -89,8 +89,7 @@ class RunFiles:
 
   def values(self, key: str) -> np.ndarray:
     """A metric at each iteration, `[N]`; NaN where it is missing."""
-    found = [row.get(key) for row in self.rows]
-    return np.array([np.nan if value is None else value for value in found], float)
+    return metrics.curve(self.rows, key)
 
   @functools.cached_property
   def measures(self) -> list[Measure]:

@@ -18,7 +18,7 @@ from rlft.types import Prompt
 
 GRIDS_DIRECTORY = "grids"
 
-_PIXELATED = 64  # images up to this height are enlarged as squares, larger ones may be reduced
+PIXELATED = 64  # images up to this height are enlarged as squares, larger ones may be reduced
 # Times that are shown and the height of an image: what is tried until the page is small enough.
 _SIZES = ((12, 512), (8, 512), (8, 384), (6, 256), (4, 256), (4, 128), (2, 128))
 _ACROSS = 4  # images side by side for one prompt
@@ -202,7 +202,7 @@ def _gallery(name: str, sheets: Sequence[Sheet], side: int) -> Gallery:
     ),
     # In a cell of several images each is smaller, so that a phone shows a whole set.
     width=(128 if first.across == 1 else 56) * first.across,
-    pixelated=first.image_size <= _PIXELATED,
+    pixelated=first.image_size <= PIXELATED,
   )
 
 
@@ -214,19 +214,25 @@ def _spread(sheets: Sequence[Sheet], count: int) -> list[Sheet]:
 
 
 def _encode(sheet: Sheet, side: int) -> list[str]:
-  """The cells as data URIs: small pictures exactly, larger ones of `side` pixels at most."""
+  """The cells as data URIs."""
   cells = [cell[_PAD:-_PAD, _PAD:-_PAD] for cell in sheet.cells]  # The page has margins of its own.
-  if sheet.image_size <= _PIXELATED:
-    return [_data_uri("png", images_lib.encode_png(cell)) for cell in cells]
-  encoded = []
-  for cell in cells:
+  return [data_uri(cell, sheet.image_size, side) for cell in cells]
+
+
+def data_uri(cell: np.ndarray, image_size: int, side: int) -> str:
+  """A cell as a data URI: small pictures exactly, larger ones of `side` pixels at most.
+
+  Args:
+    cell: uint8 `[h, w, 3]`.
+    image_size: height of one image in it.
+    side: the same, on the page.
+  """
+  if image_size <= PIXELATED:
+    kind, content = "png", images_lib.encode_png(cell)
+  else:
     picture, buffer = PIL.Image.fromarray(cell), io.BytesIO()
-    factor = min(side / sheet.image_size, 1)
+    factor = min(side / image_size, 1)
     size = [max(round(length * factor), 1) for length in picture.size]
     picture.resize(size, PIL.Image.Resampling.LANCZOS).save(buffer, format="JPEG", quality=85)
-    encoded.append(_data_uri("jpeg", buffer.getvalue()))
-  return encoded
-
-
-def _data_uri(kind: str, content: bytes) -> str:
+    kind, content = "jpeg", buffer.getvalue()
   return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,22 +1,16 @@
 """The page of a suite: several models side by side, in tables and in pictures; one file."""
 
-import base64
 from collections.abc import Mapping, Sequence
 import dataclasses
-import io
-
-import numpy as np
-import PIL.Image
 
 from rlft.evaluation import side_by_side, statistics
 from rlft.evaluation.side_by_side import Row
 from rlft.evaluation.tables import Table
+from rlft.report import samples
 from rlft.report.render import render
 from rlft.report.samples import Sheet
-from rlft.storage import images as images_lib
 
-_PIXELATED = 64  # images up to this height are kept exactly, and enlarged as squares
-_REDUCED = 256
+_REDUCED = 256  # height of an image in the page, in pixels, at most
 _WIDTH = 128  # of an image on the page, in pixels; half of that where a cell has several
 
 
@@ -39,13 +33,16 @@ def gallery(name: str, sheets: Mapping[str, Sheet]) -> Gallery:
     sheets: by model, of the same prompts.
   """
   first = next(iter(sheets.values()))
-  columns = [[_encode(cell, sheet.image_size) for cell in sheet.cells] for sheet in sheets.values()]
+  columns = [
+    [samples.data_uri(cell, sheet.image_size, _REDUCED) for cell in sheet.cells]
+    for sheet in sheets.values()
+  ]
   return Gallery(
     name,
     list(sheets),
     list(zip(first.prompts, zip(*columns, strict=True), strict=True)),
     (_WIDTH if first.across == 1 else _WIDTH // 2) * first.across,
-    first.image_size <= _PIXELATED,
+    first.image_size <= samples.PIXELATED,
   )
 
 
@@ -84,16 +81,3 @@ def page(
     level=f"{statistics.LEVEL:.0%}",
     effect=f"{statistics.EFFECT:.0%}",
   )
-
-
-def _encode(cell: np.ndarray, image_size: int) -> str:
-  """A cell as a data URI: small pictures exactly, larger ones reduced."""
-  if image_size <= _PIXELATED:
-    kind, content = "png", images_lib.encode_png(cell)
-  else:
-    picture, buffer = PIL.Image.fromarray(cell), io.BytesIO()
-    factor = min(_REDUCED / image_size, 1)
-    size = [max(round(side * factor), 1) for side in picture.size]
-    picture.resize(size, PIL.Image.Resampling.LANCZOS).save(buffer, format="JPEG", quality=85)
-    kind, content = "jpeg", buffer.getvalue()
-  return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

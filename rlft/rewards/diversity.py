@@ -70,7 +70,7 @@ def clip_diversity(
   """'clip-diversity': mean pairwise 1 - cosine of CLIP's image embeddings.
 
   Args:
-    weights: a CLIP model; see `rlft.models.weights.open_weights`.
+    weights: a CLIP model; see `rlft.models.files.clip_weights.load`.
     dtype: of the network's products.
     credit: one of `rlft.rewards.sets.CREDITS`.
   """
@@ -83,7 +83,7 @@ def clip_vendi(
   """'clip-vendi': the Vendi score of CLIP's image embeddings.
 
   Args:
-    weights: a CLIP model; see `rlft.models.weights.open_weights`.
+    weights: a CLIP model; see `rlft.models.files.clip_weights.load`.
     dtype: of the network's products.
     credit: one of `rlft.rewards.sets.CREDITS`.
   """

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rlft.storage import images as images_lib
 from rlft.types import HostReward
 
 QUALITY = 95
@@ -36,8 +37,7 @@ def _kilobytes(image: np.ndarray) -> float:
   if not np.isfinite(image).all():
     return np.nan
   file = io.BytesIO()
-  pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-  Image.fromarray(pixels).save(file, format="JPEG", quality=QUALITY)
+  Image.fromarray(images_lib.to_uint8(image)).save(file, format="JPEG", quality=QUALITY)
   return file.tell() / 1000
 
 

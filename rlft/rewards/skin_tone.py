@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.rewards import classifiers, color, parity, preprocess, sets
+from rlft.storage import images as images_lib
 from rlft.types import HostReward, JaxReward, Reward, UserError
 
 CUTS = "55/28/-30"
@@ -185,8 +186,7 @@ class FaceFinder:
 
   def _cut(self, cascade: Any, image: np.ndarray, face: np.ndarray) -> None:
     """Writes the face in `image` into `face`, if there is one."""
-    pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    grey = self._cv2.cvtColor(pixels, self._cv2.COLOR_RGB2GRAY)
+    grey = self._cv2.cvtColor(images_lib.to_uint8(image), self._cv2.COLOR_RGB2GRAY)
     least = max(int(_MIN_FACE * min(grey.shape)), 24)
     boxes = cascade.detectMultiScale(grey, minNeighbors=5, minSize=(least, least))
     if len(boxes):

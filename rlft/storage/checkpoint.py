@@ -1,6 +1,6 @@
 """Checkpoints by Orbax: asynchronous, atomic, and resumed without being asked.
 
-One module wraps Orbax, so that its traps are handled in one place: `latest_step()` may name a save
+One class wraps Orbax, so that its traps are handled in one place: `latest_step()` may name a save
 that is not committed yet (only a fresh manager is asked), a save may be committed and yet not be
 readable (each is opened before an older one is deleted), a directory that a crash left unreadable
 must not stop a run that has an older good one, and restoring needs explicit shardings.
@@ -12,23 +12,20 @@ the remains of a crash: so one process, that of a run's which is first, holds th
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import datetime
 import errno
 import logging
 import os
 import re
-import tempfile
 import time
 from typing import Any
 
-from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
 from rlft.parallel import processes
-from rlft.storage import checksums, files, orbax_noise
+from rlft.storage import checksums, files, folders, orbax_noise
 from rlft.storage.checksums import DamagedError
 from rlft.storage.lock import Lock
 from rlft.types import UserError
@@ -42,8 +39,6 @@ _SUMMED = "has_checksums"  # in meta: a checkpoint without them has lost them
 # What the system says where a file is missing, or another kind of thing is in its place.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _PAUSES_S = (0.2, 1.0)  # before files are read again that could not be read
-_TASKS = 1000  # more than a run has; Orbax knows a checkpoint by one number
-_NAMED_BY_ITERATION = _TASKS * 2**32  # the numbers below are those of names that were plain numbers
 
 
 class Checkpointer:
@@ -77,7 +72,7 @@ class Checkpointer:
     self._lock = None if read_only else self._hold()
     try:
       with self._writing():
-        self._directory, self._link = _opened(self._shown, make=not read_only)
+        self._directory, self._link = folders.opened(self._shown, make=not read_only)
       self._manager = self._open()
     except BaseException:
       if self._lock:
@@ -86,14 +81,11 @@ class Checkpointer:
 
   def _hold(self) -> Lock | None:
     """Holds the directory, on the first of the run's processes."""
-    lock, error = None, None
-    if jax.process_index() == 0:
-      path = files.path_of(self._shown)
-      try:
+    lock = None
+    with processes.together():
+      if jax.process_index() == 0:
+        path = files.path_of(self._shown)
         lock = Lock(path.with_name(f"{path.name}.lock"))
-      except UserError as own:
-        error = own
-    processes.raise_together(error)
     return lock
 
   @contextlib.contextmanager
@@ -120,7 +112,7 @@ class Checkpointer:
           create=not self._read_only,
           cleanup_tmp_directories=not self._read_only,
           save_interval_steps=0 if self._read_only else 1,
-          step_name_format=_Names(),
+          step_name_format=folders.Names(),
           # Called on the first process when all of them have written, before the commit.
           async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
         ),
@@ -138,11 +130,13 @@ class Checkpointer:
     Raises:
       UserError: it, or the save before it, failed; or another run took the directory over.
     """
-    step = _NAMED_BY_ITERATION + iteration * _TASKS + task
+    step = folders.step_of(iteration, task)
     if step in self._manager.all_steps():
       return
     self.wait()  # So would Orbax; here a failure has the name of the save that failed.
-    self._check_held()
+    with processes.together():
+      if self._lock is not None:
+        self._lock.check()
     self._saved, self._step = (step, _smallest_alone(state)), step
     try:
       self._manager.save(
@@ -185,7 +179,7 @@ class Checkpointer:
       )
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
       raise UserError(
-        f"checkpoint {_name(step)} was written in {self._shown} and cannot be read"
+        f"checkpoint {folders.name_of(step)} was written in {self._shown} and cannot be read"
         f" ({_first_line(error)}); earlier checkpoints are intact: see whether the file system"
         " keeps what is written, or choose another --workdir"
       ) from error
@@ -195,26 +189,17 @@ class Checkpointer:
     except files.errors(self._shown) as error:
       raise self._save_error(step, error) from error
 
-  def _check_held(self) -> None:
-    error = None
-    try:
-      if self._lock is not None:
-        self._lock.check()
-    except UserError as own:
-      error = own
-    processes.raise_together(error)
-
   def _write_sums(self) -> None:
     """Writes the sums of the files of the save that goes on; raises OSError."""
-    name = _name(self._step)
+    name = folders.name_of(self._step)
     # Orbax commits by giving the directory its name, or in a bucket by a file in it.
-    names = (path.name for path in _entries(self._directory))
+    names = (path.name for path in folders.entries(self._directory))
     found = next(one for one in names if one == name or one.startswith(f"{name}.orbax"))
     self._sums = checksums.write(self._directory / found, apart_from=_LATE)
 
   def _compare_sums(self, step: int) -> None:
     """Raises DamagedError if the sums on the disk are not those that were written."""
-    found = (self._directory / _name(step) / checksums.FILE).read_bytes()
+    found = (self._directory / folders.name_of(step) / checksums.FILE).read_bytes()
     if jax.process_index() == 0 and found != self._sums.encode():
       raise DamagedError(f"{checksums.FILE} is not as it was written")
 
@@ -234,7 +219,7 @@ class Checkpointer:
       if not summed:
         _log.warning(
           "checkpoint %s has no checksums, since an older version wrote it: taken as it is",
-          _name(step),
+          folders.name_of(step),
         )
     except Exception as own:  # Orbax raises a dozen types for what it cannot read.
       if _is_of_the_system(own):
@@ -256,11 +241,11 @@ class Checkpointer:
       DamagedError: a file is not as it was written, is missing, or is of another kind.
       OSError: one cannot be read.
     """
-    directory = self._directory / _name(step)
+    directory = self._directory / folders.name_of(step)
     part = jax.process_index(), jax.process_count()
     try:
       # Not `exists`, which is False in a bucket that does not answer, too.
-      if not any(path.name == checksums.FILE for path in _entries(directory)):
+      if not any(path.name == checksums.FILE for path in folders.entries(directory)):
         return False
       checksums.check(directory, apart_from=_LATE, part=part)
       return True
@@ -273,8 +258,9 @@ class Checkpointer:
 
   def _unread_error(self, step: int, error: Exception) -> UserError:
     return UserError(
-      f"checkpoint {_name(step)} in {self._shown} could not be read ({_first_line(error)}) and is"
-      " left as it is: see to the file system, then run the same command again"
+      f"checkpoint {folders.name_of(step)} in {self._shown} could not be read"
+      f" ({_first_line(error)}) and is left as it is: see to the file system, then run the same"
+      " command again"
     )
 
   def _meta(self, step: int) -> dict[str, Any]:
@@ -282,7 +268,7 @@ class Checkpointer:
 
   def _save_error(self, step: int, error: Exception) -> UserError:
     return UserError(
-      f"checkpoint {_name(step)} could not be written in {self._shown}"
+      f"checkpoint {folders.name_of(step)} could not be written in {self._shown}"
       f" ({_first_line(error)}); earlier checkpoints are intact: free some space or fix"
       " the directory, then run the same command to resume"
     )
@@ -333,9 +319,9 @@ class Checkpointer:
           raise self._unread_error(step, error) from error
         failures.append(self._set_aside(step, error))
         continue
-      return _iteration(step), restored["state"], meta
+      return folders.iteration_of(step), restored["state"], meta
     # Also those of an earlier attempt: a run must not start afresh because it was tried twice.
-    names = (path.name for path in _entries(self._directory))
+    names = (path.name for path in folders.entries(self._directory))
     failures += sorted(name for name in names if name.endswith(_UNREADABLE))
     if failures:
       raise UserError(
@@ -370,8 +356,8 @@ class Checkpointer:
       raise
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
       raise UserError(
-        f"checkpoint {_name(step)} in {self._shown} cannot be read ({_first_line(error)});"
-        " resume the run to write a new one"
+        f"checkpoint {folders.name_of(step)} in {self._shown} cannot be read"
+        f" ({_first_line(error)}); resume the run to write a new one"
       ) from error
     restored["meta"].pop(_SUMMED, None)
     return restored["state"], restored["meta"]
@@ -393,15 +379,15 @@ class Checkpointer:
     for name in sorted(expected.keys() | found.keys()):
       if expected.get(name) != found.get(name):
         raise UserError(
-          f"checkpoint {_name(step)} in {self._shown} is of another model: {name} has shape"
-          f" {found.get(name, 'nothing')} there, expected {expected.get(name, 'nothing')};"
+          f"checkpoint {folders.name_of(step)} in {self._shown} is of another model: {name} has"
+          f" shape {found.get(name, 'nothing')} there, expected {expected.get(name, 'nothing')};"
           " choose another --workdir, or the flags that this run was started with"
         )
 
   def _set_aside(self, step: int, error: Exception) -> str:
-    reason = f"checkpoint {_name(step)}: {_first_line(error)}"
-    source = self._directory / _name(step)
-    target = self._directory / f"{_name(step)}{_UNREADABLE}"
+    reason = f"checkpoint {folders.name_of(step)}: {_first_line(error)}"
+    source = self._directory / folders.name_of(step)
+    target = self._directory / f"{folders.name_of(step)}{_UNREADABLE}"
     _log.warning("%s; moved to %s", reason, target.name)
     self._manager.close()
     if jax.process_index() == 0:
@@ -427,102 +413,6 @@ class Checkpointer:
       self._manager.close()
     except self._failures as error:  # It raises again what was raised when a save was waited for.
       raise self._save_error(self._step, error) from error
-
-
-class _Found(ocp.path.step.Metadata):
-  """A checkpoint, for Orbax, which would else read a time from a file that may be damaged."""
-
-  @property
-  def commit_timestamp(self) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(0, tz=datetime.UTC)  # Nothing is kept by its age.
-
-
-class _Names(ocp.path.step.NameFormat):
-  """Names of checkpoints, for Orbax, which knows them by number."""
-
-  def build_name(self, step: int) -> str:
-    return _name(step)
-
-  def find_all(self, base_path: epath.PathLike) -> Iterator[_Found]:
-    for path in _entries(epath.Path(base_path)):
-      step = _step(path.name)
-      if step is not None and ocp.path.step.is_path_finalized(path):
-        yield _Found(step=step, path=path)
-
-  def find_step(self, base_path: epath.PathLike, step: int) -> _Found:
-    path = epath.Path(base_path) / _name(step)
-    if not path.exists():
-      raise ValueError(f"there is no {path}")
-    return _Found(step=step, path=path)
-
-
-def newest(directory: str | os.PathLike[str]) -> str:
-  """The name of the newest whole checkpoint, which says how far a run came; '' if there is none."""
-  opened, link = _opened(os.fspath(directory), make=False)
-  steps = [found.step for found in _Names().find_all(opened)]
-  if link:
-    link.cleanup()
-  return _name(max(steps)) if steps else ""
-
-
-def _entries(directory: epath.Path) -> list[epath.Path]:
-  """What is in the directory; a bucket has none before something is in it."""
-  try:
-    return list(directory.iterdir())
-  except FileNotFoundError:
-    return []
-
-
-def _name(step: int) -> str:
-  """`iteration_7`, and `iteration_7_task_1` for a save after the first task of what follows it.
-
-  Names used to be plain numbers, of units of work. Such a checkpoint is resumed, and is older than
-  those that have their iteration in their name.
-  """
-  if step < _NAMED_BY_ITERATION:
-    return str(step)
-  task = step % _TASKS
-  return f"iteration_{_iteration(step)}" + (f"_task_{task}" if task else "")
-
-
-def _iteration(step: int) -> int:
-  return step if step < _NAMED_BY_ITERATION else (step - _NAMED_BY_ITERATION) // _TASKS
-
-
-def _step(name: str) -> int | None:
-  """The inverse of `_name`; None for what is no checkpoint."""
-  found = re.fullmatch(r"(\d+)|iteration_(\d+)(?:_task_(\d+))?", name)
-  if found is None:
-    return None
-  number, iteration, task = found.groups(default="0")
-  return int(number) if found[1] else _NAMED_BY_ITERATION + int(iteration) * _TASKS + int(task)
-
-
-def _opened(directory: str, *, make: bool) -> tuple[epath.Path, tempfile.TemporaryDirectory | None]:
-  """The directory under a name that the libraries do not misread, and what holds that name.
-
-  Orbax makes a pattern of the name, without escaping it, to find what each process wrote of a save:
-  where brackets are in it a save ends without its parts, in silence. TensorStore takes a backslash
-  for a slash, Orbax 'gs:/' and epath '/gs/' for a bucket, and none takes bytes that are not UTF-8.
-
-  Args:
-    directory: a path, or the address of a bucket.
-    make: make the directory where it is missing.
-
-  Raises:
-    OSError: it cannot be made.
-  """
-  if files.is_bucket(directory):
-    return epath.Path(directory), None
-  path = os.path.abspath(directory)
-  if re.fullmatch(r"(?!/(gs|s3|az|hf)/)[\w/. -]*", path):
-    return epath.Path(path), None
-  if make:
-    os.makedirs(path, exist_ok=True)
-  holder = tempfile.TemporaryDirectory(prefix="rlft-")
-  link = os.path.join(holder.name, "checkpoints")
-  os.symlink(path, link, target_is_directory=True)
-  return epath.Path(link), holder
 
 
 def _smallest_alone(state: Any) -> Any:

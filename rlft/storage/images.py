@@ -8,6 +8,8 @@ import PIL.Image
 
 from rlft.storage import files
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of files of pictures, in small letters
+
 _BACKGROUND = 255
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlft.config.settings import EvalConfig
-from rlft.evaluation import protocol, tables
+from rlft.evaluation import protocol, summary, tables
 from rlft.types import UserError
 
 NAN = float("nan")
@@ -102,10 +102,10 @@ def test_what_could_not_be_scored_is_said():
   some = {"a": of_32(np.arange(16), name="a")}
   base = protocol.Base({1.0: some}, {1.0: some})
   (found,) = protocol.compare(protocol.Method("m", 1.0, {0: nothing}), base, [entry("a")])
-  assert found.verdict == "unclear" and protocol.words(found.after) == "not scored"
+  assert found.verdict == "unclear" and summary.mean(found.after) == "not scored"
   assert protocol.change_words(found.gain) == "" and found.to_json()["gain"]["mean"] is None
   one = dataclasses.replace(found.best, low=NAN, high=NAN)
-  assert protocol.words(one) == "7.5000" and protocol.change_words(one) == "+7.5000"
+  assert summary.mean(one) == "7.5000" and protocol.change_words(one) == "+7.5000"
 
 
 def test_what_was_not_found_stands_beside_the_measure():

@@ -15,8 +15,8 @@ from rlft.inference import compare as compare_lib
 from rlft.inference import draw
 from rlft.inference import load as finetuned
 from rlft.inference import protocol as protocol_lib
-from rlft.inference import runs as runs_lib
 from rlft.models.files import pretrained
+from rlft.storage import folders
 from rlft.types import UserError
 
 _METRICS = """
@@ -77,7 +77,7 @@ def drawn(monkeypatch, folder):
 
   monkeypatch.setattr(draw, "Sampler", Sampler)
   monkeypatch.setattr(finetuned, "load", load_run)
-  monkeypatch.setattr(runs_lib.checkpoint, "newest", lambda directory: "iteration_4")
+  monkeypatch.setattr(folders, "newest", lambda directory: folders.step_of(4, 0))
   return log
 
 
@@ -166,7 +166,7 @@ def test_what_has_changed_is_measured_anew(folder, drawn, tmp_path, monkeypatch)
   compare(paths, evals(folder), how)
   drawn.clear()
   # The run went on.
-  monkeypatch.setattr(runs_lib.checkpoint, "newest", lambda directory: "iteration_8")
+  monkeypatch.setattr(folders, "newest", lambda directory: folders.step_of(8, 0))
   compare(paths, evals(folder), how)
   assert drawn == [(14, 3.0, 2001, 16)]
   drawn.clear()

@@ -12,12 +12,13 @@ import pytest
 from rlft.config import fields, stored
 from rlft.config.settings import Config, ScoringSettings, TaskConfig
 from rlft.emoji import detector
-from rlft.inference import draw, runs
+from rlft.inference import draw
 from rlft.inference import load as finetuned
 from rlft.inference import suites as suites_lib
 from rlft.inference.draw import Drawing
 from rlft.inference.suites import SuiteSettings
 from rlft.models.files import pretrained
+from rlft.storage import folders
 from rlft.types import UserError
 
 _METRICS = """
@@ -172,8 +173,8 @@ def test_a_run_beside_its_base(folder, drawn, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   (workdir / "checkpoints").mkdir(parents=True)
   (workdir / "config.json").write_text(stored.to_json(config))
-  load, newest = finetuned.load, ["iteration_1"]
-  monkeypatch.setattr(runs.checkpoint, "newest", lambda directory: newest[0])
+  load, newest = finetuned.load, [folders.step_of(1, 0)]
+  monkeypatch.setattr(folders, "newest", lambda directory: newest[0])
   monkeypatch.setattr(finetuned, "load", lambda path, **how: load(f"{folder}/a"))
   models, output = (f"{folder}/a", str(workdir)), tmp_path / "out"
   how = {"guidance_scale": None, "sampling_steps": None}
@@ -193,7 +194,7 @@ def test_a_run_beside_its_base(folder, drawn, tmp_path, monkeypatch):
   assert [model["sampling_steps"] for model in content["models"]] == [3, 3]
   # Only what has been trained further is measured again.
   drawn.clear()
-  newest[0] = "iteration_2"
+  newest[0] = folders.step_of(2, 0)
   run(folder, output, bright(folder), *models, **how)
   assert drawn == [(2.0, 2001, 8)]
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from rlft.models.files import arrays, torch_layout
@@ -160,7 +159,7 @@ def load(
       " adapted (to_q, to_k, to_v and to_out.0, under diffusers' names): give an adapter of these"
       " alone, or merge this one into the model and start from that"
     )
-  stored = _scale(path)
+  stored = _scale(path, state)
   adapter = {}
   for target, found in names.items():
     if not {"a", "b"} <= found.keys():
@@ -193,10 +192,9 @@ def _open(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
   return arrays.read_files([pathlib.Path(path)])
 
 
-def _scale(path: str | os.PathLike[str]) -> float:
+def _scale(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> float:
   """alpha / rank of all modules, as the file's header says it; 1 if it says nothing."""
-  with safetensors.safe_open(path, framework="numpy") as file:
-    text = (file.metadata() or {}).get(_METADATA, "{}")
+  text = arrays.metadata(state).get(_METADATA, "{}")
   try:
     said = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
     scale = float(said["lora_alpha"] / said["r"]) if said else 1.0

@@ -19,12 +19,12 @@ import shutil
 import tempfile
 from typing import Any
 
-from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rlft.config.settings import EMOJI_SD
 from rlft.models import clip, diffusers_unet, scheduler_config, stable_diffusion, unet, vae
 from rlft.models import config as config_lib
 from rlft.models.files import (
@@ -37,12 +37,11 @@ from rlft.models.files import (
   vocabulary,
 )
 from rlft.models.files.diffusers_layout import CLASSES, INDEX, PIPELINES, STEMS
-from rlft.models.shapes import Params, param_shapes
+from rlft.models.shapes import param_shapes
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.storage.files import staged
 from rlft.types import UserError
 
-EMOJI_SD = "emoji-sd"
 EMOJI_SD_PATH = pathlib.Path(__file__).parents[2] / "emoji" / "data" / EMOJI_SD
 
 _CONFIGS = {
@@ -295,11 +294,3 @@ def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = n
     ) from error
   finally:
     shutil.rmtree(workspace, ignore_errors=True)
-
-
-def fingerprint(params: Params) -> str:
-  """Identifies a parameter tree: SHA-256 (hexadecimal) of names, shapes, types and bits."""
-  found = streaming.Fingerprint()
-  for path, array in sorted(traverse_util.flatten_dict(params).items()):
-    found.add(path, np.asarray(array))
-  return found.bytes().hex()

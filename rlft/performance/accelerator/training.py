@@ -22,6 +22,7 @@ from rlft.parallel import sharding
 from rlft.performance.accelerator.scales import Model
 from rlft.performance.benchmark import work as work_lib
 from rlft.performance.benchmark.work import Work
+from rlft.performance.compile import hlo
 from rlft.performance.compile.abstract_run import AbstractRun, Call
 from rlft.run.programs import kept_parameters
 from rlft.run.state import initial_state
@@ -112,10 +113,7 @@ class Training:
       done = list(threads.map(_compile, lowered))
     for call, (compiled, seconds) in zip(calls, done, strict=True):
       memory = compiled.memory_analysis()
-      whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-      whole += memory.output_size_in_bytes - memory.alias_size_in_bytes
-      needed = memory.peak_memory_in_bytes or whole
-      needed += max(0, resident - memory.argument_size_in_bytes)
+      needed = hlo.peak_bytes(memory) + max(0, resident - memory.argument_size_in_bytes)
       where = compiled.input_shardings[0]
       self.programs[call.name] = Program(call, compiled, where, memory, seconds, needed)
 

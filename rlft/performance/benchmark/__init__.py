@@ -2,5 +2,5 @@
 
 One run measures all sides in turns.
 
-May import everything; of the others only accelerator and peer import it.
+May import everything; of the others only accelerator imports it.
 """

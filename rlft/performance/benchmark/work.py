@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.catalog import load_prompts
+from rlft.config.settings import EMOJI_SD
 from rlft.models import architectures, clip, stable_diffusion, unet, vae
 from rlft.models import text as text_lib
 from rlft.models.files import pretrained
@@ -153,9 +154,9 @@ SIZES: Mapping[str, Size] = types.MappingProxyType(
 def make_model(size: Size, root: pathlib.Path) -> StableDiffusion:
   """The model of a size; writes it below `root` if it is not the shipped one."""
   if size.architecture is None:
-    return pretrained.load(pretrained.EMOJI_SD)
+    return pretrained.load(EMOJI_SD)
   model = architectures.build(size.architecture())
-  (tokenizer,) = pretrained.load(pretrained.EMOJI_SD).tokenizers
+  (tokenizer,) = pretrained.load(EMOJI_SD).tokenizers
   tokenizer = dataclasses.replace(
     tokenizer, length=model.text_encoders[0].config.max_position_embeddings
   )

@@ -162,12 +162,10 @@ def compile_program(
     result = Result(peak=peak, fits=False, flops=flops, seconds=time.perf_counter() - start)
   else:
     memory = compiled.memory_analysis()
-    whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    whole += memory.output_size_in_bytes - memory.alias_size_in_bytes
     result = Result(
       arguments=memory.argument_size_in_bytes,
       temporary=memory.temp_size_in_bytes,
-      peak=memory.peak_memory_in_bytes or whole,
+      peak=hlo.peak_bytes(memory),
       flops=flops,
       xla_flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
       collectives=hlo.total(hlo.collectives(compiled.as_text())),

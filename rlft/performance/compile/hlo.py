@@ -1,4 +1,4 @@
-"""What a compiled program costs: collectives from XLA's text, FLOPs from the jaxpr.
+"""What a compiled program costs: collectives from XLA's text, memory, FLOPs from the jaxpr.
 
 XLA's own cost analysis counts the body of a loop once, and says nothing about communication.
 """
@@ -141,6 +141,20 @@ def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> i
     if one.operation == "constant" and one.type.startswith("s32[]")
   ]
   return bounds[0] if len(bounds) == 1 else 1
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def peak_bytes(memory: Any) -> int:
+  """What a program needs of a device at its peak.
+
+  Args:
+    memory: the program's `memory_analysis()`; where that does not say the peak, all of it counts.
+  """
+  whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  whole += memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.peak_memory_in_bytes or whole
 
 
 # ---------------------------------------------------------------------------- FLOPs

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import os
 from pathlib import Path
-import re
 
 import jax
 
@@ -24,7 +23,7 @@ from rlft.performance.compile.targets import Target
 from rlft.report.metrics import METRICS_FILE
 from rlft.report.page import REPORT_FILE
 from rlft.run import checks
-from rlft.storage import checkpoint, files
+from rlft.storage import files, folders
 from rlft.types import UserError
 
 _UNITS = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9))
@@ -263,11 +262,10 @@ def _done(workdir: str) -> int | None:
     return 0
   try:
     with files.reading(workdir):
-      name = checkpoint.newest(files.path_of(workdir) / "checkpoints")
+      step = folders.newest(files.path_of(workdir) / "checkpoints")
   except UserError:
     return None
-  found = re.search(r"\d+", name)
-  return int(found[0]) if found else 0
+  return 0 if step is None else folders.iteration_of(step)
 
 
 def _flop(count: float) -> str:

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from rlft.config.settings import EvalConfig
-from rlft.evaluation import convergence, protocol, results, seeds
+from rlft.evaluation import convergence, protocol, results, seeds, summary
 from rlft.evaluation.results import EvalResult
 from rlft.evaluation.tables import Table
 from rlft.report import figures
@@ -150,7 +150,7 @@ def final(
     before = protocol.scores(entry, [base[entry.name]])
     values = [seeds.estimate(table) for table in (before, *tables.values())]
     change = seeds.estimate(tables[first], tables[second])
-    words = [*map(protocol.words, values), protocol.change_words(change)]
+    words = [*map(summary.mean, values), protocol.change_words(change)]
     rows.append([entry.name, *words])
   return Table(["", "base", first, second, f"{first} - {second}"], rows)
 

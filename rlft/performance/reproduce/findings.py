@@ -1,6 +1,6 @@
 """What was trained and measured, as the tables look at it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from rlft.config.settings import Config, EvalConfig
-from rlft.evaluation import protocol, raters, results, seeds
+from rlft.evaluation import protocol, raters, results
 from rlft.evaluation.protocol import Base, Results
 from rlft.performance.reproduce import paper
 from rlft.performance.reproduce.paper import Column, PaperTable, Row
@@ -102,7 +102,7 @@ class Findings:
     return not column.rated and self._at_best(column).lower_is_better
 
   def scores(self, column: Column, row: Row) -> np.ndarray | None:
-    """`[S, P]`, see `seeds`; None if nothing of the row is there."""
+    """`[S, P]`, see `rlft.evaluation.seeds`; None if nothing of the row is there."""
     entry, at_best = self._entry(column), self._at_best(column)
     if row.chosen:
       found = [self.chosen[column.measure]] if column.measure in self.chosen else []
@@ -135,8 +135,3 @@ class Findings:
 
   def _at_best(self, column: Column) -> results.EvalResult:
     return self.base.test[self.guidance(column)][column.measure]
-
-
-def estimate_of_seeds(values: Sequence[float]) -> seeds.Estimate:
-  """The mean of one number for each seed."""
-  return seeds.estimate(np.array(values, float)[:, None])

@@ -11,7 +11,7 @@ import sys
 
 from rlft.config import fields
 from rlft.config.fields import option
-from rlft.config.settings import Config, ScoringSettings
+from rlft.config.settings import Config, EvalConfig, ScoringSettings
 from rlft.evaluation import results
 from rlft.evaluation.tables import Table
 from rlft.inference.best_of import BestOfSettings
@@ -91,10 +91,8 @@ class _Run:
     config = self.config
     every = config.evaluation.eval_every or config.iterations
     evaluated = 1 + -(-config.iterations // every)
-    # The evaluations of a task share their images.
-    shared = {(e.prompts, e.images, e.images_per_prompt) for e in config.eval}
     drawn = config.iterations * sum(task.batch_size for task in config.task)
-    return drawn + evaluated * sum(count for _, count, _ in shared)
+    return drawn + evaluated * _images(config.eval)
 
 
 def reproduce(
@@ -164,7 +162,7 @@ def _listed(runs: Sequence[_Run], scale: Scale) -> str:
     state = "done" if runner.done(run.config) else state
     iterations = f"{run.config.iterations:,}"
     rows.append((run.experiment.name, state, iterations, f"{run.images:,}"))
-  evaluated = _protocol_images(scale)
+  evaluated = _images(scale.protocol())
   scales = len(ProtocolSettings("", guidance_scales=scale.guidance_scales).guidances())
   left = [run for run in runs if not runner.done(run.config)]
   lines = [
@@ -176,9 +174,10 @@ def _listed(runs: Sequence[_Run], scale: Scale) -> str:
   return "\n\n".join(lines)
 
 
-def _protocol_images(scale: Scale) -> int:
-  groups = {(entry.prompts, entry.images, entry.images_per_prompt) for entry in scale.protocol()}
-  return sum(count for _, count, _ in groups)
+def _images(evals: Sequence[EvalConfig]) -> int:
+  """How many images evaluations draw: those of the same prompts share theirs."""
+  shared = {(entry.prompts, entry.images, entry.images_per_prompt) for entry in evals}
+  return sum(count for _, count, _ in shared)
 
 
 def _measure(

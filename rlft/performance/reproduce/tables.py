@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from rlft.evaluation import convergence, orderings, protocol, seeds, statistics
+from rlft.evaluation import convergence, orderings, protocol, seeds, statistics, summary
 from rlft.evaluation.orderings import OTHER, SAME, UNDECIDED, Order
 from rlft.evaluation.seeds import Estimate
 from rlft.evaluation.tables import Table
@@ -109,7 +109,7 @@ def _seeds(row: Row, findings: Findings) -> str:
 def _cell(measured: _Measured, row: str) -> str:
   if row not in measured.scores:
     return "not run"
-  text = protocol.words(seeds.estimate(measured.scores[row]), _DIGITS)
+  text = summary.mean(seeds.estimate(measured.scores[row]), _DIGITS)
   text += _MARKS.get(measured.verdict(row), "")
   value = measured.column.values.get(row)
   return text if value is None else f"{text} ({value:.{_DIGITS}f})"

@@ -24,6 +24,7 @@ from rlft.rewards.scoring.errors import RewardError
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+QUESTION_S = 10.0  # For a request that asks what the server has.
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 15.0
 _LAST_TRY_S = 0.05  # With less time left nothing is tried any more.
 _MAX_ANSWER = 2**26  # Bytes. Scores and descriptions of models are far smaller.
@@ -126,6 +127,35 @@ class Client:
       after = response.headers.get("Retry-After", "")
       raise TryAgain(self.quote(answer), float(after) if after.isdecimal() else 0.0)
     return answer
+
+  def ask(self, *paths: str, start_s: float) -> list[Answer]:
+    """Asks a server, which may not be ready yet, what it has.
+
+    Args:
+      *paths: of the questions.
+      start_s: seconds to wait; with 0 it must be ready now.
+
+    Raises:
+      RewardError: it does not answer, or lets nobody in.
+    """
+    now = time.monotonic()
+    answers = []
+    for path in paths:
+      answer = self.until_answered(
+        lambda timeout_s, path=path: self.request("GET", path, timeout_s=timeout_s),
+        timeout_s=QUESTION_S,
+        deadline=now + (start_s or QUESTION_S),
+        retries=1000 if start_s else 0,
+        started=now,
+        remedy="start the server, or correct the address",
+      )
+      if answer.status in (401, 403):
+        raise RewardError(
+          f"{self.server} lets nobody in ({self.quote(answer)}): name an environment variable that"
+          " has the right token with token_env=NAME"
+        )
+      answers.append(answer)
+    return answers
 
   def until_answered(
     self,

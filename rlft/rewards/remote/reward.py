@@ -24,10 +24,11 @@ import numpy as np
 from rlft.rewards.remote import limits as limits_lib
 from rlft.rewards.remote import protocol as open_inference
 from rlft.rewards.remote import server as remote_model
-from rlft.rewards.remote.client import Answer, Client, TryAgain
+from rlft.rewards.remote.client import QUESTION_S, Answer, Client, TryAgain
 from rlft.rewards.remote.limits import Limits
 from rlft.rewards.remote.protocol import Tensor
 from rlft.rewards.scoring.errors import RewardError
+from rlft.storage import images as images_lib
 from rlft.types import HostReward, UserError
 
 _MODEL = re.compile(r"(?P<prefix>.*)(?P<path>/v2/models/[^/]+(/versions/[^/]+)?)/?")
@@ -141,7 +142,7 @@ class _Remote:
         " server declare -1 for both sizes and resize them"
       )
     if inputs.datatype == "UINT8":
-      images = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+      images = images_lib.to_uint8(images)
     tensors = [Tensor(inputs.images, inputs.datatype, images.shape, images)]
     for name, what, rest in inputs.texts:
       texts = prompts if what == "prompts" else [_json(known) for known in metadata]
@@ -163,7 +164,7 @@ class _Remote:
       said = self.client.quote(answer)
       if answer.status in (400, 404):
         # A server that was restarted may answer before it has loaded its models.
-        timeout_s = min(timeout_s, remote_model.QUESTION_S)
+        timeout_s = min(timeout_s, QUESTION_S)
         if self.client.request("GET", f"{self.path}/ready", timeout_s=timeout_s).status != 200:
           raise TryAgain(f"the model is not ready ({said})")
       self.client.give_up(

@@ -7,10 +7,9 @@ import time
 from typing import Any
 
 from rlft.config.fields import suggestion
-from rlft.rewards.remote.client import Answer, Client
+from rlft.rewards.remote.client import QUESTION_S, Client
 from rlft.rewards.scoring.errors import RewardError
 
-QUESTION_S = 10.0  # For a request that asks about a model.
 _BINARY = "binary_tensor_data"  # The extension's name.
 _ANY = -1  # A size that the model does not fix.
 
@@ -115,42 +114,19 @@ def ask(client: Client, path: str, start_s: float) -> Description:
   Raises:
     RewardError: no such server or model.
   """
-
-  def ready(timeout_s: float) -> Answer:
-    return client.request("GET", "/v2/health/ready", timeout_s=timeout_s)
-
-  def describe(timeout_s: float) -> Answer:
-    return client.request("GET", path, timeout_s=timeout_s)
-
-  now = time.monotonic()
-  answers = []
-  for question in (ready, describe):
-    answer = client.until_answered(
-      question,
-      timeout_s=QUESTION_S,
-      deadline=now + (start_s or QUESTION_S),
-      retries=1000 if start_s else 0,
-      started=now,
-      remedy="start the server, or correct the address",
-    )
-    if answer.status in (401, 403):
-      raise RewardError(
-        f"{client.server} lets nobody in ({client.quote(answer)}): name an environment variable"
-        " that has the right token with token_env=NAME"
-      )
-    answers.append(answer)
-  if answers[0].status != 200:
+  ready, described = client.ask("/v2/health/ready", path, start_s=start_s)
+  if ready.status != 200:
     raise RewardError(
-      f"{client.server} has no /v2/health/ready ({client.quote(answers[0])}): give the address of a"
+      f"{client.server} has no /v2/health/ready ({client.quote(ready)}): give the address of a"
       " server of the Open Inference Protocol v2"
     )
-  if answers[1].status != 200:
+  if described.status != 200:
     raise RewardError(
-      f"{client.server} has no such model ({client.quote(answers[1])}): correct the name or the"
+      f"{client.server} has no such model ({client.quote(described)}): correct the name or the"
       " version, or load the model"
     )
   try:
-    about = json.loads(answers[1].data)
+    about = json.loads(described.data)
     inputs, outputs = (
       {tensor["name"]: tensor for tensor in about.get(key) or ()} for key in ("inputs", "outputs")
     )

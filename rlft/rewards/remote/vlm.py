@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import re
-import time
 from typing import Any, Literal
 import urllib.parse
 
@@ -34,7 +33,6 @@ ANSWER = "yes"
 SCHEMES: Mapping[str, str] = {"vlm": "http", "vlms": "https"}
 Mean = Literal["arithmetic", "geometric"]
 
-_QUESTION_S = 10.0  # For the request that asks which models there are.
 _LISTED = 20  # Tokens with their log-probabilities: the most that OpenAI's protocol has.
 _ROUNDING = 1e-2  # By which probabilities may exceed 1.
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -108,20 +106,7 @@ class _Judge:
 
   def check(self) -> None:
     """Raises `RewardError` if the server does not answer, or has not the model."""
-    now = time.monotonic()
-    found = self.client.until_answered(
-      lambda timeout_s: self.client.request("GET", "/models", timeout_s=timeout_s),
-      timeout_s=_QUESTION_S,
-      deadline=now + (self.limits.start_s or _QUESTION_S),
-      retries=1000 if self.limits.start_s else 0,
-      started=now,
-      remedy="start the server, or correct the address",
-    )
-    if found.status in (401, 403):
-      raise RewardError(
-        f"{self.client.server} lets nobody in ({self.client.quote(found)}): name an environment"
-        " variable that has the right token with token_env=NAME"
-      )
+    (found,) = self.client.ask("/models", start_s=self.limits.start_s)
     try:
       names = [one["id"] for one in json.loads(found.data)["data"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -145,7 +130,7 @@ class _Judge:
       asked = self._asked(prompts[row], metadata[row])
       if not asked:
         continue
-      url = base64.b64encode(images_lib.encode_png(images_lib.to_uint8(images[row]))).decode()
+      url = base64.b64encode(images_lib.encode_png(images[row])).decode()
       found = [
         self._ask(f"data:image/png;base64,{url}", *each, started, deadline) for each in asked
       ]

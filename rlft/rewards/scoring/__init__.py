@@ -1,4 +1,4 @@
 """Scores a batch: one reward or several together, on devices or in threads of the host.
 
-May import rewards' grammar and parallel.
+May import what reads the names of rewards, and what lies below rewards.
 """

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from rlft.parallel import processes
+from rlft.parallel import sharding as sharding_lib
 from rlft.rewards.scoring import errors
 from rlft.rewards.scoring.errors import RewardError
 from rlft.types import HostReward, Prompt, Scores, UserError
@@ -72,12 +73,8 @@ class HostScorer:
     return lambda: self._finish(started)
 
   def _finish(self, started: Started) -> Scores:
-    found, error = None, None
-    try:
+    with processes.together(RewardError):
       found = self._caller.finish(started)
-    except RewardError as own:
-      error = own
-    processes.raise_together(error, RewardError)
     return jax.tree.map(self._spread, found)
 
   def _spread(self, own: np.ndarray) -> jax.Array:
@@ -85,16 +82,7 @@ class HostScorer:
     scores = np.full(self._batch_size, np.nan, np.float32)
     scores[self._rows] = own
     scores[~np.isfinite(scores)] = np.nan
-    return place(scores, self._sharding)
-
-
-def place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Places `x`, of which every process has what its devices need.
-
-  Unlike `jax.device_put` this compares nothing between processes.
-  """
-  x = np.asarray(x)
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return sharding_lib.put(scores, self._sharding)
 
 
 def _rows_of_process(

@@ -160,13 +160,11 @@ class _JaxScorer:
   def _arguments(self, images: jax.Array, prompts: Sequence[Prompt]) -> tuple[Any, jax.Array, Any]:
     if self._params is None:
       self._params = self._placed_params()
-    found = prepared(self._reward, prompts)
-    features = jax.tree.map(lambda x: host.place(x, self._sharding), found)
+    features = sharding_lib.put(prepared(self._reward, prompts), self._sharding)
     return self._params, images, features
 
   def _placed_params(self) -> Any:
-    replicated = sharding_lib.replicated(self._sharding.mesh)
-    return jax.tree.map(lambda x: host.place(x, replicated), self._reward.params)
+    return sharding_lib.put(self._reward.params, sharding_lib.replicated(self._sharding.mesh))
 
 
 def prepared(reward: JaxReward, prompts: Sequence[Prompt]) -> Any:

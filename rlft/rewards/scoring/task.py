@@ -233,7 +233,7 @@ class TaskScorer:
     Args:
       reward: of the task.
       batch_sharding: how B is spread over the mesh.
-      **settings: of each `rlft.rewards.scoring.Scorer`.
+      **settings: of each `rlft.rewards.scoring.scorer.Scorer`.
     """
     self._reward = reward
     self.judge = reward.watch
@@ -293,5 +293,5 @@ class TaskScorer:
       return finish()
 
   def slope(self, images: jax.Array, prompts: Sequence[Prompt]) -> Slope:
-    """Scores a batch with the gradient, by a reward that `gradient.check` has let pass."""
+    """Scores a batch with the gradient, by a reward that `gradient.check_kind` has let pass."""
     return self._scorers[0].slope(images, prompts)

@@ -62,13 +62,8 @@ def try_each(uses: Iterable[Use], *, image_shape: tuple[int, ...], timeout_s: fl
     if key in tried:
       continue
     tried.add(key)
-    failed = None
-    try:
-      with errors.located(use.where, use.reward.name):
-        _try(use, image_shape, timeout_s)
-    except UserError as error:
-      failed = error
-    processes.raise_together(failed)
+    with processes.together(), errors.located(use.where, use.reward.name):
+      _try(use, image_shape, timeout_s)
 
 
 def _try(use: Use, image_shape: tuple[int, ...], timeout_s: float) -> None:

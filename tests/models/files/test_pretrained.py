@@ -41,7 +41,7 @@ def rewrite(file, change):
 
 
 def assert_same(found, expected):
-  assert pretrained.fingerprint(found.params) == pretrained.fingerprint(expected.params)
+  assert models_cases.fingerprint(found.params) == models_cases.fingerprint(expected.params)
   for name in ("unet", "vae", "text_encoders"):
     assert getattr(found, name) == getattr(expected, name)
 
@@ -307,10 +307,10 @@ def test_a_full_disk_leaves_the_former_model(model, copy, monkeypatch):
 
 def test_fingerprints_tell_models_apart(model):
   unet = model.params["unet"]
-  assert pretrained.fingerprint(unet) == pretrained.fingerprint(jax.tree.map(jnp.asarray, unet))
+  assert models_cases.fingerprint(unet) == models_cases.fingerprint(jax.tree.map(jnp.asarray, unet))
   changed = jax.tree.map(np.copy, unet)
   changed["conv_in"]["bias"][0] += 1e-6
-  assert pretrained.fingerprint(unet) != pretrained.fingerprint(changed)
+  assert models_cases.fingerprint(unet) != models_cases.fingerprint(changed)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -4,6 +4,7 @@ import dataclasses
 
 from huggingface_hub import constants
 import jax
+import models_cases
 import numpy as np
 import pytest
 import repository_cases as cases
@@ -19,7 +20,7 @@ def rounded(params, layout):
 
 
 def assert_same(found, expected, layout):
-  assert pretrained.fingerprint(found.params) == pretrained.fingerprint(
+  assert models_cases.fingerprint(found.params) == models_cases.fingerprint(
     rounded(expected.params, layout)
   )
   for name in ("unet", "vae", "text_encoders", "zero_empty", "scheduler"):

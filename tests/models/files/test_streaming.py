@@ -91,7 +91,7 @@ def test_every_parameter_is_where_it_belongs(mesh, saved, identify):
   specs = {(leaf.ndim, leaf.sharding.spec) for leaf in leaves.values()}
   assert specs >= {(4, P(None, None, "fsdp")), (4, P(None, None, None, "fsdp"))}
   assert specs >= {(2, P("fsdp")), (2, P(None, "fsdp")), (1, P("fsdp")), (1, P())}
-  assert found.fingerprint == (pretrained.fingerprint(half) if identify else "")
+  assert found.fingerprint == (models_cases.fingerprint(half) if identify else "")
 
 
 def test_no_more_is_read_than_is_placed(mesh, saved, monkeypatch):
@@ -115,7 +115,7 @@ def test_fingerprints_are_those_of_earlier_checkpoints():
   digest = hashlib.sha256()
   digest.update(b"a float32 ();" + tree["a"].tobytes())
   digest.update(b"b/bias float32 (2,);" + tree["b"]["bias"].tobytes())
-  assert pretrained.fingerprint(tree) == digest.hexdigest()
+  assert models_cases.fingerprint(tree) == digest.hexdigest()
   assert pretrained.load("emoji-sd", identify=True).fingerprint == EMOJI_SD
 
 
