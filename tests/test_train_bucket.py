@@ -14,7 +14,7 @@ import train_cases as cases
 
 from rlft.config.settings import Config
 from rlft.data import pairs
-from rlft.storage import checkpoint, files, lock
+from rlft.storage import checkpoint, files, folders, lock
 from rlft.storage.checkpoint import Checkpointer
 from rlft.types import UserError
 
@@ -58,7 +58,7 @@ def answers(bucket):
 def launch(bucket, tmp_path_factory):
   """Starts a script of `launch` with one device; the bucket is where this process has it."""
   kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  own = {"PYTHONPATH": str(cases.ROOT), "BROKEN": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+  own = {"PYTHONPATH": str(cases.ROOT), "BROKEN": ""}
   nursery, said = forked_cases.Nursery(kept | own), tmp_path_factory.mktemp("said")
   started = []
 
@@ -118,7 +118,7 @@ def test_a_run_is_killed_goes_on_and_is_read(folder, bucket, launch, tmp_path):
     killed.kill()
     bucket.go_on()
   assert checkpoints(bucket) == ["iteration_1", "iteration_2", "iteration_3"]
-  assert checkpoint.newest(f"{RUN}/checkpoints") == "iteration_2"  # The third is not whole.
+  assert folders.newest(f"{RUN}/checkpoints") == folders.step_of(2, 0)  # The third is not whole.
 
   # The second is damaged besides, and is set aside; the same command goes on from the first.
   damage(bucket, "iteration_2")
@@ -212,9 +212,9 @@ def test_a_checkpoint_that_may_not_be_written(answers, what, status, tmp_path):
   with pytest.raises(UserError, match=f"iteration_3 could not be written in {directory}"):
     saved(directory, 3)
   answers.refuse("")
-  assert checkpoint.newest(directory) == "iteration_2"
+  assert folders.newest(directory) == folders.step_of(2, 0)
   saved(directory, 3)
-  assert checkpoint.newest(directory) == "iteration_3"
+  assert folders.newest(directory) == folders.step_of(3, 0)
 
 
 def test_the_lock_of_another_machine(answers, monkeypatch):
