@@ -51,7 +51,7 @@ def make_pretrain(
     latents, text = encode_pairs(learner, model, frozen, images, sources, ids, decode_chunk)
     rows = jax.tree.map(lambda x: x[None], (latents, text, timesteps, noise))
     gradient, errors = learner.gradient(loss, state, frozen, rows)
-    metrics = {"loss/pretrain": errors.mean(), "grad_norm/pretrain": optax.tree.norm(gradient)}
+    metrics = {"loss/pretrain": errors.mean(), "pretrain/grad_norm": optax.tree.norm(gradient)}
     return learner.step(state, gradient), metrics
 
   return pretrain

@@ -54,6 +54,12 @@ _PANELS = (
     {"smooth": True},
     "Before it is cut to --max_grad_norm.",
   ),
+  (
+    "Gradient norm of the pretraining step",
+    r"pretrain/grad_norm",
+    {"smooth": True},
+    "Before it is cut to --max_grad_norm.",
+  ),
   ("Learning rate", r"learning_rate", {}, ""),
   ("Images per second", r"images_per_second", {}, ""),
 )

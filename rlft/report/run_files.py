@@ -138,7 +138,7 @@ class RunFiles:
       learning_rate=rate if isinstance(rate, float) else 0.0,
       prompts=next((one for one in prompts if one and one != "?"), ""),
       pretrain_weight=weight if isinstance(weight, float) else 0.0,
-      pretrain_bounded=bool(bound) and self._lately("grad_norm/pretrain") > bound,
+      pretrain_bounded=bool(bound) and self._lately("pretrain/grad_norm") > bound,
     )
 
 

@@ -247,7 +247,7 @@ def warn_if_bounded(config: Config, metrics: Mapping[str, float]) -> None:
       norm,
       bound,
     )
-  if bound and (norm := metrics.get("grad_norm/pretrain", 0.0)) > bound:
+  if bound and (norm := metrics.get("pretrain/grad_norm", 0.0)) > bound:
     _log.warning(
       "the pretraining step's gradient is cut from %.2g to --max_grad_norm=%g: --pretrain_weight=%g"
       " does not change how long the step is, unless it makes the gradient shorter than that",

@@ -127,9 +127,7 @@ def test_careless_raters_are_named_and_left_out(tmp_path):
   assert both.rates[0].rate == 0.5 and [one.votes for one in both.raters] == [4, 4]
   careful = results.find(study, votes, min_consistency=0.8)
   assert careful.left_out == [2] and careful.rates[0].rate == 1
-  assert "Left out because they answered repeated pairs otherwise: 2." in results.markdown(
-    study, careful
-  )
+  assert "Left out because they answered repeated pairs otherwise: 2." in results.markdown(careful)
 
 
 def test_three_models_and_no_votes(tmp_path):
@@ -140,7 +138,7 @@ def test_three_models_and_no_votes(tmp_path):
     ("third", "base"),
     ("third", "tuned"),
   ]
-  assert "tuned over base: no votes yet." in results.markdown(study, found)
+  assert "tuned over base: no votes yet." in results.markdown(found)
 
 
 def test_export(tmp_path):

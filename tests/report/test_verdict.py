@@ -126,6 +126,9 @@ def test_what_to_do_next():
   assert commands("hacked")[:2] == [f"{again} --iterations=N", ""]
   weighed = dataclasses.replace(PLACE, pretrain_weight=0.1)
   assert commands("hacked", place=weighed)[1] == f"{again} --pretrain_weight=0.3"
+  # Where the weight has no effect, smaller steps.
+  bounded = dataclasses.replace(weighed, pretrain_bounded=True)
+  assert commands("hacked", place=bounded)[1] == f"{again} --learning_rate=6.66667e-07"
   # Pictures of a model of one's own are rated by prompts that are said.
   own = dataclasses.replace(PLACE, base="a/b@c", prompts="held out.txt")
   assert " '--set=name=held-out,prompts=held out.txt' " in commands("improved", place=own)[1]

@@ -149,7 +149,7 @@ def test_weights_without_effect_are_said_to_have_none(run, caplog, norm, bound, 
   checks.warn_if_bounded(run, {"grad_norm": norm})
   assert ("--max_grad_norm=0.1: a factor of their losses" in caplog.text) == said
   caplog.clear()
-  checks.warn_if_bounded(run, {"grad_norm": 0.0, "grad_norm/pretrain": norm})
+  checks.warn_if_bounded(run, {"grad_norm": 0.0, "pretrain/grad_norm": norm})
   assert ("--max_grad_norm=0.1: --pretrain_weight=1 does not change" in caplog.text) == said
 
 
