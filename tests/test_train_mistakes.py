@@ -42,7 +42,6 @@ def config(folder, tmp_path, **changes):
   ("how", "message"),
   [
     ("raises", r"task green, .*: reward=.*:green raised ValueError: no luck \(.*rewards.py:\d+\)"),
-    ("shape", r"returned float32\[8, 3\], expected float32\[8\]: return one number for each image"),
     ("nan", "task green, iteration 1: 100% of the images .* more than --max_nan_share=0.1"),
   ],
 )

@@ -90,19 +90,17 @@ def variants(folder):
   red = cases.task(folder)
   return {
     "prompt": {"task": (red,), "advantage": "prompt", "prompt_history_min": 2},
-    "group": {"task": (cases.task(folder, images_per_prompt=2),), "advantage": "group"},
-    "accumulate": {"task": (red,), "accumulate_timesteps": True},
     "lora": {
       "task": (red,),
       "train_timesteps": 1,
       "lora_rank": 2,
       "kl_weight": 0.1,
-      "ema_decay": 0.5,
+      "ema_decay": 0.75,
     },
   }
 
 
-@pytest.mark.parametrize("variant", ["prompt", "group", "accumulate", "lora"])
+@pytest.mark.parametrize("variant", ["prompt", "lora"])
 def test_stopped_with_other_settings(folder, tmp_path, variant):
   def run(name, iterations):
     changes = variants(folder)[variant] | {"iterations": iterations, "pretrain_weight": 0.0}

@@ -63,8 +63,6 @@ def green(images, prompts, metadata):
   if how and calls == int(call or calls):
     if how == "raises":
       raise ValueError("no\\nluck")
-    if how == "shape":
-      return images.mean((1, 2))
     if how == "stops":
       os.kill(os.getpid(), signal.SIGTERM)
     if how == "dies":
@@ -358,15 +356,29 @@ def start(config: Config, arguments: Sequence[str] = (), **environment: str) -> 
     arguments: further ones.
     **environment: further variables.
   """
-  variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-    "PYTHONPATH": str(ROOT),
-    "BROKEN": "",
-    "JAX_PLATFORMS": "cpu",
-  }
   return subprocess.Popen(
     [sys.executable, ROOT / "launch" / "train.py", *flags(config), *arguments],
-    env=variables | environment,
+    env=environment_of_runs() | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def environment_of_runs(cache: pathlib.Path | None = None) -> dict[str, str]:
+  """Variables of processes on one device that are quick to compile.
+
+  Args:
+    cache: where they keep programs; None is where these tests do.
+  """
+  kept = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
+  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    "PYTHONPATH": str(ROOT),
+    "BROKEN": "",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "true"),
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    **kept,
+  }

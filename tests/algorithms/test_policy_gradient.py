@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 from flax import linen as nn
 import jax
@@ -159,6 +160,38 @@ def test_timesteps_are_drawn_anew_and_without_repetition():
 def test_only_the_first_steps_are_trained():
   assert policy_gradient.trainable(TWO_STEPS).tolist() == [0, 1]
   assert policy_gradient.trainable(TWO_STEPS, first=1).tolist() == [0]
+
+
+def bound(process=TWO_STEPS, **changes):
+  policy = Policy(Scale(), process, guidance_scale=1.0)
+  learner = Learner(policy, optax.sgd(1.0), sharding.make_mesh(count=1))
+  return settings(**changes).bind(learner)
+
+
+def advantages(scores, *, images_per_prompt=1, **changes):
+  batch = types.SimpleNamespace(scores=jnp.array(scores), images_per_prompt=images_per_prompt)
+  return np.asarray(bound(**changes)._advantages(batch, None)).tolist()
+
+
+def test_a_run_normalises_as_its_flags_say():
+  scores = [1.0, 3.0, 10.0, 30.0]
+  assert advantages(scores, images_per_prompt=2, advantage="group") == pytest.approx([-1, 1, -1, 1])
+  # Mean 11, deviation 11.467.
+  assert advantages(scores) == pytest.approx([-0.872, -0.698, -0.087, 1.657], abs=1e-3)
+  assert advantages(scores, advantage_clip=0.5) == pytest.approx(
+    [-0.5, -0.5, -0.087, 0.5], abs=1e-3
+  )
+  assert bound(first=1)._random.tolist() == [0] and bound()._random.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("deviation", [2e-5, float("nan")])
+def test_a_ratio_that_is_not_one_ends_a_run(deviation):
+  def numbers(deviation):
+    return bound()._numbers([{"ratio/max_abs_deviation": deviation, "grad_norm": 1.0}])
+
+  assert numbers(1e-6)["grad_norm"] == 1
+  with pytest.raises(UserError, match="deviates from 1 by .* more than --ratio_tolerance=1e-05"):
+    numbers(deviation)
 
 
 def test_the_ratio_counts_before_the_first_update_only():

@@ -482,12 +482,6 @@ def test_sets_may_be_spread_over_devices(folder, run, tmp_path):
   )
 
 
-def test_a_run_goes_on_bit_for_bit(folder, run, tmp_path):
-  cases.run(config(folder, tmp_path, iterations=1))
-  cases.run(config(folder, tmp_path))
-  cases.assert_same_run(tmp_path, run[0])
-
-
 def test_a_reward_that_fails_while_it_is_learnt_from_loses_nothing(
   folder, run, tmp_path, monkeypatch
 ):

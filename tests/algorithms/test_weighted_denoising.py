@@ -21,7 +21,6 @@ from rlft.diffusion import ddim
 from rlft.diffusion.policy import Policy
 from rlft.models.files import pretrained
 from rlft.parallel import sharding
-from rlft.parallel.compiled import compilations
 from rlft.types import Conditioning, Drawn, Guidance, Moment, Prompt, TrainState, UserError
 
 
@@ -220,26 +219,6 @@ def test_an_update_of_raft(devices, microbatch):
   cached = call.program._cache_size()
   learning.learn(state, {}, dataclasses.replace(batch, scores=place(scores[::-1].copy())), None)
   assert call.program._cache_size() == cached
-
-
-def test_a_run_of_raft(tmp_path_factory):
-  folder = cases.folder(tmp_path_factory)
-  workdir = tmp_path_factory.mktemp("raft")
-  config = fields.replace(
-    cases.config(folder, workdir, pretrain_weight=0.0),
-    task=(cases.task(folder, images_per_prompt=4),),
-    algorithm="raft?one_in=4",
-    train_timesteps=5,
-    clip_range=1e-4,
-  )
-  with compilations() as compiled:
-    cases.run(config, devices=8)
-  assert compiled.count("jit(update)") == 1
-  lines = cases.metrics(workdir)
-  assert len(lines) == 2
-  for line in lines:
-    assert line["reward/red/mean"] < line["kept/reward/red"] <= line["reward/red/max"]
-    assert line["loss/denoising/red"] > 0 and line["grad_norm"] > 0
 
 
 # ---------------------------------------------------------------------------- a weighted run

@@ -52,6 +52,17 @@ def test_resume_refuses_another_policy_or_order(change):
     stored.check_resume(RUN, fields.replace(RUN, **change))
 
 
+def test_what_a_resumed_run_cannot_change():
+  """The policy, the order of data, the shape of the state, and what evaluations are paired by."""
+  fixed = {name for name, field in fields.leaves(Config).items() if field.metadata.get("fixed")}
+  assert fixed == {
+    *("advantage", "algorithm", "backend", "compute_dtype", "ema_decay", "eta", "eval"),
+    *("eval_seed", "guidance_scale", "image_size", "init_lora", "lora_alpha", "lora_rank"),
+    *("max_grad_norm", "microbatch", "moments_dtype", "param_dtype", "pretrain_batch_size"),
+    *("pretrain_data", "prompt_history", "sampling_steps", "scheduler", "seed", "task"),
+  }
+
+
 def test_resume_permits_the_rest_and_says_what_changed():
   averaged = fields.replace(RUN, ema_decay=0.9)
   later = fields.replace(

@@ -93,8 +93,8 @@ def test_an_honest_run_is_seldom_called_hacked():
   for _ in range(150):
     trained, oracle = x + rng.normal(size=22), rng.normal(size=22)
     called += hacking.of_curves(x, trained, oracle).hacked
-  # One side of 5 %.
-  assert called / 150 < 0.06
+  # One side of 5 %, of four comparisons together: 3 here, and 8 if each had that level.
+  assert called / 150 < 0.04
 
 
 def test_what_could_not_be_scored_is_left_out_of_the_curves():
