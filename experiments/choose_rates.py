@@ -143,11 +143,11 @@ def table(trials: Sequence[Trial]) -> Table:
   by_title: dict[str, list[Trial]] = {}
   for trial in trials:
     by_title.setdefault(trial.title, []).append(trial)
-  picked = [chosen(group) for group in by_title.values()]
+  picked = {title: chosen(group) for title, group in by_title.items()}
   shown = []
   for trial in trials:
     gains = f"{trial.gain:+.4f}", f"{trial.reward:+.4f}"
-    mark = "chosen" if any(trial is one for one in picked) else ""
+    mark = "chosen" if trial is picked[trial.title] else ""
     shown.append((trial.title, f"{trial.rate:g}", *gains, mark))
   return Table(("method", "learning rate", "judge's gain", "reward's gain", ""), shown)
 

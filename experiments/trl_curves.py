@@ -18,7 +18,7 @@ from their last saved state (TRL's is saved after each epoch). Run nothing else 
 times are measured.
 
 Result: experiments/trl_curves.csv (all measurements), .svg and .md (for experiments/README.md).
-Duration: that of 22 trainings, with --sweep and 3 seeds.
+Duration: that of 24 trainings, with --sweep and 3 seeds.
 """
 
 from collections.abc import Mapping, Sequence

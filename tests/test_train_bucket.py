@@ -1,7 +1,6 @@
 """A run with everything in a bucket: all the libraries that talk to one, together, over HTTP."""
 
 from importlib import util
-import os
 import pathlib
 
 import forked_cases
@@ -57,9 +56,8 @@ def answers(bucket):
 @pytest.fixture(scope="module")
 def launch(bucket, tmp_path_factory):
   """Starts a script of `launch` with one device; the bucket is where this process has it."""
-  kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  own = {"PYTHONPATH": str(cases.ROOT), "BROKEN": ""}
-  nursery, said = forked_cases.Nursery(kept | own), tmp_path_factory.mktemp("said")
+  nursery = forked_cases.Nursery(cases.environment_of_runs())
+  said = tmp_path_factory.mktemp("said")
   started = []
 
   def start(script, *arguments):

@@ -25,6 +25,7 @@ import optax
 from rlft.algorithms import losses
 from rlft.algorithms.advantages import PromptHistory
 from rlft.algorithms.base import Batch, Call, Learner, Numbers
+from rlft.config import fields
 from rlft.config.settings import AlgorithmSettings, PolicySettings, TaskConfig
 from rlft.data import shuffle
 from rlft.models.lora import Weights
@@ -99,9 +100,10 @@ class PolicyGradient:
         f"--prompt_history_min={self.prompt_history_min} is more than"
         f" --prompt_history={self.prompt_history}: the history would never be full enough, lower it"
       )
+    known = fields.leaves(AlgorithmSettings)
     for name in ("prompt_history", "prompt_history_min"):
-      value, default = getattr(self, name), AlgorithmSettings.__dataclass_fields__[name].default
-      if self.advantage != "prompt" and value != default:
+      value = getattr(self, name)
+      if self.advantage != "prompt" and value != known[name].default:
         raise UserError(
           f"--{name}={value} has no effect with --advantage={self.advantage}: leave it out, or give"
           " --advantage=prompt"

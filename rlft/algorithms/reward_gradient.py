@@ -88,7 +88,8 @@ class ReFL(_RewardGradient):
     target: a reward from which on an image is good enough, and has no gradient. 2 is for rewards
       with a mean of 0 and a deviation of 1, as ImageReward has over pictures of all kinds. One that
       no image can reach has no effect; one that all have reached leaves nothing to learn.
-    scale: of the loss; it matters beside the pretraining loss and to --max_grad_norm alone.
+    scale: of the loss. It matters beside the pretraining loss, which shares Adam's averages, to
+      --max_grad_norm, and where --adam_eps is not small beside the gradient.
     guidance: whether the prediction is guided as the policy is, as in the paper's comparison (arXiv
       2401.12244). The original has no guidance there; --guidance_scale=1 has none anywhere.
   """

@@ -2,5 +2,5 @@
 
 The programs are those of training, from the same constructor.
 
-May import everything; of the others accelerator and benchmark import it.
+May import everything; of the others accelerator, benchmark and reproduce import it.
 """

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
-from rlft.config.settings import Config
+from rlft.config.settings import Config, EvalConfig
 from rlft.performance.compile.chips import Chip
 from rlft.performance.compile.table import Row
 from rlft.run.evaluation import is_due
@@ -52,9 +52,9 @@ def evaluations(config: Config, done: int) -> int:
   return sum(is_due(config, iteration) for iteration in range(done, config.iterations + 1))
 
 
-def drawn_by_evaluation(config: Config) -> list[int]:
-  """Images that an evaluation draws, for each set of them: those with the same prompts share it."""
-  return _images((one.prompts, one.images, one.images_per_prompt) for one in config.eval)
+def drawn_by_evaluation(evals: Sequence[EvalConfig]) -> list[int]:
+  """Images that evaluations draw, for each set of them: those with the same prompts share it."""
+  return _images((one.prompts, one.images, one.images_per_prompt) for one in evals)
 
 
 def _batches(config: Config, size: int, done: int) -> int:
@@ -69,7 +69,7 @@ def _batches(config: Config, size: int, done: int) -> int:
   )
   always, once = (
     sum(math.ceil(images / size) for images in drawn)
-    for drawn in (drawn_by_evaluation(config), best if done == 0 else [])
+    for drawn in (drawn_by_evaluation(config.eval), best if done == 0 else [])
   )
   return evaluations(config, done) * always + once
 

@@ -166,7 +166,7 @@ def _facts(
   every = config.evaluation.eval_every
   if config.eval:
     middle = f", every {every} iterations" if every else ""
-    images = sum(cost.drawn_by_evaluation(config))
+    images = sum(cost.drawn_by_evaluation(config.eval))
     yield "evaluation", f"before{middle} and after, {images} images each time"
   if not output.workdir:
     yield "workdir", "none: give --workdir"

@@ -30,7 +30,7 @@ def curves_section(tasks: Mapping[str, Sequence[Row]], findings: Findings) -> Se
   """
   panels = []
   for task, rows in tasks.items():
-    series = [_training(row, runs, task) for row in rows if (runs := findings.of(row))]
+    series = [_curve(row, runs, task) for row in rows if (runs := findings.of(row))]
     if series:
       panels.append((f"trained reward: {task}", series))
   text = (
@@ -43,7 +43,7 @@ def curves_section(tasks: Mapping[str, Sequence[Row]], findings: Findings) -> Se
   return Section("curves", f"{text}\n![Trained reward](curves.svg)\n", {"curves.svg": figure})
 
 
-def _training(row: Row, runs: Sequence[Trained], task: str) -> Series:
+def _curve(row: Row, runs: Sequence[Trained], task: str) -> Series:
   """Mean and range over seeds of the reward at each evaluation."""
   name = evaluation(task, "trained")
   rows = np.array([[found[name].mean for _, found in run.history] for run in runs], float)

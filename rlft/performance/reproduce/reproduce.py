@@ -11,13 +11,14 @@ import sys
 
 from rlft.config import fields
 from rlft.config.fields import option
-from rlft.config.settings import Config, EvalConfig, ScoringSettings
+from rlft.config.settings import Config, ScoringSettings
 from rlft.evaluation import results
 from rlft.evaluation.tables import Table
 from rlft.inference.best_of import BestOfSettings
 from rlft.inference.protocol import Protocol, ProtocolSettings
 from rlft.inference.runs import open_run
 from rlft.parallel import cpu
+from rlft.performance.compile.cost import drawn_by_evaluation
 from rlft.performance.reproduce import figures, paper, runner, tables
 from rlft.performance.reproduce import scale as scale_lib
 from rlft.performance.reproduce.findings import Findings, Trained
@@ -92,7 +93,7 @@ class _Run:
     every = config.evaluation.eval_every or config.iterations
     evaluated = 1 + -(-config.iterations // every)
     drawn = config.iterations * sum(task.batch_size for task in config.task)
-    return drawn + evaluated * _images(config.eval)
+    return drawn + evaluated * sum(drawn_by_evaluation(config.eval))
 
 
 def reproduce(
@@ -162,7 +163,7 @@ def _listed(runs: Sequence[_Run], scale: Scale) -> str:
     state = "done" if runner.done(run.config) else state
     iterations = f"{run.config.iterations:,}"
     rows.append((run.experiment.name, state, iterations, f"{run.images:,}"))
-  evaluated = _images(scale.protocol())
+  evaluated = sum(drawn_by_evaluation(scale.protocol()))
   scales = len(ProtocolSettings("", guidance_scales=scale.guidance_scales).guidances())
   left = [run for run in runs if not runner.done(run.config)]
   lines = [
@@ -172,12 +173,6 @@ def _listed(runs: Sequence[_Run], scale: Scale) -> str:
     f" {scales} guidance scales and again at those that are best.",
   ]
   return "\n\n".join(lines)
-
-
-def _images(evals: Sequence[EvalConfig]) -> int:
-  """How many images evaluations draw: those of the same prompts share theirs."""
-  shared = {(entry.prompts, entry.images, entry.images_per_prompt) for entry in evals}
-  return sum(count for _, count, _ in shared)
 
 
 def _measure(

@@ -39,15 +39,16 @@ def done(config: Config) -> bool:
 
 
 def _changes(config: Config) -> list[str]:
-  """The settings with which a run was not begun; none if it was not begun."""
+  """The settings with which a run was not begun, wherever it lies; none if it was not begun."""
   file = pathlib.Path(config.output.workdir) / _FLAGS
-  if not file.exists() or not results.read_history(file.parent):
+  if not results.read_history(file.parent):
     return []
   try:
     begun = fields.flat(config_of(file.read_text().splitlines(), where=str(file)))
-  except UserError:  # Of another version.
+  except (FileNotFoundError, UserError):  # Not begun from here, or by another version.
     return [_FLAGS]
-  return [name for name, value in fields.flat(config).items() if value != begun[name]]
+  now = fields.flat(config)
+  return [name for name in now if name != "workdir" and now[name] != begun[name]]
 
 
 def start(command: Sequence[str], kept_open: int, environment: dict[str, str]) -> int:

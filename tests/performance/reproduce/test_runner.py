@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,13 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, planned):
   assert len(commands) == 1 and runner.done(config)
   # The same settings, said otherwise.
   assert runner.train(config, [*flags, "--seed=0"], say=print, start=start) == ""
+  # Moved to another place, it is still the same run.
+  moved = ONE.config(cases.scale(), tmp_path / "elsewhere")
+  shutil.copytree(tmp_path / ONE.name, moved.output.workdir)
+  assert runner.done(moved)
   (tmp_path / ONE.name / "run.flags").write_text("--no_such_flag=1\n")
+  assert not runner.done(config)
+  (tmp_path / ONE.name / "run.flags").unlink()  # Trained by another command.
   assert not runner.done(config)
 
 
