@@ -3,8 +3,8 @@
     python experiments/open_questions.py --seeds=3
 
 Trains the policy gradient of experiments/miniature.toml with each answer to each question below,
-with several seeds, and compares how much the judge (the oracle) gains on development prompts. Runs
-of one seed draw the same prompts in the same order.
+with several seeds, for as long as the tables train it, and compares how much the judge (the oracle)
+gains on development prompts. Runs of one seed draw the same prompts in the same order.
 
 If killed, the same command goes on. Result: experiments/results/open_questions.md, .csv (all
 measurements) and a figure for each question.
@@ -33,8 +33,6 @@ from rlft.types import UserError
 _SCALE = flags.DEFINE_string("scale", "miniature", "the name of a file experiments/NAME.toml")
 _ONLY = flags.DEFINE_string("only", "", "comma-separated names of questions; all if empty")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "trainings of each answer", lower_bound=1)
-_ITERATIONS = flags.DEFINE_integer("iterations", 24, "of each training", lower_bound=1)
-_EVERY = flags.DEFINE_integer("eval_every", 6, "iterations between evaluations", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/open_questions", "directory of the trainings")
 _OUTPUT = flags.DEFINE_string("output", "experiments/results", "directory of the result")
 
@@ -95,8 +93,8 @@ def main() -> None:
     figure = figures.svg([(f"{task}: the judge", curves(found))], x_label="iterations")
     files.write_atomic(output / f"open_questions_{name}.svg", figure)
   text = (
-    f"# Open questions\n\nMade by `python experiments/open_questions.py --seeds={_SEEDS.value}"
-    f" --iterations={_ITERATIONS.value}`; gains of the judge on development prompts.\n\n"
+    f"# Open questions\n\nMade by `python experiments/open_questions.py --seeds={_SEEDS.value}`:"
+    " the judge's gains on development prompts.\n\n"
   ) + "\n".join(parts)
   files.write_atomic(output / "open_questions.md", text)
   written = io.StringIO()
@@ -110,9 +108,7 @@ def _histories(
   scale: Scale, name: str, task: str, answers: Mapping[str, Variation], answer: str
 ) -> Histories:
   """Trains one answer with every seed."""
-  length = (f"--iterations={_ITERATIONS.value}", f"--eval_every={_EVERY.value}")
-  own = answers[answer]
-  scale = scale.varied(_METHOD, task, Variation((*own.flags, *length), own.task))
+  scale = scale.varied(_METHOD, task, answers[answer])
   place = pathlib.Path(_WORKDIR.value) / name / str(list(answers).index(answer))
   judge = scale_lib.evaluation(task, "oracle")
   found = []
