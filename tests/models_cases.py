@@ -26,7 +26,6 @@ from rlft.models.shapes import param_shapes
 from rlft.models.stable_diffusion import StableDiffusion
 from rlft.types import Conditioning
 
-# Compiles in half the time; what is compared is the networks, not the compiler.
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 _UNET_SD1 = unet.UNetConfig(

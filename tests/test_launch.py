@@ -11,6 +11,7 @@ import models_cases
 import numpy as np
 import PIL.Image
 import pytest
+import train_cases
 
 from rlft.diffusion import rollout
 from rlft.diffusion.policy import make_policy
@@ -24,7 +25,7 @@ STEPS, GUIDANCE = 4, 3.0
 
 def launch(script, *arguments, cwd):
   # One device: the virtual ones of the tests would only take longer to compile for.
-  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+  env = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
   command = [sys.executable, ROOT / "launch" / f"{script}.py", *arguments]
   return subprocess.run(
     command,
@@ -40,7 +41,8 @@ def launch(script, *arguments, cwd):
 def folder(tmp_path_factory):
   """Where a LoRA was trained for an iteration: `base`, `run`, `prompts.txt`, `reward.py`."""
   folder = tmp_path_factory.mktemp("launch")
-  pretrained.save(folder / "base", models_cases.tiny_pipeline())
+  # Of 8 pixels, as diffusers draws none that are smaller.
+  pretrained.save(folder / "base", train_cases.tiny_model(size=8))
   (folder / "prompts.txt").write_text("\n".join(models_cases.PROMPTS))
   (folder / "reward.py").write_text(
     "def bright(images, prompts, metadata):\n  return images.mean((1, 2, 3))\n"

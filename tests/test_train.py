@@ -182,7 +182,7 @@ def test_golden(one_device):
 def test_with_all_optimisations_of_xla(folder, tmp_path, one_device):
   """As users run it; what else is tested here is compiled in half the time."""
   config = cases.config(folder, tmp_path, iterations=1, pretrain_weight=0.0)
-  process = cases.start(config, JAX_DISABLE_MOST_OPTIMIZATIONS="false")
+  process = cases.start(config, JAX_DISABLE_MOST_OPTIMIZATIONS="false", XLA_FLAGS="")
   _, said = process.communicate(timeout=600)
   assert process.returncode == 0, said
   (line,) = cases.metrics(tmp_path)

@@ -83,13 +83,13 @@ spread.is_set = True
 '''
 
 
-def tiny_model(seed: int = 2, channels: int = 16) -> StableDiffusion:
-  """Random weights: 4x4 images, 4x4x4 latents, one transformer, 16 tokens."""
+def tiny_model(seed: int = 2, channels: int = 16, size: int = 4) -> StableDiffusion:
+  """Random weights: images of `size` x `size`, latents as large, one transformer, 16 tokens."""
   words = models_cases.tokenizer()
   modules = {
     "unet": unet.UNet2DCondition(
       unet.UNetConfig(
-        sample_size=4,
+        sample_size=size,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         block_out_channels=(channels,),
@@ -369,10 +369,11 @@ def environment_of_runs(cache: pathlib.Path | None = None) -> dict[str, str]:
   """Variables of processes on one device that are quick to compile.
 
   Args:
-    cache: where they keep programs; None is where these tests do.
+    cache: where they keep programs, if the environment does not say it, as it does in tests.
   """
-  kept = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
-  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+  kept = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+  inherited = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+  own = {
     "PYTHONPATH": str(ROOT),
     "BROKEN": "",
     "JAX_PLATFORMS": "cpu",
@@ -380,5 +381,5 @@ def environment_of_runs(cache: pathlib.Path | None = None) -> dict[str, str]:
     "JAX_ENABLE_COMPILATION_CACHE": "true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    **kept,
   }
+  return kept | inherited | own

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from rlft.evaluation import results, statistics
 from rlft.evaluation.results import Difference

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.special
+import scipy
 
 _SEED = 0  # of their luck
 

@@ -8,7 +8,7 @@ seeds and prompts are crossed, and tables can be compared prompt by prompt.
 import dataclasses
 
 import numpy as np
-import scipy.special
+import scipy
 
 from rlft.evaluation import statistics
 

@@ -1,8 +1,7 @@
 """Means with bootstrap intervals, and what a change of one is called."""
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy  # Which imports its modules when they are used: a second of each command.
 
 LEVEL = 0.95
 # A change counts from this share of the standard deviation of the scores before: a tenth of what

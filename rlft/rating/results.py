@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy
 
 from rlft.evaluation import statistics
 from rlft.evaluation.tables import Table

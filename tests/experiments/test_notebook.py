@@ -5,8 +5,8 @@ import pathlib
 import subprocess
 
 import experiment_cases
-import models_cases
 import pytest
+import train_cases
 
 from rlft.models.files import pretrained
 
@@ -38,7 +38,7 @@ _TASKS = """\
 def executed(tmp_path_factory):
   """The notebook with its outputs, and the folder in which it ran."""
   folder = tmp_path_factory.mktemp("notebook")
-  pretrained.save(folder / "base", models_cases.tiny_pipeline())
+  pretrained.save(folder / "base", train_cases.tiny_model())
   (folder / "launch").symlink_to(ROOT / "launch")
   (folder / "experiments" / "rewards").mkdir(parents=True)
   small = _SMALL.format(base=folder / "base")
@@ -50,7 +50,7 @@ def executed(tmp_path_factory):
     cell.source = cell.source.replace("images=32", "images=4").replace("count=10", "count=2")
   with experiment_cases.script("notebook") as script, pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
-    patch.delenv("XLA_FLAGS")  # One device is enough.
+    patch.delenv("JAX_NUM_CPU_DEVICES")  # One device is enough.
     script.run(notebook, folder / "experiments")
   return notebook, folder
 

@@ -22,7 +22,7 @@ class _Bench:
 def test_nothing_is_lost(faults, tmp_path):
   """Real processes: a flipped bit behind a kill, then a reward that raises."""
   kinds = [kind for kind in faults.KINDS if kind.name in ("bit flipped", "reward raises")]
-  bench = faults.Bench(tmp_path, iterations=16)
+  bench = faults.Bench(tmp_path, iterations=10)
   try:
     done = faults.Harness(bench, tmp_path, 0, kinds).run(2)
   finally:

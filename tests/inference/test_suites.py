@@ -4,10 +4,10 @@ import json
 import shutil
 
 import clip_reward_cases
-import models_cases
 import numpy as np
 import PIL.Image
 import pytest
+import train_cases
 
 from rlft.config import fields, stored
 from rlft.config.settings import Config, ScoringSettings, TaskConfig
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
   """Models `a` and `b`, prompts, real pictures, a metric, and weights under their usual names."""
   folder = tmp_path_factory.mktemp("suites")
   for name in "ab":
-    pretrained.save(folder / name, models_cases.tiny_pipeline())
+    pretrained.save(folder / name, train_cases.tiny_model())
   (folder / "metrics.py").write_text(_METRICS)
   rows = ["Prompts\tCategory", *(f"a {x} {i}\t{x}" for i in range(4) for x in ("dog", "cat"))]
   (folder / "test.tsv").write_text("\n".join(rows))

@@ -54,7 +54,7 @@ def test_a_trace_of_this_machine():
   result, trace = profile.record(lambda: program(x))
   assert result.shape == ()
   names = [event.name for event in trace.events]
-  assert any("sine" in name for name in names)
+  assert any(name.startswith(("sin", "wrapped_sin")) for name in names), names
   assert not any("while" in name for name in names)  # Which hold the others.
   assert sum(kind.share for kind in profile.by_kind(trace.events)) == pytest.approx(1)
   assert 0 < profile.busy(trace) <= 1

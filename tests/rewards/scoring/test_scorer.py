@@ -393,7 +393,7 @@ def test_two_processes(tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = str(free.getsockname()[1])
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", TWO_PROCESSES, str(i), port],
