@@ -27,7 +27,6 @@ from rlft.types import Reward
 NUMBERS = models_cases.FIXTURES / "blip.npz"
 TREES = models_cases.FIXTURES / "blip.json"
 
-# Compiled in half the time; what is compared is networks, not the compiler.
 # Word pieces; ids are the places.
 VOCABULARY = (
   *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),

@@ -1,7 +1,6 @@
 """The launch scripts, as a user calls them: train, sample, evaluate, export, and diffusers."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -24,13 +23,11 @@ STEPS, GUIDANCE = 4, 3.0
 
 
 def launch(script, *arguments, cwd):
-  # One device: the virtual ones of the tests would only take longer to compile for.
-  env = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
   command = [sys.executable, ROOT / "launch" / f"{script}.py", *arguments]
   return subprocess.run(
     command,
     cwd=cwd,
-    env=env | {"PYTHONPATH": str(ROOT)},
+    env=train_cases.environment_of_runs(),
     capture_output=True,
     text=True,
     timeout=600,

@@ -180,7 +180,7 @@ def test_golden(one_device):
 
 
 def test_with_all_optimisations_of_xla(folder, tmp_path, one_device):
-  """As users run it; what else is tested here is compiled in half the time."""
+  """As users run it; what else is tested here is compiled in a third of the time."""
   config = cases.config(folder, tmp_path, iterations=1, pretrain_weight=0.0)
   process = cases.start(config, JAX_DISABLE_MOST_OPTIMIZATIONS="false", XLA_FLAGS="")
   _, said = process.communicate(timeout=600)

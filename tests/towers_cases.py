@@ -25,7 +25,6 @@ from rlft.models.shapes import param_shapes
 NUMBERS = models_cases.FIXTURES / "towers.npz"
 TREES = models_cases.FIXTURES / "towers.json"
 
-# Compiled in half the time; what is compared is the networks, not the compiler.
 END = 57  # not the highest id, so that the two rules of pooling differ
 _TEXT = clip.CLIPTextConfig(
   vocab_size=60,

@@ -20,7 +20,6 @@ from rlft.rewards import clip as clip_reward
 from rlft.types import UserError
 
 TOLERANCE = 1e-4
-# Compiled in half the time; what is compared is the networks, not the compiler.
 need_heads = pytest.mark.skipif(
   not (cases.HEADS / "sac+logos+ava1-l14-linearMSE.pth").exists(),
   reason="LAION's heads are not in the repository: set RLFT_HEADS to a directory that has them",

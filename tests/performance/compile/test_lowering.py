@@ -98,7 +98,7 @@ def test_every_program_lowers_for_every_platform(mesh, variant):
 
 
 def test_every_program_of_xl_lowers_for_every_platform(mesh):
-  config = fields.replace(CONFIG, lora_rank=2, ema_decay=0.0)
+  config = fields.replace(CONFIG, lora_rank=2)
   large = models_cases.tiny_pipeline("sdxl")
   # What is XL's own: transformers of several blocks below, pooled text and sizes.
   smaller = dataclasses.replace(
@@ -113,7 +113,7 @@ def test_every_program_of_xl_lowers_for_every_platform(mesh):
   params = large.params | {"unet": param_shapes(network)}
   small = dataclasses.replace(large, unet=network, params=params)
   calls = AbstractRun.of(config, mesh, small).calls()
-  assert [call.name for call in calls] == ["encode", "sample", "update", "pretrain"]
+  assert [call.name for call in calls] == ["encode", "sample", "update", "pretrain", "average"]
   for call in calls:
     traced = call.program.trace(*call.args)
     for platform in ("tpu", "cuda"):
