@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
 
@@ -17,8 +18,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Compiled in a third of the time: XLA optimises little, and makes loops without MLIR, which later
 # releases cannot.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+flags = []
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-  os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+  flags.append("--xla_cpu_use_fusion_emitters=false")
+if platform.machine().lower() in ("x86_64", "amd64"):
+  # One set of instructions for all such machines, in a quarter less time than with AVX-512.
+  flags.append("--xla_cpu_max_isa=AVX2")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def pytest_configure(config):
