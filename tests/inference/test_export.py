@@ -4,8 +4,10 @@ import dataclasses
 
 import hub_cases
 import models_cases
+import numpy as np
 import pytest
 import repository_cases
+import safetensors.numpy
 
 from rlft.config import fields
 from rlft.config.settings import Config
@@ -50,6 +52,24 @@ def test_what_is_not_as_in_the_base_model_is_said(found, tmp_path):
   ]
   written = pretrained.load(output)
   assert written.scheduler["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_weights_are_stored_in_the_type_that_was_asked_for(found, tmp_path, dtype):
+  output = tmp_path / "model"
+  export_lib.export("run", output=output, dtype=dtype)
+  files = list(output.rglob("*.safetensors"))
+  assert len(files) == 3
+  for path in files:
+    assert {x.dtype for x in safetensors.numpy.load_file(path).values()} == {np.dtype(dtype)}
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_averages_are_written_only_if_asked_for(found, monkeypatch, tmp_path, ema):
+  asked = []
+  monkeypatch.setattr(finetuned, "load", lambda path, **how: asked.append(how["ema"]) or found)
+  export_lib.export("run", output=tmp_path / "model", ema=ema)
+  assert asked == [ema]
 
 
 def test_a_size_that_the_pipeline_of_xl_does_not_find_is_said(found, monkeypatch, tmp_path):

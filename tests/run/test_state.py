@@ -1,6 +1,8 @@
-"""How a run begins: the adapter of a LoRA run."""
+"""How a run begins: its parameters, and the adapter of a LoRA run."""
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_cases as cases
@@ -39,6 +41,16 @@ def begin(unet, **settings):
   config = checks.with_rank(fields.make(Config, ema_decay=0.5, **settings))
   optimizer = state.optimizer_of(config.optimizer)
   return state.initial_state(config, optimizer, sharding.make_mesh(2), unet, is_kept=True)
+
+
+def test_in_bfloat16_the_master_and_the_average_keep_every_digit(unet):
+  begun = begin(unet, param_dtype="bfloat16")
+  for kept in (begun.opt.master, begun.ema):
+    chex.assert_trees_all_equal(kept, unet)
+    chex.assert_trees_all_equal_dtypes(kept, unet)
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), unet)
+  chex.assert_trees_all_equal(begun.params, rounded)
+  assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (unet, rounded)), strict=True))
 
 
 def test_an_adapter_begins_as_the_file_says(unet, adapter, tmp_path):
