@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from rlft.config.settings import Config, EvalConfig
-from rlft.evaluation import protocol, raters, results
+from rlft.evaluation import convergence, protocol, raters, results
 from rlft.evaluation.protocol import Base, Results
 from rlft.performance.reproduce import paper
 from rlft.performance.reproduce.paper import Column, PaperTable, Row
@@ -45,7 +45,7 @@ class Trained:
     """Drawn in an iteration."""
     return sum(task.batch_size for task in self.config.task)
 
-  def seconds(self, iterations: int) -> float:
+  def seconds(self, iterations: float) -> float:
     """Seconds of drawing, scoring and learning in so many iterations, without compilation.
 
     That many times the median, without the first: in a run that was started again, others compile,
@@ -53,6 +53,12 @@ class Trained:
     """
     times = [row.get("time/iteration_s") or math.nan for row in self.metrics]
     return iterations * float(np.nanmedian(times[1:] or times))
+
+  def reaches(self, name: str, level: float, *, lower_is_better: bool) -> float | None:
+    """Iterations until an evaluation of its own is at a level, between two on a straight line."""
+    points = [(iteration, found[name].mean) for iteration, found in self.history if name in found]
+    x, y = np.array(points).reshape(-1, 2).T
+    return convergence.first_at(x, y, level, lower_is_better=lower_is_better)
 
 
 @dataclasses.dataclass(frozen=True)

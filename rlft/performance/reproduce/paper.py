@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 
 BASE = "base"  # the row of the model that all are trained from
+METHOD = "rl"  # the row of the paper's own method
 BEST_OF = "best-of"  # that of the best of several of its images, which the paper has not
 
 

@@ -11,7 +11,7 @@ from rlft.evaluation.orderings import OTHER, SAME, UNDECIDED, Order
 from rlft.evaluation.seeds import Estimate
 from rlft.evaluation.tables import Table
 from rlft.performance.reproduce import paper
-from rlft.performance.reproduce.findings import Findings
+from rlft.performance.reproduce.findings import Findings, Trained
 from rlft.performance.reproduce.paper import BASE, Column, PaperTable, Row
 from rlft.performance.reproduce.scale import evaluation
 
@@ -219,34 +219,28 @@ def _shares(columns: Sequence[_Measured]) -> str:
 
 
 def convergence_section(table: PaperTable, findings: Findings) -> Section:
-  """T2: when the reward that is trained on had nearly all of its own final gain."""
+  """T2: when the reward that is trained on had nearly all of its own final gain, and RL's."""
   rows = findings.rows(table)
   name = evaluation(table.on[0], "trained")
+  ours = {run.config.seed: run for run in findings.of(rows[paper.METHOD])}
   lines, numbers, seconds = [], [], {}
   for key, row in rows.items():
     runs = findings.of(row)
-    reached = [(run, convergence.converged(run.history, name)) for run in runs]
-    for run, iteration in reached:
-      took = (
-        [] if iteration is None else [iteration, iteration * run.images, run.seconds(iteration)]
-      )
-      numbers.append((row.title, str(run.config.seed), *(f"{value:g}" for value in took)))
-      numbers[-1] += ("",) * (3 - len(took))
-    times = [run.seconds(i) / 60 for run, i in reached if i is not None]
-    images = [i * run.images for run, i in reached if i is not None]
-    if runs and len(times) == len(runs):
-      seconds[key] = np.array(times)[:, None]
-    lines.append(
-      (
-        row.title,
-        f"{len(times)} of {len(runs)}" if runs else "not run",
-        _spread(images, ",.0f"),
-        _spread(times, ".1f"),
-        "yes" if row.method in paper.ANY_REWARD else "no" if key in table.rows else "",
-        f"{paper.HOURS[key]:g}" if key in paper.HOURS else "diverged" if key == "raft" else "",
-      )
-    )
-  header = ("", "seeds that converged", "images", "minutes", "any reward", "the paper's hours")
+    own = [_took(run, convergence.converged(run.history, name)) for run in runs]
+    level = [_took(run, _as_good_as(run, ours.get(run.config.seed), name)) for run in runs]
+    for run, *found in zip(runs, own, level, strict=True):
+      took = [value for one in found for value in one or (None,) * 3]
+      values = ("" if value is None else f"{value:g}" for value in took)
+      numbers.append((row.title, str(run.config.seed), *values))
+    if runs and all(own):
+      seconds[key] = np.array([took[2] for took in own])[:, None]
+    cells = [cell for took in (own, level) for cell in _summary(took)]
+    any_reward = "yes" if row.method in paper.ANY_REWARD else "no" if key in table.rows else ""
+    hours = f"{paper.HOURS[key]:g}" if key in paper.HOURS else "diverged" if key == "raft" else ""
+    lines.append((row.title, *cells, any_reward, hours))
+  header = ("", "seeds that converged", "images", "minutes")
+  header += ("seeds as good as RL's end", "images to there", "minutes to there")
+  header += ("any reward", "the paper's hours")
   orders = orderings.check(
     orderings.of_values(paper.HOURS, lower_is_better=True), seconds, lower_is_better=True
   )
@@ -256,19 +250,46 @@ def convergence_section(table: PaperTable, findings: Findings) -> Section:
     f"A run has converged at its first evaluation with {convergence.SHARE:.0%} of its own final"
     " gain in the reward that it is trained on, on development prompts. One that ends no better"
     " than it began has not; nor has one that is still rising, better at its end than at"
-    f" {1 - convergence.STILL:.0%} of its length. Images are those drawn for training; minutes are"
-    " iterations times the median of one, so without compilation: they compare methods if nothing"
-    " else ran on the machine. Means over the seeds that converged, and in brackets the least and"
-    " the most.",
+    f" {1 - convergence.STILL:.0%} of its length. It is as good as RL's end where its curve, on"
+    " straight lines between evaluations, first has the mean with which RL ends, with the same"
+    " training seed. Images are those drawn for training; minutes are iterations times the median"
+    " of one, so without compilation: they compare methods if nothing else ran on the machine."
+    " Means over the seeds that got there, and in brackets the least and the most.",
     _ordering_text(orders),
     _ordering_table({"hours": orders}, rows).markdown(),
   ]
-  numbers = Table(("method", "seed", "iterations", "images", "seconds"), numbers)
+  header = ("method", "seed", "iterations", "images", "seconds")
+  header += tuple(f"{what} to RL's end" for what in ("iterations", "images", "seconds"))
   content = {
-    f"{table.name}.csv": numbers.csv(),
+    f"{table.name}.csv": Table(header, numbers).csv(),
     f"{table.name}-orderings.csv": _ordering_numbers({"hours": orders}).csv(),
   }
   return Section(table.name, "\n\n".join(parts) + "\n", content)
+
+
+def _as_good_as(run: Trained, other: Trained | None, name: str) -> float | None:
+  """Iterations until an evaluation of a run is as good as another's last; None if it never is."""
+  ends = [found[name] for _, found in other.history if name in found] if other else []
+  if not ends:
+    return None
+  return run.reaches(name, ends[-1].mean, lower_is_better=ends[-1].lower_is_better)
+
+
+def _took(run: Trained, iterations: float | None) -> tuple[float, float, float] | None:
+  """Iterations, images and seconds; None if it never got there."""
+  if iterations is None:
+    return None
+  return iterations, iterations * run.images, run.seconds(iterations)
+
+
+def _summary(runs: Sequence[tuple[float, float, float] | None]) -> tuple[str, str, str]:
+  """How many runs got there, and after how many images and minutes."""
+  there = [took for took in runs if took]
+  return (
+    f"{len(there)} of {len(runs)}" if runs else "not run",
+    _spread([images for _, images, _ in there], ",.0f"),
+    _spread([seconds / 60 for _, _, seconds in there], ".1f"),
+  )
 
 
 def _spread(values: Sequence[float], spec: str) -> str:
