@@ -8,9 +8,10 @@ an iteration, prompts, tasks, devices, processes. The median time of an iteratio
 memory of the (first) process. All that is slow there is rlft itself, as the network is tiny.
 
 `predicted`: Stable Diffusion 2, every weight, and SDXL with LoRA: work of an iteration's programs
-by count of their products, bytes that a device sends by `rlft.performance.compile.communication`,
-which compiled programs agree with (experiments/compile.md), and the time that both take on 8, 128
-and 1,024 chips at public rates. Nothing is compiled, so no accelerator's compiler is needed.
+by count of their products and of the memory that these read and write, bytes that a device sends by
+`rlft.performance.compile.communication`, which compiled programs agree with
+(experiments/compile.md), and the time that all of it takes on 8, 128 and 1,024 chips at public
+rates. Nothing is compiled, so no accelerator's compiler is needed.
 
 Either writes WORKDIR/PART.json point by point, goes on where it was stopped, and in the end prints
 its tables; `measured` draws WORKDIR/scaling.png where matplotlib is installed. Needs the extra
@@ -40,7 +41,7 @@ import train_cases as cases  # noqa: E402
 
 from rlft.config import fields, flags  # noqa: E402
 from rlft.config.settings import Config  # noqa: E402
-from rlft.performance.compile import abstract_run, ahead, communication, targets  # noqa: E402
+from rlft.performance.compile import abstract_run, communication, hlo, targets  # noqa: E402
 from rlft.performance.compile.chips import CHIPS, GIB, Chip  # noqa: E402
 from rlft.storage import files  # noqa: E402
 
@@ -174,8 +175,8 @@ def count(flagfile: str, architecture: str, images: int) -> dict[str, Any]:
   """FLOPs, bytes and arrays of an iteration on 8 devices with `images` each.
 
   Returns:
-    `{program: {flops: of a device, gathered, scattered, summed: bytes of the whole arrays, arrays:
-    how many are sent}}`; `times` calls together.
+    `{program: {flops, moved: bytes of memory, both of a device; gathered, scattered, summed: bytes
+    of the whole arrays; arrays: how many are sent}}`; `times` calls together.
   """
   values = absl_flags.FlagValues()
   flags.define(Config, flag_values=values)
@@ -189,10 +190,11 @@ def count(flagfile: str, architecture: str, images: int) -> dict[str, Any]:
   frozen = len(jax.tree.leaves(run.frozen))
   found = {}
   for call in run.calls():
-    flops = ahead.compile_program(call, dataclasses.replace(target, compiles=False)).flops
+    jaxpr = call.program.trace(*call.args).jaxpr
     learns = any(call.theory.get(kind) for kind in ("reduce-scatter", "all-reduce"))
     found[call.name] = {
-      "flops": call.times * flops / _FSDP,
+      "flops": call.times * hlo.flops(jaxpr) / _FSDP,
+      "moved": call.times * hlo.product_bytes(jaxpr) / _FSDP,
       "gathered": call.times * call.theory.get("all-gather", 0),
       "scattered": call.times * call.theory.get("reduce-scatter", 0),
       "summed": call.times * call.theory.get("all-reduce", 0),
@@ -205,12 +207,16 @@ def count(flagfile: str, architecture: str, images: int) -> dict[str, Any]:
 def seconds(programs: Mapping[str, Any], chip: Chip, chips: int) -> tuple[float, float, float]:
   """(computing, sending, bytes that a device sends), of an iteration.
 
+  Computing takes as long as its products, or as its memory moves what they read and write.
   Rings: of what is gathered or scattered over n devices, a device sends (n - 1) / n; of what is
   summed, twice that. A message for each array goes around 'fsdp'; sums over 'data' go up and down a
   tree.
   """
   data = chips // _FSDP
-  computing = sum(one["flops"] for one in programs.values()) / (chip.flops * UTILISATION)
+  computing = sum(
+    max(one["flops"] / (chip.flops * UTILISATION), one["moved"] / chip.memory_rate)
+    for one in programs.values()
+  )
   if chip.network_rate:
     inside, across, latency = chip.link_rate, chip.network_rate, _NETWORK_S
   else:

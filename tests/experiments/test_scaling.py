@@ -13,7 +13,7 @@ def scaling():
 
 
 def program(**changes):
-  return {"flops": 0, "gathered": 0, "scattered": 0, "summed": 0, "arrays": 0} | changes
+  return {"flops": 0, "moved": 0, "gathered": 0, "scattered": 0, "summed": 0, "arrays": 0} | changes
 
 
 def test_computing_and_sending(scaling):
@@ -25,6 +25,13 @@ def test_computing_and_sending(scaling):
   computing, sending, sent = scaling.seconds({"a": program(scattered=80)}, gpu, 16)
   assert (computing, sent) == pytest.approx((0, 70 + 10))
   assert sending == pytest.approx(70 / 70 + 10 / 7, rel=1e-4)
+
+
+def test_a_program_takes_as_long_as_what_it_has_most_of(scaling):
+  chip = Chip(flops=100, memory=1, memory_rate=10, link_rate=1)
+  both = {"products": program(flops=400, moved=90), "memory": program(flops=40, moved=70)}
+  computing, _, _ = scaling.seconds(both, chip, 8)
+  assert computing == pytest.approx(400 / 40 + 70 / 10)
 
 
 def test_a_torus_has_a_third_of_its_links_along_an_axis(scaling):

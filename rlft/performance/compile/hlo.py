@@ -3,7 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, and says nothing about communication.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 import re
@@ -157,7 +157,7 @@ def peak_bytes(memory: Any) -> int:
   return memory.peak_memory_in_bytes or whole
 
 
-# ---------------------------------------------------------------------------- FLOPs
+# ---------------------------------------------------------------------------- work of a jaxpr
 
 
 def flops(jaxpr: Any) -> float:
@@ -170,29 +170,58 @@ def flops(jaxpr: Any) -> float:
   Args:
     jaxpr: of a traced program, `traced.jaxpr`.
   """
-  return sum(_equation_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+  return _total(jaxpr, _product_flops)
 
 
-def _equation_flops(equation: Any) -> float:
-  name, params = equation.primitive.name, equation.params
-  if name == "dot_general":
-    (contracted, _), _ = params["dimension_numbers"]
+def product_bytes(jaxpr: Any) -> float:
+  """Bytes that products and convolutions read and write, over all devices, counted as `flops`.
+
+  So much a device's memory moves at least, where what stands between two of them is fused with one
+  of them. Products of a batch of matrices are left out: kernels keep attention's within the chip.
+
+  Args:
+    jaxpr: of a traced program, `traced.jaxpr`.
+  """
+  return _total(jaxpr, _moved_bytes)
+
+
+def _product_flops(equation: Any) -> float:
+  output = equation.outvars[0].aval
+  if equation.primitive.name == "dot_general":
+    (contracted, _), _ = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
-    return 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-  if name == "conv_general_dilated":
-    kernel = equation.invars[1].aval
-    outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    return 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+    return 2.0 * output.size * math.prod(shape[i] for i in contracted)
+  kernel = equation.invars[1].aval
+  outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+  return 2.0 * output.size * kernel.size / outputs
+
+
+def _moved_bytes(equation: Any) -> float:
+  if equation.primitive.name == "dot_general" and any(equation.params["dimension_numbers"][1]):
+    return 0.0
+  arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
+  return float(sum(array.size * array.dtype.itemsize for array in arrays))
+
+
+def _total(jaxpr: Any, of: Callable[[Any], float]) -> float:
+  """The sum over all products and convolutions of a jaxpr."""
+  return sum(_of_equation(equation, of) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _of_equation(equation: Any, of: Callable[[Any], float]) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name in ("dot_general", "conv_general_dilated"):
+    return of(equation)
   if name == "pallas_call":
     return 0.0
   if name == "cond":
     platforms = params.get("branches_platforms") or ()
     by_default = [b for b, names in zip(params["branches"], platforms, strict=False) if not names]
-    return max(flops(branch) for branch in by_default or params["branches"])
+    return max(_total(branch, of) for branch in by_default or params["branches"])
   times = params["length"] if name == "scan" else 1
   if name == "shard_map":
     times = params["mesh"].size
-  return times * sum(flops(inner) for inner in _inner(params))
+  return times * sum(_total(inner, of) for inner in _inner(params))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

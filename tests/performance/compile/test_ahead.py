@@ -81,7 +81,7 @@ def test_collectives_of_a_text():
   }
 
 
-def test_flops_are_multiplied_out():
+def test_work_is_multiplied_out():
   def function(x, w):
     def step(x, _):
       return jnp.tanh(x @ w), None
@@ -92,6 +92,7 @@ def test_flops_are_multiplied_out():
 
   traced = jax.jit(function).trace(jnp.ones((3, 7)), jnp.ones((7, 7)))
   assert hlo.flops(traced.jaxpr) == 6 * 2 * 3 * 7 * 7  # Five steps, and the default.
+  assert hlo.product_bytes(traced.jaxpr) == 6 * 4 * (3 * 7 + 7 * 7 + 3 * 7)
 
   def convolution(x, kernel):
     numbers = ("NHWC", "HWIO", "NHWC")
@@ -99,9 +100,14 @@ def test_flops_are_multiplied_out():
 
   arrays = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
   assert hlo.flops(jax.jit(convolution).trace(*arrays).jaxpr) == 2 * 2 * 8 * 8 * 9 * 3 * 5
+  moved = 2 * 8 * 8 * 3 + 3 * 3 * 3 * 5 + 2 * 8 * 8 * 5
+  assert hlo.product_bytes(jax.jit(convolution).trace(*arrays).jaxpr) == 4 * moved
   # The kernel's gradient is as much work again; that of the image is not asked for.
   gradient = jax.jit(jax.grad(convolution, argnums=1)).trace(*arrays)
   assert hlo.flops(gradient.jaxpr) == 2 * (2 * 2 * 8 * 8 * 9 * 3 * 5)
+
+  attention = jax.jit(jnp.matmul).trace(jnp.ones((2, 4, 8)), jnp.ones((2, 8, 4)))
+  assert (hlo.flops(attention.jaxpr), hlo.product_bytes(attention.jaxpr)) == (2 * 2 * 4 * 8 * 4, 0)
 
 
 # What devices tell each other.
