@@ -135,6 +135,7 @@ def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
 
 
 def _main() -> None:
+  gc.set_threshold(50_000)  # As in conftest.py.
   import rlft.performance.compile.plan
   import rlft.train  # noqa: F401
 
