@@ -1,5 +1,6 @@
 """Every test sees 8 CPU devices. Runs before anything imports jax."""
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# JAX makes many objects while it traces: a quarter of that time would go into looking for garbage.
+gc.set_threshold(50_000)
 # Compiled in a third of the time: XLA optimises little, and makes loops without MLIR, which later
 # releases cannot.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"

@@ -38,9 +38,23 @@ class Nursery:
       text=True,
     )
 
-  def start(self, command: Sequence[Any], said: pathlib.Path) -> "Forked":
-    """Starts a script; what it prints goes into the files `said` and `said`.errors."""
-    return Forked(self, self.ask({"command": [*map(str, command)], "said": str(said)}), said)
+  def start(
+    self,
+    command: Sequence[Any],
+    said: pathlib.Path,
+    cwd: pathlib.Path | None = None,
+    **environment: str,
+  ) -> "Forked":
+    """Starts a script; what it prints goes into the files `said` and `said`.errors.
+
+    Args:
+      command: the script and its arguments.
+      said: the file.
+      cwd: where it runs, if not where the parent does.
+      **environment: further variables; JAX has read its own.
+    """
+    request = {"command": [*map(str, command)], "said": str(said), "environment": environment}
+    return Forked(self, self.ask(request | {"cwd": str(cwd or pathlib.Path.cwd())}), said)
 
   def start_run(self, command: Sequence[Any], said: pathlib.Path, processes: int) -> list["Forked"]:
     """Starts all processes of a run; what the i-th prints goes into the files `said`_i."""
@@ -110,15 +124,18 @@ def _status(pid: int) -> int | None:
   return os.waitstatus_to_exitcode(status) if found else None
 
 
-def _become(command: Sequence[str], streams: Sequence[int]) -> None:
+def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
   for number, stream in enumerate(streams):
     os.dup2(stream, number)
     os.close(stream)
-  sys.argv[:] = command
+  os.chdir(request["cwd"])
+  os.environ.update(request["environment"])
+  command = sys.argv[:] = request["command"]
   runpy.run_path(command[0], run_name="__main__")
 
 
 def _main() -> None:
+  gc.set_threshold(50_000)  # As in conftest.py.
   import rlft.performance.compile.plan
   import rlft.train  # noqa: F401
 
@@ -132,7 +149,7 @@ def _main() -> None:
       paths = os.devnull, said, f"{said}.errors"
       streams = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
       if not (answer := os.fork()):
-        return _become(request["command"], streams)
+        return _become(request, streams)
       for stream in streams:
         os.close(stream)
     print(json.dumps(answer), flush=True)

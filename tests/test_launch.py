@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked_cases
 import jax
 import models_cases
 import numpy as np
@@ -32,6 +33,21 @@ def launch(script, *arguments, cwd):
     text=True,
     timeout=600,
   )
+
+
+@pytest.fixture(scope="module")
+def nursery():
+  made = forked_cases.Nursery(train_cases.environment_of_runs())
+  yield made
+  made.close()
+
+
+def assert_one_line(nursery, message, script, *arguments, cwd, said):
+  """A script says what is wrong, and nothing else."""
+  process = nursery.start([ROOT / "launch" / f"{script}.py", *arguments], said, cwd)
+  assert process.wait(timeout=600) == 2 and process.output() == ""
+  errors = process.errors()
+  assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +166,10 @@ def test_export_is_the_run_and_diffusers_draws_the_same(folder):
   np.testing.assert_allclose(draw(pipe), ours, atol=1e-3)
 
 
-def test_a_directory_has_no_lora(folder):
-  done = launch("export", "--workdir=base", "--lora_output=other.safetensors", cwd=folder)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and "base has no LoRA" in done.stderr
-  assert done.stderr.count("\n") == 1
+def test_a_directory_has_no_lora(folder, nursery, tmp_path):
+  arguments = ["--workdir=base", "--lora_output=other.safetensors"]
+  place = {"cwd": folder, "said": tmp_path / "said"}
+  assert_one_line(nursery, "base has no LoRA", "export", *arguments, **place)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +195,8 @@ def test_a_directory_has_no_lora(folder):
     ("export", ["--workdir=run"], "nothing to write: give --output"),
   ],
 )
-def test_a_mistake_is_one_line(tmp_path, script, arguments, message):
-  done = launch(script, *arguments, cwd=tmp_path)
-  assert done.returncode == 2 and done.stdout == ""
-  assert done.stderr.startswith("error: ") and message in done.stderr
-  assert done.stderr.count("\n") == 1
-  assert not list(tmp_path.iterdir())
+def test_a_mistake_is_one_line(nursery, tmp_path, script, arguments, message):
+  cwd = tmp_path / "cwd"
+  cwd.mkdir()
+  assert_one_line(nursery, message, script, *arguments, cwd=cwd, said=tmp_path / "said")
+  assert not list(cwd.iterdir())

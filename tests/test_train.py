@@ -28,6 +28,7 @@ class Run:
 
   Attributes:
     workdir: its directory.
+    evals: its evaluations.
     metrics: the lines of `metrics.jsonl`.
     compiled: the names of what XLA compiled.
   """
@@ -36,7 +37,7 @@ class Run:
     self.workdir = workdir
     tasks = cases.task(folder), cases.task(folder, "spread", "host:spread", images_per_prompt=2)
     config = cases.config(folder, workdir, **({"task": tasks, "max_nan_share": 0.5} | changes))
-    self._calls = []
+    self.evals, self._calls = config.eval, []
     with compilations() as self.compiled:
       cases.run(config, devices=devices, calls=self._calls)
     self.metrics = cases.metrics(workdir)
@@ -52,13 +53,8 @@ def one_device(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def without_pretraining(folder, tmp_path_factory):
-  return Run(folder, tmp_path_factory.mktemp("without"), pretrain_weight=0.0)
-
-
-@pytest.fixture(scope="module")
-def eight_devices(folder, tmp_path_factory):
-  """As `without_pretraining`; also evaluates, one of two metrics at another guidance, too."""
+def sharded(folder, tmp_path_factory):
+  """As `one_device`; also evaluates, one of two metrics at another guidance, too."""
   evals = tuple(
     EvalConfig(
       task.name,
@@ -73,14 +69,20 @@ def eight_devices(folder, tmp_path_factory):
       (cases.task(folder, "spread", "host:spread"), 4.0),
     )
   )
-  workdir = tmp_path_factory.mktemp("eight")
-  return Run(folder, workdir, devices=8, eval=evals, pretrain_weight=0.0)
+  return Run(folder, tmp_path_factory.mktemp("sharded"), devices=8, fsdp=4, eval=evals)
 
 
 @pytest.fixture(scope="module")
-def sharded(folder, tmp_path_factory):
-  """As `one_device`."""
-  return Run(folder, tmp_path_factory.mktemp("sharded"), devices=8, fsdp=4)
+def gradient_at(folder):
+  """The loss of policy gradients, written out: (params, index, latents, text, advantages)."""
+  policy = make_policy(pretrained.load(folder / "model"), sampling_steps=3, guidance_scale=2.0)
+
+  def loss(params, index, latents, text, advantages):
+    steps = latents[index], latents[index + 1]
+    log_probs, _ = policy.log_prob(lora.Weights(params), index, *steps, text)
+    return -jnp.mean(advantages * log_probs)
+
+  return jax.jit(jax.grad(loss))
 
 
 def test_metrics(sharded):
@@ -106,18 +108,18 @@ def test_metrics(sharded):
     assert line["grad_norm"] > 0 and line["loss/pretrain"] > 0 and line["pretrain/grad_norm"] > 0
 
 
-def test_an_image_without_a_score_is_counted_and_left_out(eight_devices):
+def test_an_image_without_a_score_is_counted_and_left_out(sharded):
   # An iteration has 4 sets; that of one prompt has no score.
-  assert {line["reward/spread/unscored"] for line in eight_devices.metrics} == {0.25}
-  updates = [(np.asarray(c.args[3]), np.asarray(c.args[4])) for c in eight_devices.calls("update")]
+  assert {line["reward/spread/unscored"] for line in sharded.metrics} == {0.25}
+  updates = [(np.asarray(c.args[3]), np.asarray(c.args[4])) for c in sharded.calls("update")]
   assert sorted(int((~mask).sum()) for _, mask in updates) == [0] * 4 + [2] * 4
   for advantages, mask in updates:
     assert np.isfinite(advantages).all() and not advantages[~mask].any()
     assert advantages.sum() == pytest.approx(0, abs=1e-4)
 
 
-def test_what_a_run_leaves(eight_devices):
-  workdir = eight_devices.workdir
+def test_what_a_run_leaves(sharded):
+  workdir = sharded.workdir
   found = json.loads((workdir / "eval.json").read_text())
   for when in ("before", "after"):
     assert found[when].keys() == {"red", "spread"}
@@ -147,12 +149,11 @@ def test_what_a_run_leaves(eight_devices):
   assert grids == ["000000.png", "000002.png"]
 
 
-def test_each_program_is_compiled_once(eight_devices, sharded):
-  for run in (eight_devices, sharded):
-    assert run.compiled.count("jit(update)") == run.compiled.count("jit(normalise)") == 1
+def test_each_program_is_compiled_once(sharded):
+  for name in ("update", "normalise", "pretrain"):
+    assert sharded.compiled.count(f"jit({name})") == 1, name
   # The base model at another guidance is another program.
-  assert [run.compiled.count("jit(sample)") for run in (eight_devices, sharded)] == [2, 1]
-  assert sharded.compiled.count("jit(pretrain)") == 1
+  assert sharded.compiled.count("jit(sample)") == 2
 
 
 def test_golden(one_device):
@@ -191,23 +192,19 @@ def test_with_all_optimisations_of_xla(folder, tmp_path, one_device):
   assert line[name] == pytest.approx(one_device.metrics[0][name], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-  ("run", "other"), [("without_pretraining", "eight_devices"), ("one_device", "sharded")]
-)
-def test_any_number_of_devices_gives_the_same(run, other, request):
+def test_any_number_of_devices_gives_the_same(one_device, sharded):
   """Up to the order of float32 sums: 2e-5 of an array's largest value, after two iterations."""
-  run, other = request.getfixturevalue(run), request.getfixturevalue(other)
 
   def assert_close(found, expected):
     found, expected = np.asarray(found), np.asarray(expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
-  for expected, found in zip(run.calls("update"), other.calls("update"), strict=True):
+  for expected, found in zip(one_device.calls("update"), sharded.calls("update"), strict=True):
     _, path, text, advantages, _, _ = expected.args
     jax.tree.map(assert_close, found.args[1:4], (path, text, advantages))
-  expected, found = (cases.final_state(run.workdir) for run in (run, other))
+  expected, found = (cases.final_state(run.workdir) for run in (one_device, sharded))
   jax.tree.map(assert_close, found["params"], expected["params"])
-  for expected, found in zip(run.metrics, other.metrics, strict=True):
+  for expected, found in zip(one_device.metrics, sharded.metrics, strict=True):
     for name in expected:
       if name.startswith("reward/"):
         assert found[name] == pytest.approx(expected[name], rel=2e-5)
@@ -217,7 +214,7 @@ def test_a_run_goes_on_on_other_devices(folder, tmp_path, one_device, sharded):
   runs = []
   for run in (one_device, sharded):
     workdir = shutil.copytree(run.workdir, tmp_path / run.workdir.name)
-    runs.append(Run(folder, workdir, iterations=3))
+    runs.append(Run(folder, workdir, iterations=3, eval=run.evals))
     assert runs[-1].metrics[:2] == run.metrics
   expected, found = (run.metrics[2] for run in runs)
   for name in ("reward/red/mean", "reward/spread/mean", "loss/pretrain", "grad_norm"):
@@ -237,7 +234,7 @@ def test_parameters_and_optimizer_are_sharded(sharded):
 
 
 def test_parts_of_a_batch_give_the_same(folder, tmp_path, one_device):
-  run = Run(folder, tmp_path, devices=4, microbatch=1, decode_chunk=1, remat=True)
+  run = Run(folder, tmp_path, devices=4, microbatch=1, decode_chunk=1)
   for line, expected in zip(run.metrics, one_device.metrics, strict=True):
     assert line["ratio/max_abs_deviation"] <= 1e-5
     for name in ("reward/red/mean", "reward/spread/mean", "grad_norm", "loss/pretrain"):
@@ -247,7 +244,7 @@ def test_parts_of_a_batch_give_the_same(folder, tmp_path, one_device):
 def test_bfloat16_throughout(folder, tmp_path, one_device):
   """The network, its parameters and Adam's moments; ratios, latents and the master are float32."""
   half = {name: "bfloat16" for name in ("compute_dtype", "param_dtype", "moments_dtype")}
-  run = Run(folder, tmp_path, devices=2, fsdp=2, ema_decay=0.5, pretrain_weight=0.0, **half)
+  run = Run(folder, tmp_path, ema_decay=0.5, pretrain_weight=0.0, **half)
   for line, expected in zip(run.metrics, one_device.metrics, strict=True):
     assert line["ratio/max_abs_deviation"] <= 1e-5
     assert line["reward/red/mean"] == pytest.approx(expected["reward/red/mean"], rel=0.05)
@@ -300,7 +297,9 @@ def test_lora_with_kl_and_average(folder, tmp_path):
 
 # One device takes its 8 images at one timestep after the other, each of eight its one at both.
 @pytest.mark.parametrize("devices", [1, 8])
-def test_accumulated_timesteps_make_one_update(folder, tmp_path, one_device, recwarn, devices):
+def test_accumulated_timesteps_make_one_update(
+  folder, tmp_path, one_device, gradient_at, recwarn, devices
+):
   run = Run(
     folder,
     tmp_path,
@@ -319,18 +318,9 @@ def test_accumulated_timesteps_make_one_update(folder, tmp_path, one_device, rec
   # ratio is 1, so that a gradient is that of the advantage times the log-probability.
   (call,) = run.calls("update")
   _, path, text, advantages, _, indices = jax.tree.map(np.asarray, call.args)
-  model = pretrained.load(folder / "model")
-  policy = make_policy(model, sampling_steps=3, guidance_scale=2.0)
-
-  def loss(params, index):
-    steps = latents[index], latents[index + 1]
-    log_probs, _ = policy.log_prob(lora.Weights(params), index, *steps, text)
-    return -jnp.mean(advantages * log_probs)
-
   assert indices.shape == (2,)
-  params, latents = model.params["unet"], jnp.asarray(path.latents)
-  gradient_at = jax.jit(jax.grad(loss))
-  both = [gradient_at(params, index) for index in indices]
+  params = pretrained.load(folder / "model").params["unet"]
+  both = [gradient_at(params, index, path.latents, text, advantages) for index in indices]
   gradient = jax.tree.map(lambda a, b: (a.astype(np.float64) + b) / 2, *jax.device_get(both))
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
   assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)

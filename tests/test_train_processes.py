@@ -2,8 +2,8 @@
 
 import pathlib
 import signal
-import socket
 
+import forked_cases
 import jax
 import numpy as np
 import pytest
@@ -42,19 +42,30 @@ def settings(folder: pathlib.Path, workdir: pathlib.Path) -> Config:
   )
 
 
-def launch(config: Config, broken: str) -> list[tuple[int, str]]:
+@pytest.fixture(scope="module")
+def nursery():
+  made = forked_cases.Nursery(cases.environment_of_runs())
+  yield made
+  made.close()
+
+
+def launch(
+  nursery: forked_cases.Nursery, config: Config, said: pathlib.Path, broken: str
+) -> list[tuple[int, str]]:
   """(exit status, stderr) of two processes, of which the second has a mistake in its reward."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  both = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+  both = [f"--coordinator=127.0.0.1:{forked_cases.free_port()}", "--num_processes=2"]
   both += ["--cpu_devices=2", f"--process_timeout_s={TIMEOUT_S}"]
+  command = [cases.ROOT / "launch" / "train.py", *cases.flags(config), *both]
   started = [
-    cases.start(config, [*both, f"--process_id={i}"], BROKEN=broken if i else "") for i in range(2)
+    nursery.start(
+      [*command, f"--process_id={i}"],
+      said.with_name(f"{said.name}_{i}"),
+      BROKEN=broken if i else "",
+    )
+    for i in range(2)
   ]
   try:
-    said = [process.communicate(timeout=600)[1] for process in started]
-    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+    return [(process.wait(timeout=600), process.errors()) for process in started]
   finally:
     for process in started:
       process.kill()
@@ -70,12 +81,12 @@ def assert_close(found, expected):
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5 * largest)
 
 
-def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, tmp_path):
+def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, nursery, tmp_path):
   config = settings(folder, tmp_path / "run")
   workdir = tmp_path / "run"
 
   # Its fourth call, after one of the evaluation, is in the last iteration.
-  first, second = launch(config, broken="dies@4")
+  first, second = launch(nursery, config, tmp_path / "first", broken="dies@4")
   assert second[0] == -signal.SIGKILL, second
   assert first[0] == 1 and "Traceback" not in first[1], first
   said = [line for line in first[1].splitlines() if line.startswith("error: ")]
@@ -83,7 +94,7 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, 
   assert "iteration_1" in names(workdir) or "iteration_2" in names(workdir)
 
   # A signal that one of them gets stops both after the task of which it is the reward.
-  for status, said in launch(config, broken="stops@1"):
+  for status, said in launch(nursery, config, tmp_path / "second", broken="stops@1"):
     assert status == 0, said
   stopped = sorted(names(workdir))[-1]
   assert stopped in ("iteration_1_task_1", "iteration_2_task_1")

@@ -8,9 +8,9 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 
+import forked_cases
 import pytest
 import train_cases as cases
 
@@ -41,15 +41,17 @@ def newest(workdir: pathlib.Path) -> tuple[int, ...]:
   return max((tuple(map(int, place)) for place in places), default=())
 
 
-def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path) -> None:
+def wait_for_checkpoint(process: forked_cases.Forked, workdir: pathlib.Path) -> None:
   """Returns when the process has committed a checkpoint."""
   before, deadline = newest(workdir), time.monotonic() + 240
   while newest(workdir) == before:
-    assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline and process.poll() is None, process.errors()
     time.sleep(0.02)
 
 
-def run_with_interruptions(config: Config) -> list[tuple[int, str, int]]:
+def run_with_interruptions(
+  config: Config, nursery: forked_cases.Nursery
+) -> list[tuple[int, str, int]]:
   """Kills a run at a random moment, stops the next at another, and lets the third finish.
 
   Returns:
@@ -58,15 +60,20 @@ def run_with_interruptions(config: Config) -> list[tuple[int, str, int]]:
   """
   moments, workdir = random.Random(SEED), pathlib.Path(config.output.workdir)
   found = []
-  for stop in (subprocess.Popen.kill, subprocess.Popen.terminate, None):
+  for stop in (signal.SIGKILL, signal.SIGTERM, None):
     # A slow reward leaves time in which to stop it.
-    process = cases.start(config, BROKEN="slow" if stop else "")
-    if stop:
-      wait_for_checkpoint(process, workdir)
-      time.sleep(moments.uniform(0, 1))
-      stop(process)
-    _, errors = process.communicate(timeout=240)
-    found.append((process.returncode, errors, len(cases.metrics(workdir))))
+    said = workdir.with_name(f"{workdir.name}_said_{len(found)}")
+    command = [cases.ROOT / "launch" / "train.py", *cases.flags(config)]
+    process = nursery.start(command, said, BROKEN="slow" if stop else "")
+    try:
+      if stop:
+        wait_for_checkpoint(process, workdir)
+        time.sleep(moments.uniform(0, 1))
+        process.send_signal(stop)
+      process.wait(timeout=240)
+    finally:
+      process.kill()
+    found.append((process.returncode, process.errors(), len(cases.metrics(workdir))))
   return found
 
 
@@ -74,9 +81,13 @@ def run_with_interruptions(config: Config) -> list[tuple[int, str, int]]:
 def interrupted(folder, tmp_path_factory):
   """(settings, future of `run_with_interruptions`), which goes on beside the other tests."""
   workdir = tmp_path_factory.mktemp("interrupted")
-  config = cases.config(folder, workdir, iterations=ITERATIONS, checkpoint_every=1)
+  config = cases.config(
+    folder, workdir, iterations=ITERATIONS, checkpoint_every=1, pretrain_weight=0.0
+  )
+  nursery = forked_cases.Nursery(cases.environment_of_runs())
   with futures.ThreadPoolExecutor() as pool:
-    yield config, pool.submit(run_with_interruptions, config)
+    yield config, pool.submit(run_with_interruptions, config, nursery)
+  nursery.close()
 
 
 @pytest.mark.usefixtures("interrupted")  # Starts it early.

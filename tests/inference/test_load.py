@@ -35,12 +35,11 @@ def lora_run(folder, base, tmp_path_factory):
       folder,
       workdir,
       task=(cases.task(folder),),
-      pretrain_data=str(folder / "pairs"),
+      pretrain_weight=0.0,
       train_timesteps=1,
       image_size="8x4",
       scheduler="timestep_spacing=trailing",
       init_lora=str(workdir / "start.safetensors"),
-      kl_weight=0.1,
       ema_decay=0.5,
     )
   )

@@ -143,10 +143,10 @@ def test_rematerialisation_changes_neither_tree_nor_gradient():
   config = dataclasses.replace(
     module.config,
     down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
+    up_block_types=("UpBlock2D",),
     block_out_channels=(32,),
     attention_head_dim=(2,),
-    # Also in the middle: there, each by itself is computed again.
+    # Each by itself is computed again.
     transformer_layers_per_block=(2,),
   )
   module = module.clone(config=config)
@@ -162,7 +162,7 @@ def test_rematerialisation_changes_neither_tree_nor_gradient():
   exact = gradient(module)
   chex.assert_trees_all_close(gradient(remat), exact, rtol=1e-3, atol=1e-3)
   program = str(jax.make_jaxpr(lambda p: remat.apply({"params": p}, *given))(params))
-  assert program.count("remat") >= 5 + 3 + 2  # resnets, transformers, blocks in the middle
+  assert program.count("remat") >= 5 + 2 + 2  # resnets, blocks on the way down and in the middle
 
   # A parameter that is created but not used would pass the comparison of trees.
   for path, leaf in traverse_util.flatten_dict(exact).items():

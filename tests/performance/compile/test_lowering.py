@@ -100,11 +100,12 @@ def test_every_program_lowers_for_every_platform(mesh, variant):
 def test_every_program_of_xl_lowers_for_every_platform(mesh):
   config = fields.replace(CONFIG, lora_rank=2)
   large = models_cases.tiny_pipeline("sdxl")
-  # What is XL's own: transformers of several blocks below, pooled text and sizes.
+  # What is XL's own: transformers of several blocks below, pooled text and sizes. The way up has
+  # nothing that the way down has not.
   smaller = dataclasses.replace(
     large.unet.config,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
     block_out_channels=(32, 64),
     attention_head_dim=(2, 4),
     transformer_layers_per_block=(1, 2),
@@ -140,5 +141,4 @@ def test_every_kind_of_reward_lowers_for_every_platform(name):
   images, features = trial.example(reward, prompts, group, (32, 32, 3))
   program = jax.jit(lambda *given: scorer.apply(reward, group, *given))
   traced = program.trace(reward.params, images, features)
-  for platform in ("tpu", "cuda"):
-    assert "callback" not in traced.lower(lowering_platforms=(platform,)).as_text()
+  assert "callback" not in traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
