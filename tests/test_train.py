@@ -244,7 +244,7 @@ def test_parts_of_a_batch_give_the_same(folder, tmp_path, one_device):
 def test_bfloat16_throughout(folder, tmp_path, one_device):
   """The network, its parameters and Adam's moments; ratios, latents and the master are float32."""
   half = {name: "bfloat16" for name in ("compute_dtype", "param_dtype", "moments_dtype")}
-  run = Run(folder, tmp_path, ema_decay=0.5, pretrain_weight=0.0, **half)
+  run = Run(folder, tmp_path, devices=2, fsdp=2, ema_decay=0.5, pretrain_weight=0.0, **half)
   for line, expected in zip(run.metrics, one_device.metrics, strict=True):
     assert line["ratio/max_abs_deviation"] <= 1e-5
     assert line["reward/red/mean"] == pytest.approx(expected["reward/red/mean"], rel=0.05)
