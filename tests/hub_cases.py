@@ -7,7 +7,7 @@ import threading
 
 
 class Hub:
-  """Keeps what it is given; `status` is answered to every request that makes a repository."""
+  """Keeps what it is given; `status` answers all that makes a repository, or asks for one."""
 
   def __init__(self):
     self.files, self.tokens, self.made, self.status = {}, set(), [], 200
@@ -28,6 +28,10 @@ class Hub:
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+      def do_GET(self):  # Of the oldest releases, before they upload.
+        found = {"id": self.path.removeprefix("/api/models/"), "xetEnabled": False}
+        self._answer(found, hub.status)
 
       def do_PUT(self):
         hub._blobs[self.path.rpartition("/")[2]] = self._body()
