@@ -1,4 +1,4 @@
-"""What a compiled program costs: collectives from XLA's text, memory, FLOPs from the jaxpr.
+"""What a compiled program costs: collectives from XLA's text, memory, work from the jaxpr.
 
 XLA's own cost analysis counts the body of a loop once, and says nothing about communication.
 """
