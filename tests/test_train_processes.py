@@ -75,10 +75,17 @@ def names(workdir: pathlib.Path) -> list[str]:
   return [path.name for path in (workdir / "checkpoints").glob("iteration_*")]
 
 
-def assert_close(found, expected):
-  """Up to the order of float32 sums: 2e-5 of an array's largest value, after three iterations."""
+def assert_close(name, found, expected):
+  """Up to the order of float32 sums, which a gradient shows most.
+
+  Rewards here are some 50 times their standard deviation, by which they are divided, and a
+  gradient is a sum that nearly cancels: Adam's moments differ by up to 3e-5 of their largest value
+  where the parameters differ by 5e-6.
+  """
+  part = 1e-4 if name[0].key == "opt" else 1e-5
   largest = np.abs(expected).max(initial=0)
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5 * largest)
+  where = jax.tree_util.keystr(name)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=part * largest, err_msg=where)
 
 
 def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, nursery, tmp_path):
@@ -103,7 +110,9 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_survives_them(folder, 
   alone = tmp_path / "alone"
   cases.run(fields.replace(config, workdir=str(alone)), devices=4)
 
-  jax.tree.map(assert_close, cases.final_state(workdir), cases.final_state(alone))
+  jax.tree_util.tree_map_with_path(
+    assert_close, cases.final_state(workdir), cases.final_state(alone)
+  )
   found, expected = (cases.reproducible(cases.metrics(w)) for w in (workdir, alone))
   assert len(found) == 3
   for one, other in zip(found, expected, strict=True):
