@@ -41,6 +41,7 @@ import train_cases as cases  # noqa: E402
 
 from rlft.config import fields, flags  # noqa: E402
 from rlft.config.settings import Config  # noqa: E402
+from rlft.models import dispatch  # noqa: E402
 from rlft.performance.compile import abstract_run, communication, hlo, targets  # noqa: E402
 from rlft.performance.compile.chips import CHIPS, GIB, Chip  # noqa: E402
 from rlft.storage import files  # noqa: E402
@@ -190,7 +191,8 @@ def count(flagfile: str, architecture: str, images: int) -> dict[str, Any]:
   frozen = len(jax.tree.leaves(run.frozen))
   found = {}
   for call in run.calls():
-    jaxpr = call.program.trace(*call.args).jaxpr
+    with dispatch.for_platform(target.platform):
+      jaxpr = call.program.trace(*call.args).jaxpr
     learns = any(call.theory.get(kind) for kind in ("reduce-scatter", "all-reduce"))
     found[call.name] = {
       "flops": call.times * hlo.flops(jaxpr) / _FSDP,

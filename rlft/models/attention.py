@@ -5,9 +5,9 @@
     cudnn   cuDNN's fused attention for NVIDIA GPUs, in half precision only
     auto    the platform's own where it takes the shapes, xla elsewhere
 
-The platform is known when a program is lowered, so a program that is lowered on one machine for
-another contains what the other runs. At 4096 tokens the logits of 32 images with 5 heads are 10.7
-GB, which is why there are kernels.
+For CPUs there is a form of our own, see `dispatch`. Which accelerator a program is for is known
+when it is lowered, so one that is lowered on one machine for another contains what the other runs.
+At 4096 tokens the logits of 32 images with 5 heads are 10.7 GB, which is why there are kernels.
 """
 
 import functools
@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 import jax.numpy as jnp
 
+from rlft.models import dispatch
 from rlft.models.cpu import ops
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
@@ -53,9 +54,10 @@ def attention(
   use_cudnn = implementation in ("auto", "cudnn") and mask is None and _cudnn_takes(*arrays)
   if implementation != "auto":
     return splash(*arrays) if use_splash else cudnn(*arrays) if use_cudnn else xla(*arrays, mask)
+  if dispatch.is_for_cpus():
+    own = mask is None and query.dtype == jnp.float32
+    return ops.attention(*arrays) if own else xla(*arrays, mask)
   branches = {}
-  if mask is None and query.dtype == jnp.float32:
-    branches["cpu"] = ops.attention
   if use_splash:
     branches["tpu"] = splash
   if use_cudnn:

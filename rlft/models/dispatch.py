@@ -1,11 +1,14 @@
 """The operations that the networks call: on CPUs in forms of their own, elsewhere plain.
 
-Which form runs is decided when a program is lowered: what is lowered for a TPU or a GPU, on
-whatever machine, holds the plain operations. The forms of CPUs are for float32; those in other
-types are plain, but for the gradients of convolutions.
+Which form runs is decided when a program is traced, for the devices that JAX would run it on;
+whoever compiles for others traces within `for_platform`. (`jax.lax.platform_dependent` would decide
+when it is lowered, but both forms would be traced and differentiated: half of the time of it.) The
+forms of CPUs are for float32; those in other types are plain, but for the gradients of
+convolutions.
 """
 
 from collections.abc import Callable
+import contextlib
 import functools
 from typing import Any
 
@@ -16,26 +19,36 @@ from rlft.models import plain
 from rlft.models.cpu import convolution, ops
 
 
+def for_platform(platform: str) -> contextlib.AbstractContextManager[Any]:
+  """Programs that are traced within it are for "cpu", "tpu" or "cuda".
+
+  It is part of what JAX keeps traces by, so a program may be traced for several. Only trace in it:
+  for JAX it is the default device, which may not be here to run or lower anything on.
+  """
+  return jax.default_device("gpu" if platform == "cuda" else platform)
+
+
+def is_for_cpus() -> bool:
+  """Whether what is being traced is for CPUs."""
+  device = jax.config.jax_default_device
+  if device is None:
+    return jax.default_backend() == "cpu"
+  return (device if isinstance(device, str) else device.platform) == "cpu"
+
+
 def on_cpu(
   cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array], *args: jax.Array
 ) -> jax.Array:
   """`cpu(*args)` on CPUs if all `args` are float32, otherwise `elsewhere(*args)`."""
-  if any(x.dtype != jnp.float32 for x in args):
-    return elsewhere(*args)
-  return jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
-
-
-@functools.cache
-def fixed(form: Callable[..., jax.Array], *args: Any, **named: Any) -> Callable[..., jax.Array]:
-  """`functools.partial`, the same for the same arguments: JAX traces it once for each shape."""
-  return functools.partial(form, *args, **named)
+  is_float32 = all(x.dtype == jnp.float32 for x in args)
+  return cpu(*args) if is_float32 and is_for_cpus() else elsewhere(*args)
 
 
 def dense_product(
   x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
 ) -> jax.Array:
   """`x` `[..., I]` times `kernel` `[I, O]`, for `nn.Dense`, which gives more arguments."""
-  product = fixed(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
+  product = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
   return on_cpu(ops.product, product, x, kernel)
 
 
@@ -43,9 +56,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int, padding: plain.Paddi
   """Convolves `x` `[B, H, W, I]` with `kernel` `[h, w, I, O]`; every convolution is made here."""
   if kernel.shape[:2] == (1, 1) and stride == 1:
     return on_cpu(ops.product, jnp.matmul, x, kernel[0, 0])
-  settings = stride, tuple(map(tuple, padding))
-  cpu, default = (fixed(form, *settings) for form in (convolution.conv2d, plain.conv2d))
-  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+  form = convolution.conv2d if is_for_cpus() else plain.conv2d
+  return form(stride, tuple(map(tuple, padding)), x, kernel)
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -82,8 +94,10 @@ def group_norm(
   Returns:
     As `x`.
   """
-  cpu, default = (fixed(form, groups, epsilon, silu) for form in (ops.group_norm, plain.group_norm))
-  return on_cpu(cpu, default, x, scale, bias)
+  cpu, elsewhere = (
+    functools.partial(form, groups, epsilon, silu) for form in (ops.group_norm, plain.group_norm)
+  )
+  return on_cpu(cpu, elsewhere, x, scale, bias)
 
 
 def gated_gelu(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import models_cases
 import numpy as np
 import pytest
 
-from rlft.models import attention
+from rlft.models import attention, dispatch
 
 
 def arrays(queries, keys, heads=2, features=40, batch=2, dtype=jnp.float32):
@@ -27,7 +27,9 @@ def lowered(platform, *shapes, implementation="auto"):
   def function(*x):
     return attention.attention(*x, implementation=implementation)
 
-  return with_gradients(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+  with dispatch.for_platform(platform):
+    traced = with_gradients(function).trace(*shapes)
+  return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def shapes(queries, keys, dtype=jnp.bfloat16, features=64):

@@ -138,8 +138,11 @@ def test_accelerators_have_the_plain_form(name):
   def lowered(function):
     """The gradient for each platform, and its products and convolutions there."""
     gradient = jax.jit(jax.grad(lambda *args: function(*args).sum(), argnums=range(len(args))))
-    traced = gradient.trace(*args)
-    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+    texts = {}
+    for platform in ("cpu", "tpu", "cuda"):
+      with dispatch.for_platform(platform):
+        traced = gradient.trace(*args)
+      texts[platform] = traced.lower(lowering_platforms=(platform,)).as_text()
     kinds = "stablehlo.dot_general", "stablehlo.convolution"
     return texts, {p: [text.count(kind) for kind in kinds] for p, text in texts.items()}
 

@@ -24,6 +24,7 @@ import tqdm
 from rlft.config import stored
 from rlft.config.fields import option, suggestion
 from rlft.config.settings import Config
+from rlft.models import dispatch
 from rlft.performance.compile import hlo, targets
 from rlft.performance.compile.abstract_run import AbstractRun, Call, device_bytes, open_model
 from rlft.performance.compile.chips import GIB
@@ -78,7 +79,8 @@ def compile_run(config: Config, settings: CompileConfig) -> None:
   target = targets.open_target(settings.target, config.devices.fsdp)
   checks.validate_devices(config, device_count=target.mesh.size, process_count=1)
   run = AbstractRun.of(config, target.mesh, open_model(config, settings.architecture))
-  calls = _selected(run.calls(), settings.programs)
+  with dispatch.for_platform(target.platform):
+    calls = _selected(run.calls(), settings.programs)
   resident, rows = run.resident(), []
   with (
     compilation_cache(settings.cache_dir) as cache,
@@ -138,7 +140,8 @@ def compile_program(
     cache: a directory; None keeps nothing.
     only_kept: estimates what is not in the cache, and compiles nothing.
   """
-  traced = call.program.trace(*call.args)
+  with dispatch.for_platform(target.platform):
+    traced = call.program.trace(*call.args)
   if not target.compiles:
     return _estimated(call, traced)
   lowered = traced.lower(lowering_platforms=(target.platform,))

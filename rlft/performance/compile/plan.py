@@ -14,6 +14,7 @@ import jax
 from rlft import catalog
 from rlft.config.fields import option
 from rlft.config.settings import Config
+from rlft.models import dispatch
 from rlft.parallel.join import ProcessSettings
 from rlft.performance.compile import ahead, cost, targets
 from rlft.performance.compile.abstract_run import AbstractRun, open_model
@@ -96,7 +97,9 @@ def describe(config: Config, settings: PlanConfig) -> str:
   run = AbstractRun.of(config, target.mesh, open_model(config, settings.architecture))
   resident, rows = run.resident(), []
   cache = Path(os.path.expanduser(settings.cache_dir)) if settings.cache_dir else None
-  for call in run.calls():
+  with dispatch.for_platform(target.platform):
+    calls = run.calls()
+  for call in calls:
     result = ahead.compile_program(call, target, cache, only_kept=True)
     rows.append(Row(call, result, max(0, resident - result.arguments)))
   done = _done(config.output.workdir)
