@@ -10,20 +10,22 @@ way as rlft's.
 
 Neither side has the settings of the other: --sweep chooses them for each side, by the judge on
 development prompts, with the same number of trials and a seed of its own (`_OURS`, `_TRL` below).
-Without --sweep, the choice of an earlier sweep is taken, or else the sweep's first settings. Then
---seeds runs of each side are trained, and measured at their end on test prompts.
+--rounds=1 chooses the learning rates alone. Without --sweep, the choice of an earlier sweep is
+taken, or else the sweep's first settings. Then --seeds runs of each side are trained, and measured
+at their end on test prompts.
 
 If killed, the same command goes on: what is finished is not done again, and both trainers go on
 from their last saved state (TRL's is saved after each epoch). Run nothing else meanwhile, since
 times are measured.
 
 Result: experiments/trl_curves.csv (all measurements), .svg and .md (for experiments/README.md).
-Duration: that of 24 trainings, with --sweep and 3 seeds.
+Duration: that of 24 trainings, with --sweep and 3 seeds; of 10, with --sweep --rounds=1 --seeds=2.
 """
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -65,6 +67,9 @@ _SCALE = flags.DEFINE_string("scale", "miniature", "name of a file experiments/N
 _TASK = flags.DEFINE_string("task", "composition", "one of its tasks")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "trainings of each side", lower_bound=1)
 _SWEEP = flags.DEFINE_boolean("sweep", False, "choose the settings of both sides first")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 0, "settings that --sweep tries, from the first on; 0: all five", lower_bound=0
+)
 _CHANGES = flags.DEFINE_multi_string(
   "change", [], "a flag of launch/train.py that replaces the file's, e.g. --iterations=20"
 )
@@ -245,8 +250,12 @@ def _chosen(
   trainings: Trainings, file: pathlib.Path, *, sweep: bool
 ) -> tuple[dict[str, Settings], dict[str, list[tuple[Settings, float]]]]:
   """The settings of each side, and what was tried for them; a choice is kept."""
-  grids = dict(zip(_SIDES, (_OURS, _TRL), strict=True))
-  if sweep and not file.exists():
+  grids = {
+    side: (start, dict(itertools.islice(rounds.items(), _ROUNDS.value or None)))
+    for side, (start, rounds) in zip(_SIDES, (_OURS, _TRL), strict=True)
+  }
+  kept = json.loads(file.read_text()) if file.exists() else {}
+  if sweep and kept.get("rounds") != _ROUNDS.value:
     found = {}
     for side, (start, rounds) in grids.items():
       total = 1 + sum(map(len, rounds.values()))
@@ -260,11 +269,11 @@ def _chosen(
     tried = {
       side: [(one, files.finite(value)) for one, value in each] for side, (_, each) in found.items()
     }
-    content = {"chosen": {side: best for side, (best, _) in found.items()}, "tried": tried}
-    files.write_atomic(file, json.dumps(content, indent=1) + "\n")
-  if file.exists():
-    content = json.loads(file.read_text())
-    return content["chosen"], content["tried"]
+    chosen = {side: best for side, (best, _) in found.items()}
+    kept = {"rounds": _ROUNDS.value, "chosen": chosen, "tried": tried}
+    files.write_atomic(file, json.dumps(kept, indent=1) + "\n")
+  if kept:
+    return kept["chosen"], kept["tried"]
   return {side: start for side, (start, _) in grids.items()}, {side: [] for side in _SIDES}
 
 

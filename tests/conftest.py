@@ -19,12 +19,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # JAX makes many objects while it traces: a quarter of that time would go into looking for garbage.
 gc.set_threshold(50_000)
-# Compiled in a third of the time: XLA optimises little, and makes loops without MLIR, which later
-# releases cannot.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # Nobody asks where an operation was written.
+# Compiled in a quarter of the time: XLA optimises little, makes loops without MLIR, which later
+# releases cannot, and machine code in one piece, as the other core has a test of its own.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 flags = []
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   flags.append("--xla_cpu_use_fusion_emitters=false")
+  flags.append("--xla_cpu_parallel_codegen_split_count=1")
 if platform.machine().lower() in ("x86_64", "amd64"):
   # One set of instructions for all such machines, in a little less time than with AVX-512.
   flags.append("--xla_cpu_max_isa=AVX2")

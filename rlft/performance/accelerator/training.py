@@ -54,7 +54,6 @@ class Program:
   Attributes:
     call: the program with the shapes of its arguments.
     run: it; takes no static arguments.
-    where: the shardings of its arguments.
     memory: what XLA says of it.
     seconds: that compiling it took, beside others.
     needed: bytes on a device while it runs, as `launch/compile.py` says it.
@@ -62,7 +61,6 @@ class Program:
 
   call: Call
   run: Callable[..., Any]
-  where: Sequence[Any]
   memory: Any
   seconds: float
   needed: int
@@ -114,8 +112,7 @@ class Training:
     for call, (compiled, seconds) in zip(calls, done, strict=True):
       memory = compiled.memory_analysis()
       needed = hlo.peak_bytes(memory) + max(0, resident - memory.argument_size_in_bytes)
-      where = compiled.input_shardings[0]
-      self.programs[call.name] = Program(call, compiled, where, memory, seconds, needed)
+      self.programs[call.name] = Program(call, compiled, memory, seconds, needed)
 
   def as_called(self) -> None:
     """Takes the jitted functions in the place of what was compiled, as a run calls them."""
@@ -130,14 +127,14 @@ class Training:
     encoders, ids, empty, _ = program.call.args
     encoders = {name: self.frozen[name] for name in encoders}
     given = [random_tokens(self.run.model, shape.shape) for shape in (ids, empty)]
-    return program.run(encoders, *jax.device_put(given, list(program.where[1:3])))
+    return program.run(encoders, *map(_as_told, given, (ids, empty)))
 
   def sample(self, text: Guidance, seed: int = 0) -> tuple[Trajectory, jax.Array]:
     """Draws a batch."""
     program = self.programs["sample"]
     weights = self.run.programs.drawing_weights(self.state, self.frozen)
     keys = image_keys(jax.random.key(seed), 0, self.config.task[0].batch_size)
-    return program.run(weights, self.frozen["vae"], text, jax.device_put(keys, program.where[3]))
+    return program.run(weights, self.frozen["vae"], text, _as_told(keys, program.call.args[3]))
 
   def update(self, text: Guidance, path: Trajectory, images: jax.Array) -> dict[str, jax.Array]:
     """A step on a timestep of the batch, towards brighter images; the next one each time."""
@@ -148,7 +145,7 @@ class Training:
     index = np.arange(self._updates, self._updates + steps) % self.config.policy.sampling_steps
     self._updates += 1
     given = [advantages, jnp.isfinite(rewards), index.astype(np.int32)]
-    given = jax.device_put(given, list(program.where[-3:]))
+    given = map(_as_told, given, program.call.args[-3:])
     self.state, metrics = program.run(self.state, self.frozen, path, text, *given)
     return metrics
 
@@ -159,6 +156,11 @@ class Training:
     for _ in range(self.programs["update"].call.times):
       self.update(text, path, images)
     return self.state
+
+
+def _as_told(x: Any, shape: jax.ShapeDtypeStruct) -> Any:
+  """`x` where the program was told that it is: elsewhere it would be another program."""
+  return x if shape.sharding is None else jax.device_put(x, shape.sharding)
 
 
 def _compile(lowered: Any) -> tuple[Any, float]:
