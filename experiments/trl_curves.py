@@ -121,7 +121,9 @@ def main() -> None:
   workdir = pathlib.Path(_WORKDIR.value)
   trainings = Trainings(scale, _TASK.value, workdir, _CHANGES.value, _BATCH_SIZE.value)
   trainings.check_workdir()
-  chosen, tried = _chosen(trainings, workdir / "chosen.json", sweep=_SWEEP.value)
+  chosen, tried = _chosen(
+    trainings, workdir / "chosen.json", sweep=_SWEEP.value, rounds=_ROUNDS.value
+  )
   seeds, failed = range(_SEEDS.value), []
   found: dict[str, dict[int, pathlib.Path]] = {side: {} for side in _SIDES}
   for number, (seed, side) in enumerate([(s, side) for s in seeds for side in _SIDES], 1):
@@ -247,30 +249,30 @@ def trl_options(settings: Settings, batch_size: int) -> dict[str, Any]:
 
 
 def _chosen(
-  trainings: Trainings, file: pathlib.Path, *, sweep: bool
+  trainings: Trainings, file: pathlib.Path, *, sweep: bool, rounds: int = 0
 ) -> tuple[dict[str, Settings], dict[str, list[tuple[Settings, float]]]]:
-  """The settings of each side, and what was tried for them; a choice is kept."""
+  """The settings of each side, and what was tried for them; a choice by so many rounds is kept."""
   grids = {
-    side: (start, dict(itertools.islice(rounds.items(), _ROUNDS.value or None)))
-    for side, (start, rounds) in zip(_SIDES, (_OURS, _TRL), strict=True)
+    side: (start, dict(itertools.islice(all_rounds.items(), rounds or None)))
+    for side, (start, all_rounds) in zip(_SIDES, (_OURS, _TRL), strict=True)
   }
   kept = json.loads(file.read_text()) if file.exists() else {}
-  if sweep and kept.get("rounds") != _ROUNDS.value:
+  if sweep and kept.get("rounds") != rounds:
     found = {}
-    for side, (start, rounds) in grids.items():
-      total = 1 + sum(map(len, rounds.values()))
+    for side, (start, grid) in grids.items():
+      total = 1 + sum(map(len, grid.values()))
       count = iter(range(1, total + 1))
 
       def worth(settings: Settings, side=side, total=total, count=count) -> float:
         _say(f"sweep of {side}, {next(count)} of {total}: {_label(settings)}")
         return trainings.worth(side, settings)
 
-      found[side] = choice.choose(start, rounds, worth)
+      found[side] = choice.choose(start, grid, worth)
     tried = {
       side: [(one, files.finite(value)) for one, value in each] for side, (_, each) in found.items()
     }
     chosen = {side: best for side, (best, _) in found.items()}
-    kept = {"rounds": _ROUNDS.value, "chosen": chosen, "tried": tried}
+    kept = {"rounds": rounds, "chosen": chosen, "tried": tried}
     files.write_atomic(file, json.dumps(kept, indent=1) + "\n")
   if kept:
     return kept["chosen"], kept["tried"]
