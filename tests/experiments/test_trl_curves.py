@@ -83,12 +83,12 @@ def test_a_choice_is_kept(experiment, tmp_path):
   for sweep in (True, True, False):
     chosen, tried = experiment._chosen(asked, file, sweep=sweep)
     assert chosen["rlft"]["train_timesteps"] == 6 and chosen["TRL"]["train_learning_rate"] == 5e-5
-    assert asked.asked == 18 and [1 for _, value in tried["TRL"] if value is None]
+    assert asked.asked == 20 and [1 for _, value in tried["TRL"] if value is None]
   assert json.loads(file.read_text())["chosen"] == chosen
   # Of another number of rounds there is none yet; the first is of learning rates.
   chosen, tried = experiment._chosen(asked, file, sweep=True, rounds=1)
   assert chosen["rlft"] == experiment._OURS[0] and chosen["TRL"]["train_learning_rate"] == 5e-5
-  assert [len(each) for each in tried.values()] == [3, 3]
+  assert [len(each) for each in tried.values()] == [4, 4]
 
 
 def test_the_text(experiment):

@@ -184,7 +184,7 @@ FULL = Scale(
 TINY = Scale(
   large=Model("tiny", _tiny, 4, 2, 2, decode_chunk=2),
   wide=Model("tiny, two encoders, LoRA", _tiny_wide, 2, 1, 2, lora_rank=2, decode_chunk=1),
-  checked=Model("8 x 8 latents", _tiny, 4, 2, 2),
+  checked=Model("8 x 8 latents", _tiny, 4, 2, 2, decode_chunk=2),  # `large`, compiled once
   timesteps=2,
   levers=({"microbatch": 4},),
   attention=((2, 64, 64, 2, 16), (2, 64, 7, 2, 16)),
