@@ -317,6 +317,7 @@ def _write(
     failed=failed,
     flags=trainings.experiment(chosen["rlft"], 0)[0],
     figure=f"{output.name}.svg",
+    options=f"--sweep --rounds={_ROUNDS.value} --seeds={_SEEDS.value}",
   )
   files.write_atomic(output.with_suffix(".csv"), curves.csv_table(sides).csv())
   files.write_atomic(output.with_suffix(".svg"), curves.figure(sides, judge))
@@ -335,6 +336,7 @@ def section(
   failed: Sequence[str],
   flags: Sequence[str],
   figure: str,
+  options: str = "--sweep",
 ) -> str:
   """The text about a comparison, in Markdown."""
   first = {side: each[0] for side, each in sides.items()}
@@ -342,7 +344,7 @@ def section(
   counts = ", ".join(f"{len(each)} of {side}" for side, each in sides.items())
   lines = [
     "## Beside TRL's DDPOTrainer",
-    "    python experiments/trl_curves.py --trl_python=path/to/trl/bin/python --sweep",
+    f"    python experiments/trl_curves.py --trl_python=path/to/trl/bin/python {options}",
     "TRL 0.23.1 and rlft: the same base model, prompts in the same order, reward and guidance,"
     f" {first['rlft'].images[-1]:,} images; trainings: {counts}. Curves are on development prompts,"
     f" means over seeds, with the same noise for both: at the start the judge says {starts}."
@@ -368,9 +370,24 @@ def section(
       " is better), one after the other, by a seed that is not among those above:",
       Table(["", "tried", judge], rows).markdown(),
     ]
+  if edges := _at_an_edge(chosen, tried):
+    lines.append(f"At the edge of what was tried: {', '.join(edges)}. More may be better still.")
   if failed:
     lines.append(f"Not among these, for they failed: {'; '.join(failed)}.")
   return "\n\n".join(lines) + "\n"
+
+
+def _at_an_edge(
+  chosen: Mapping[str, Settings], tried: Mapping[str, Sequence[tuple[Settings, float | None]]]
+) -> list[str]:
+  """Chosen values that are the smallest or largest of at least three."""
+  found = []
+  for side, settings in chosen.items():
+    for name, value in settings.items():
+      values = {one[name] for one, _ in tried[side]}
+      if len(values) > 2 and value in (min(values), max(values)):
+        found.append(f"{side} {name}={value:g}")
+  return found
 
 
 def _label(settings: Settings, between: str = "_") -> str:

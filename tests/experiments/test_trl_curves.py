@@ -103,7 +103,10 @@ def test_the_text(experiment):
     lower_is_better=False,
     final=Table(["", "base"], [["j", "0.2 ±0.1"]]),
     chosen={"rlft": {"a": 1e-3}, "TRL": {"b": 2}},
-    tried={"rlft": [({"a": 1e-3}, 0.7)], "TRL": [({"b": 2}, None)]},
+    tried={
+      "rlft": [({"a": 1e-3}, 0.7), ({"a": 1e-4}, 0.6), ({"a": 1e-5}, 0.5)],
+      "TRL": [({"b": 2}, None), ({"b": 1}, 0.4), ({"b": 3}, 0.4)],
+    },
     failed=["TRL with seed 1: epoch 0: why"],
     flags=["--seed=0", "--workdir=somewhere"],
     figure="f.svg",
@@ -114,4 +117,5 @@ def test_the_text(experiment):
   assert "Settings: rlft a=0.001; TRL b=2." in text
   assert "All of its flags: `--seed=0`." in text
   assert "| rlft | a=0.001 | 0.7000 |" in text and "| TRL | b=2 | failed |" in text
+  assert "At the edge of what was tried: rlft a=0.001." in text
   assert "for they failed: TRL with seed 1: epoch 0: why." in text
