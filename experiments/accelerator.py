@@ -18,13 +18,15 @@ important first:
     run         the miniature's default run from its start to its report
 
 Each runs in a process of its own, so that what fails costs only itself, and is ended when its
-share of the budget is over; what a part leaves goes to the next. Tiny ones have no shares: each may
-take what is left. Every figure is written as it is found, a line of JSON beside `--output`, which
-is the table at the end. The status is not 0 if a check or a part failed; a part that was ended has
-not. `accelerator.md` says what to carry to a machine without network, and has the results.
+share of the budget is over; what a part leaves goes to the next. Tiny ones have no shares, and as
+nothing is measured there, two run at once. Every figure is written as it is found, a line of JSON
+beside `--output`, which is the table at the end. The status is not 0 if a check or a part failed; a
+part that was ended has not. `accelerator.md` says what to carry to a machine without network, and
+has the results.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import datetime
 from importlib import metadata
@@ -106,10 +108,10 @@ def main() -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   start = time.monotonic()
   with tempfile.TemporaryDirectory(prefix="rlft-accelerator-") as scratch:
-    for name in chosen:
-      _run(name, start + ends[name] - time.monotonic(), pathlib.Path(scratch), Say(name, lines))
+    _run_all({name: start + ends[name] for name in chosen}, pathlib.Path(scratch), lines)
   seconds = time.monotonic() - start
   found = [Found(**line) for line in files.read_jsonl(lines)]
+  found.sort(key=lambda one: chosen.index(one.part))
   written = f"{_heading(found, seconds)}\n\n{table(found)}\n"
   files.write_atomic(output, written)
   print(written)
@@ -133,8 +135,31 @@ def deadlines(shares: dict[str, float], budget: float) -> dict[str, float]:
   return found
 
 
-def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
-  """Runs a part in a process of its own, and ends it when its time is over."""
+def _run_all(ends: Mapping[str, float], scratch: pathlib.Path, lines: pathlib.Path) -> None:
+  """Runs the parts, each until its time by `time.monotonic`."""
+  count = 2 if _SCALE.value == "tiny" else 1
+  running: set[subprocess.Popen] = set()
+  with futures.ThreadPoolExecutor(count) as threads:
+    try:
+      list(
+        threads.map(lambda name: _run(name, ends[name], scratch, Say(name, lines), running), ends)
+      )
+    except BaseException:  # Told to end: the processes would go on.
+      threads.shutdown(wait=False, cancel_futures=True)
+      for process in running.copy():
+        os.killpg(process.pid, signal.SIGKILL)
+      raise
+
+
+def _run(
+  name: str,
+  ends: float,
+  scratch: pathlib.Path,
+  say: Say,
+  running: set[subprocess.Popen],
+) -> None:
+  """Runs a part in a process of its own, kept in `running`, and ends it when its time is over."""
+  seconds = ends - time.monotonic()
   if seconds <= 0:
     say(_WHOLE, "not begun", note=f"no time was left: --parts={name} runs it alone")
     return
@@ -144,7 +169,7 @@ def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
     "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_TRACEBACK_FILTERING": "off",  # Else the last line says only that it is on.
-    **PARTS[name].environment,
+    **(_SHARED if _SCALE.value == "tiny" else PARTS[name].environment),
   }
   if _SCALE.value == "tiny":  # Nothing is measured there: what counts is to compile soon.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -155,6 +180,7 @@ def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
     process = subprocess.Popen(
       command, env=environment | os.environ, stderr=errors, start_new_session=True
     )
+    running.add(process)
     try:
       status: int | None = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -163,6 +189,7 @@ def _run(name: str, seconds: float, scratch: pathlib.Path, say: Say) -> None:
       if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+      running.remove(process)
     seconds = time.monotonic() - start
     if status is None:
       say(_WHOLE, "not finished", note=f"ended after {seconds:.0f} s, its part of the budget")

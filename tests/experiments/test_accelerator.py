@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import experiment_cases
 import jax
@@ -97,9 +98,8 @@ def test_a_part_that_fails_or_takes_too_long_costs_itself(experiment, tmp_path, 
     "time.sleep(60)\n"
   )
   experiment.flags.FLAGS.mark_as_parsed()
-  experiment._run("kernels", 60, tmp_path, Say("kernels", lines))
-  experiment._run("large", 0.5, tmp_path, Say("large", lines))
-  experiment._run("levers", 0, tmp_path, Say("levers", lines))
+  for name, seconds in (("kernels", 60), ("large", 0.5), ("levers", 0)):
+    experiment._run_all({name: time.monotonic() + seconds}, tmp_path, lines)
   failed, late, never = map(json.loads, lines.read_text().splitlines())
   assert not failed["ok"] and "no such kernel" in failed["note"]
   assert late["value"] == "not finished" and late["ok"] is None
