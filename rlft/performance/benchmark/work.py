@@ -21,7 +21,7 @@ import numpy as np
 
 from rlft.catalog import load_prompts
 from rlft.config.settings import EMOJI_SD
-from rlft.models import architectures, clip, stable_diffusion, unet, vae
+from rlft.models import architectures, clip, dispatch, stable_diffusion, unet, vae
 from rlft.models import text as text_lib
 from rlft.models.files import pretrained
 from rlft.models.stable_diffusion import StableDiffusion
@@ -202,8 +202,8 @@ def brightness(images: jax.Array) -> jax.Array:
 def count_flops(model: StableDiffusion, work: Work) -> dict[str, float]:
   """Counts the FLOPs of a call of each suite; a gradient takes three forward passes.
 
-  They are those that the networks define: what a side computes twice, or spares itself, plays no
-  part.
+  They are those that the networks define, as accelerators have them: what a side computes twice, or
+  spares itself (as forms for CPUs do), plays no part.
   """
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), dict(model.params))
   size, shape = stable_diffusion.image_size(model), (1, *stable_diffusion.latent_shape(model))
@@ -220,7 +220,8 @@ def count_flops(model: StableDiffusion, work: Work) -> dict[str, float]:
     return stable_diffusion.decode(model, params, latents)
 
   def count(function, *args):
-    return hlo.flops(jax.make_jaxpr(function)(*args))
+    with dispatch.for_platform("tpu"):
+      return hlo.flops(jax.make_jaxpr(function)(*args))
 
   text = jax.eval_shape(encode, params, ids)
   forward = count(denoise, params["unet"], latents, text)
