@@ -27,6 +27,7 @@ has the results.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import datetime
 from importlib import metadata
@@ -139,15 +140,18 @@ def _run_all(ends: Mapping[str, float], scratch: pathlib.Path, lines: pathlib.Pa
   """Runs the parts, each until its time by `time.monotonic`."""
   count = 2 if _SCALE.value == "tiny" else 1
   running: set[subprocess.Popen] = set()
+
+  def run(name: str) -> None:
+    _run(name, ends[name], scratch, Say(name, lines), running)
+
   with futures.ThreadPoolExecutor(count) as threads:
     try:
-      list(
-        threads.map(lambda name: _run(name, ends[name], scratch, Say(name, lines), running), ends)
-      )
+      list(threads.map(run, ends))
     except BaseException:  # Told to end: the processes would go on.
       threads.shutdown(wait=False, cancel_futures=True)
       for process in running.copy():
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # It has just ended.
+          os.killpg(process.pid, signal.SIGKILL)
       raise
 
 
