@@ -173,10 +173,10 @@ def _run(
     "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_TRACEBACK_FILTERING": "off",  # Else the last line says only that it is on.
-    **(_SHARED if _SCALE.value == "tiny" else PARTS[name].environment),
+    **PARTS[name].environment,
   }
   if _SCALE.value == "tiny":  # Nothing is measured there: what counts is to compile soon.
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    environment |= _SHARED | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     if _version("jaxlib").startswith("0.10."):  # Later ones do not know it.
       environment["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
   with (scratch / name).open("w+") as errors:

@@ -76,6 +76,7 @@ _CHANGES = flags.DEFINE_multi_string(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 0, "images of an iteration; 0: the task's", lower_bound=0
 )
+_SHOWN = ("sweep", "rounds", "seeds", "scale", "task", "change", "batch_size")  # if they are given
 
 # Where the choice starts, and what is tried of each setting in turn: ten trainings of each side.
 # Adam's learning rate; how many steps of it an iteration has; the range of the ratio; and of what
@@ -317,7 +318,7 @@ def _write(
     failed=failed,
     flags=trainings.experiment(chosen["rlft"], 0)[0],
     figure=f"{output.name}.svg",
-    options=f"--sweep --rounds={_ROUNDS.value} --seeds={_SEEDS.value}",
+    options=" ".join(flags.FLAGS[name].serialize() for name in _SHOWN if flags.FLAGS[name].present),
   )
   files.write_atomic(output.with_suffix(".csv"), curves.csv_table(sides).csv())
   files.write_atomic(output.with_suffix(".svg"), curves.figure(sides, judge))
@@ -336,7 +337,7 @@ def section(
   failed: Sequence[str],
   flags: Sequence[str],
   figure: str,
-  options: str = "--sweep",
+  options: str,
 ) -> str:
   """The text about a comparison, in Markdown."""
   first = {side: each[0] for side, each in sides.items()}
@@ -371,7 +372,9 @@ def section(
       Table(["", "tried", judge], rows).markdown(),
     ]
   if edges := _at_an_edge(chosen, tried):
-    lines.append(f"At the edge of what was tried: {', '.join(edges)}. More may be better still.")
+    lines.append(
+      f"At the edge of what was tried: {', '.join(edges)}. Values beyond may be better still."
+    )
   if failed:
     lines.append(f"Not among these, for they failed: {'; '.join(failed)}.")
   return "\n\n".join(lines) + "\n"

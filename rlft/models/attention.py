@@ -50,13 +50,13 @@ def attention(
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r}: choose from {IMPLEMENTATIONS}")
   arrays = query, key, value
+  if implementation == "auto" and dispatch.is_for_cpus():
+    own = mask is None and query.dtype == jnp.float32
+    return ops.attention(*arrays) if own else xla(*arrays, mask)
   use_splash = implementation in ("auto", "splash") and mask is None and _splash_takes(query, key)
   use_cudnn = implementation in ("auto", "cudnn") and mask is None and _cudnn_takes(*arrays)
   if implementation != "auto":
     return splash(*arrays) if use_splash else cudnn(*arrays) if use_cudnn else xla(*arrays, mask)
-  if dispatch.is_for_cpus():
-    own = mask is None and query.dtype == jnp.float32
-    return ops.attention(*arrays) if own else xla(*arrays, mask)
   branches = {}
   if use_splash:
     branches["tpu"] = splash

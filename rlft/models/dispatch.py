@@ -2,8 +2,8 @@
 
 Which form runs is decided when a program is traced, for the devices that JAX would run it on;
 whoever compiles for others traces within `for_platform`. (`jax.lax.platform_dependent` would decide
-when it is lowered, but both forms would be traced and differentiated: half of the time of it.) The
-forms of CPUs are for float32; those in other types are plain, but for the gradients of
+when it is lowered, but both forms would be traced and differentiated, which takes twice as long.)
+The forms of CPUs are for float32; those in other types are plain, but for the gradients of
 convolutions.
 """
 

@@ -110,7 +110,9 @@ def test_the_text(experiment):
     failed=["TRL with seed 1: epoch 0: why"],
     flags=["--seed=0", "--workdir=somewhere"],
     figure="f.svg",
+    options="--sweep --seeds=1",
   )
+  assert "/bin/python --sweep --seeds=1\n" in text
   assert "16 images; trainings: 1 of rlft, 1 of TRL." in text
   assert "0.2500 (rlft) and 0.2500 (TRL)" in text
   assert "| 0.500 | 8 | 16 | 1 | 2 |" in text and "| j | 0.2 ±0.1 |" in text

@@ -117,6 +117,7 @@ class Training:
   def as_called(self) -> None:
     """Takes the jitted functions in the place of what was compiled, as a run calls them."""
     for name, program in self.programs.items():
+      program.call.program.clear_cache()  # What was compiled may still be in memory.
       static = [one for one in program.call.args if isinstance(one, int)]
       run = functools.partial(_with_last, program.call.program, static)
       self.programs[name] = dataclasses.replace(program, run=run)
