@@ -131,7 +131,7 @@ def test_a_server_that_is_killed_and_started_again(models):
 def test_a_server_that_is_gone(models):
   images, prompts, expected = batch(16)
   with process(models, "score") as (address, running):
-    reward = catalog.make_reward(f"{address}?in_flight=4&deadline_s=0.6&retries=1000")
+    reward = catalog.make_reward(f"{address}?in_flight=4&deadline_s=2&retries=1000")
     running.kill()
     running.wait()
     start = time.monotonic()
@@ -326,7 +326,7 @@ def change(**values):
   return act
 
 
-ONE = "?in_flight=1&format=json&timeout_s=0.4"
+ONE = "?in_flight=1&format=json&timeout_s=1.5"
 
 
 def ask(faulty, options=ONE, size=4):

@@ -21,7 +21,7 @@ def refuse(*arrays):
 
 def attempt(*rewards, prompts=PLAIN, group=1):
   uses = [trial.Use("--eval=name=e: metric", reward, prompts, group) for reward in rewards]
-  trial.try_each(uses, image_shape=(8, 4, 3), timeout_s=0.5)
+  trial.try_each(uses, image_shape=(8, 4, 3), timeout_s=2)
 
 
 def test_a_jax_reward_is_traced_with_the_prompts():
@@ -60,7 +60,7 @@ def test_a_host_reward_is_called_once():
   [
     (HostReward("r", refuse), "raised ValueError: no luck .*test_trial.py"),
     (HostReward("r", lambda images, *_: images), r"returned float32\[2, 8, 4, 3\], expected"),
-    (HostReward("r", lambda *_: time.sleep(5)), "scored 0 of the 1 parts of the batch in 0.5 s"),
+    (HostReward("r", lambda *_: time.sleep(5)), "scored 0 of the 1 parts of the batch in 2 s"),
     (JaxReward("r", refuse), "raised ValueError: no luck .*test_trial.py"),
     (JaxReward("r", lambda _, images, __: images), r"returned float32\[2, 8, 4, 3\], expected"),
     (JaxReward("r", lambda _, images, __: images @ images), "raised TypeError"),
