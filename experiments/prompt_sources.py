@@ -10,7 +10,7 @@ About 4 minutes of a core; experiments/prompt_sources.md has what it printed her
 import json
 import os
 import random
-import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ import numpy as np
 
 from rlft import catalog
 from rlft.data import compose, prepare, sources
+from rlft.report import usage
 
 _FOLDER = flags.DEFINE_string("folder", None, "where the files are written", required=True)
 _ROWS = flags.DEFINE_integer("rows", 2_000_000, "prompts", lower_bound=1_000)
@@ -102,7 +103,7 @@ def make(output: str, source: str) -> str:
 
 def _peak() -> float:
   """The most memory that this process has had, in MB."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+  return usage.peak_host_bytes() / 1e6
 
 
 def _apart(folder: str, what: str) -> str:
@@ -119,6 +120,7 @@ def main(argv: list[str]) -> None:
     return
   os.makedirs(folder, exist_ok=True)
   write(folder, _ROWS.value)
+  shutil.rmtree(os.path.join(folder, "made"), ignore_errors=True)  # by this script, before
   print(_apart(folder, f"make {folder}/p.parquet"))
   print(
     "\n| source | prompts | opened, s (of a core) | prompts a second (of a core) | ms a batch of"

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -118,10 +119,20 @@ def _commit() -> str:
 
 def _peaks() -> dict[str, int]:
   """The most memory in use so far, in bytes: of this host's process, and of its fullest device."""
-  unit = 1 if sys.platform == "darwin" else 1024
-  found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+  found = {"peak_host_bytes": peak_host_bytes()}
   used = [(one.memory_stats() or {}).get("peak_bytes_in_use", 0) for one in jax.local_devices()]
   return found | ({"peak_device_bytes": max(used)} if any(used) else {})
+
+
+def peak_host_bytes() -> int:
+  """The most memory that this process has had so far, in bytes."""
+  # On Linux, what rusage says is at least what the process had that started this one.
+  if sys.platform == "linux":
+    status = pathlib.Path("/proc/self/status").read_text()
+    if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.M):
+      return int(found[1]) * 1024
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 import time
 
 import jax
+import pytest
 
 import rlft
 from rlft.report import usage
@@ -33,6 +36,19 @@ def test_a_cost_is_whole_over_all_starts():
   assert (got.peak_host_bytes, got.peak_device_bytes) == (9, 7)
   assert got.commits == ("0123456789ab", "abc+") and got.command == "again"
   assert got.versions == {"Python": "3.12.1", "rlft": "0.1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_the_memory_of_the_process_that_started_it_does_not_count():
+  program = (
+    "import subprocess, sys; large = bytearray(2**30);"
+    " asks = 'from rlft.report import usage; print(usage.peak_host_bytes())';"
+    " subprocess.run([sys.executable, '-c', asks], check=True)"
+  )
+  said = subprocess.run(
+    [sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True
+  )
+  assert 2**24 < int(said.stdout) < 2**29
 
 
 def test_what_is_missing_is_survived():
