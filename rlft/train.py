@@ -1,4 +1,4 @@
-"""THE file: fine-tuning a diffusion model on rewards (Algorithm 1 of arXiv 2401.12244).
+"""Fine-tunes a diffusion model on rewards (Algorithm 1 of arXiv 2401.12244). Read this file first.
 
 An iteration, for each task in turn:
     draw      images of prompts, with what the algorithm learns from
