@@ -5,9 +5,10 @@
 
 Each page has a folder of its own. Its blocks of `bash` are run there from top to bottom, and each
 block of `python` that begins with a comment with a file's name is written to that file. Trainings
-last one iteration. Blocks of `sh` need something that is not everywhere (an accelerator, the
-network, weights) and are left out. A page ends with the first command that fails; the other pages
-go on, and the exit status is 1 in the end.
+last one iteration; the runs that pages read are trained first, once for all pages. Blocks of `sh`
+need something that is not everywhere (an accelerator, the network, weights) and are left out. A
+page ends with the first command that fails; the other pages go on, and the exit status is 1 in the
+end.
 """
 
 import argparse
@@ -27,6 +28,8 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.M | re.S)
 _FILE = re.compile(r"# (\w+\.py)\n")
+_RUN = re.compile(r"\bruns/(emoji_\w+)")  # of a flagfile of the same name
+_TRAIN = "python launch/train.py --flagfile=experiments/{}.flags"
 
 
 def main() -> None:
@@ -34,16 +37,14 @@ def main() -> None:
   parser.add_argument("pages", nargs="*", type=pathlib.Path, help="default: all of docs/")
   pages = parser.parse_args().pages or sorted((ROOT / "docs").glob("*.md"))
   failed = []
-  for page in pages:
-    with tempfile.TemporaryDirectory() as folder:
-      prepare(pathlib.Path(folder))
-      if not run_page(page.resolve(), pathlib.Path(folder)):
-        failed.append(page.name)
+  with tempfile.TemporaryDirectory() as trained:
+    for page in pages:
+      with tempfile.TemporaryDirectory() as folder:
+        prepare(pathlib.Path(folder))
+        if not run_page(page.resolve(), pathlib.Path(folder), pathlib.Path(trained)):
+          failed.append(page.name)
   print(f"{len(pages) - len(failed)} of {len(pages)} pages" + f"; not {failed}" * bool(failed))
   sys.exit(bool(failed))
-
-
-_RUN = re.compile(r"\bruns/(emoji_\w+)")  # of a flagfile of the same name
 
 
 def prepare(folder: pathlib.Path) -> None:
@@ -62,42 +63,56 @@ def prepare(folder: pathlib.Path) -> None:
   (folder / "prompts.txt").write_text("a dog\na cat near a tree\na bus and a bell\na bird\n")
 
 
-def run_page(page: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Runs a page's commands in a prepared folder; False if one failed."""
-  for command in commands(page.read_text(), folder):
-    start = time.monotonic()
-    done = subprocess.run(
-      ["bash", "-euo", "pipefail", "-c", command],
-      cwd=folder,
-      env=_environment(),
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    print(f"{page.name}: {time.monotonic() - start:5.1f} s  {command}", flush=True)
-    if done.returncode:
-      print(f"{done.stdout}exit code {done.returncode}", flush=True)
-      return False
-  return True
+def run_page(page: pathlib.Path, folder: pathlib.Path, trained: pathlib.Path) -> bool:
+  """Runs a page's commands in a prepared folder; False if one failed.
+
+  Args:
+    page: the document.
+    folder: where its commands are run.
+    trained: where the runs that pages read are kept, since several read the same.
+  """
+  found = commands(page.read_text(), folder)
+  for name in dict.fromkeys(_RUN.findall("\n".join(found))):
+    if not (trained / name).exists():
+      if not _run(page.name, _one_iteration(_TRAIN.format(name)), folder):
+        return False
+      shutil.copytree(folder / "runs" / name, trained / name)
+    else:
+      shutil.copytree(trained / name, folder / "runs" / name)
+  return all(_run(page.name, command, folder) for command in found)
+
+
+def _run(page: str, command: str, folder: pathlib.Path) -> bool:
+  start = time.monotonic()
+  done = subprocess.run(
+    ["bash", "-euo", "pipefail", "-c", command],
+    cwd=folder,
+    env=_environment(),
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  print(f"{page}: {time.monotonic() - start:5.1f} s  {command}", flush=True)
+  if done.returncode:
+    print(f"{done.stdout}exit code {done.returncode}", flush=True)
+  return not done.returncode
 
 
 def commands(text: str, folder: pathlib.Path) -> list[str]:
-  """The commands of a page, after those that train what they read; its files are written."""
+  """The commands of a page, whose files are written into the folder."""
   found = []
   for language, block in _BLOCK.findall(text):
     if language == "bash":
       lines = block.replace("\\\n", "").splitlines()
-      found += [line for line in lines if line and not line.startswith("#")]
+      found += [_one_iteration(line) for line in lines if line and not line.startswith("#")]
     elif name := _FILE.match(block):
       (folder / name[1]).write_text(block)
-  trained = [
-    f"python launch/train.py --flagfile=experiments/{name}.flags"
-    for name in dict.fromkeys(_RUN.findall("\n".join(found)))
-  ]
-  return [
-    f"{line} --iterations=1" if "launch/train.py" in line else line for line in trained + found
-  ]
+  return found
+
+
+def _one_iteration(command: str) -> str:
+  return f"{command} --iterations=1" if "launch/train.py" in command else command
 
 
 def _environment() -> dict[str, str]:
