@@ -296,14 +296,18 @@ def _limit_files(bench: Bench, started: Started, draw: random.Random) -> None:
 def _fill_disk(bench: Bench, started: Started, draw: random.Random) -> None:
   """Leaves less room on the disk than a checkpoint needs, until the run has ended."""
   size = sum(path.stat().st_size for path in _files(bench.checkpoints / bench.saved()[-1]))
-  spare = bytes(draw.randrange(size))
-  filler, room = bench.folder / "filler", bench.folder / "room"
+  spare, filler = draw.randrange(size), bench.folder / "filler"
+
+  def fill() -> bool:
+    # Again and again: a checkpoint that is being written may end, and an older one be deleted.
+    room = shutil.disk_usage(bench.folder).free - spare
+    with contextlib.suppress(OSError):
+      file.write(bytes(max(room, 0)))
+    return False
+
   try:
-    room.write_bytes(spare)
-    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-      while True:
-        file.write(bytes(1 << 12))
-    room.unlink()
+    with open(filler, "wb", buffering=0) as file:
+      started.wait_for(fill)
     started.end()
   finally:
     filler.unlink()

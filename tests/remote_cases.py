@@ -52,7 +52,7 @@ def dropped(handler, answer):
 
 
 def hanging(handler, answer):
-  time.sleep(1)
+  time.sleep(3)
   return True
 
 
@@ -60,8 +60,18 @@ def dribbling(handler, answer):
   handler.send_response(200)
   handler.send_header("Content-Length", "1000")
   handler.end_headers()
+  return _dribble(handler)
+
+
+def dribbling_headers(handler, answer):
+  handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Name: ")
+  return _dribble(handler)
+
+
+def _dribble(handler):
+  """Never long without a byte, and never done."""
   with contextlib.suppress(OSError):
-    for _ in range(40):
+    for _ in range(400):
       handler.wfile.write(b" ")
       time.sleep(0.05)
   return True

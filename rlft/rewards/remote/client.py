@@ -8,11 +8,13 @@ urllib3, because its pool of connections may be shared by threads, and because n
 environment (proxies, .netrc) changes what it sends.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import logging
 import random
+import socket
 import threading
 import time
 from typing import Any, NoReturn, TypeVar
@@ -48,6 +50,60 @@ class Answer:
   data: bytes
 
 
+_waiting = threading.local()  # `connections`: what this thread's request was sent by
+
+
+class _Noted:
+  """Notes a connection where `_cut_after` finds it."""
+
+  def request(self, *args: Any, **kwargs: Any) -> None:
+    _waiting.connections.append(self)
+    super().request(*args, **kwargs)  # type: ignore[misc]
+
+
+class _HTTP(_Noted, urllib3.connection.HTTPConnection):
+  pass
+
+
+class _HTTPS(_Noted, urllib3.connection.HTTPSConnection):
+  pass
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+  ConnectionCls = _HTTP
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+  ConnectionCls = _HTTPS
+
+
+@contextlib.contextmanager
+def _cut_after(seconds: float) -> Iterator[None]:
+  """Cuts the connection of this thread's request if it is not done after so many seconds.
+
+  Time-outs of connections only bound the wait for the next bytes, and a server that sends a header
+  a byte at a time never runs into one.
+  """
+  connections = _waiting.connections = []
+
+  def cut() -> None:
+    for connection in connections:
+      # There may be none yet, or none any more.
+      with contextlib.suppress(OSError, AttributeError):
+        socket.socket.shutdown(
+          connection.sock, socket.SHUT_RDWR
+        )  # Not TLS's, which is not for two threads.
+
+  timer = threading.Timer(seconds, cut)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    connections.clear()
+
+
 class Client:
   """Sends requests to one server, from any number of threads."""
 
@@ -66,6 +122,7 @@ class Client:
       maxsize=connections,
       headers={"Authorization": f"Bearer {token}"} if token else None,
     )
+    self._pool.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
     self._changed = threading.Condition()
     self._gave_up: tuple[float, str] = (float("-inf"), "")  # When, and the message.
     self._down_since: float | None = None
@@ -85,27 +142,27 @@ class Client:
       TryAgain: no answer in time, a broken connection, 429 or 5xx.
       RewardError: the server's certificate is refused, or its answer is too long.
     """
-    end = time.monotonic() + timeout_s
+    end, late = time.monotonic() + timeout_s, f"no whole answer in {timeout_s:.3g} s"
     response = None
     try:
-      response = self._pool.request(
-        method,
-        self.server + path,
-        body=body,
-        headers={**self._pool.headers, **(headers or {})},
-        timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
-        retries=False,
-        redirect=False,
-        preload_content=False,
-      )
-      data = b""
-      # In pieces: the time-out of the connection only bounds the wait for each.
-      while piece := response.read1(2**16):
-        data += piece
-        if len(data) > _MAX_ANSWER:
-          raise RewardError(f"{self.server} answered with more than {_MAX_ANSWER} bytes")
-        if time.monotonic() > end:
-          raise TryAgain(f"no whole answer in {timeout_s:.3g} s")
+      with _cut_after(timeout_s):
+        response = self._pool.request(
+          method,
+          self.server + path,
+          body=body,
+          headers={**self._pool.headers, **(headers or {})},
+          timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
+          retries=False,
+          redirect=False,
+          preload_content=False,
+        )
+        data = b""
+        while piece := response.read1(2**16):
+          data += piece
+          if len(data) > _MAX_ANSWER:
+            raise RewardError(f"{self.server} answered with more than {_MAX_ANSWER} bytes")
+      if time.monotonic() > end:
+        raise TryAgain(late)
     except urllib3.exceptions.SSLError as error:
       if "CERTIFICATE_VERIFY_FAILED" not in str(error):
         raise TryAgain(_cause(error)) from error
@@ -118,7 +175,7 @@ class Client:
     except urllib3.exceptions.TimeoutError as error:
       raise TryAgain(f"no answer in {timeout_s:.3g} s") from error
     except (urllib3.exceptions.HTTPError, OSError) as error:
-      raise TryAgain(_cause(error)) from error
+      raise TryAgain(late if time.monotonic() > end else _cause(error)) from error
     finally:
       if response is not None:
         response.close()

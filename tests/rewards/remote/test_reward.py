@@ -17,7 +17,16 @@ import time
 
 import numpy as np
 import pytest
-from remote_cases import dribbling, dropped, fine, hanging, scored, status, truncated
+from remote_cases import (
+  dribbling,
+  dribbling_headers,
+  dropped,
+  fine,
+  hanging,
+  scored,
+  status,
+  truncated,
+)
 import train_cases as cases
 
 from rlft import catalog
@@ -343,12 +352,15 @@ def ask(faulty, options=ONE, size=4):
     [dropped, dropped],
     [hanging],
     [dribbling],
+    [dribbling_headers],
   ],
-  ids=["503", "5xx 429", "truncated", "dropped", "hanging", "dribbling"],
+  ids=["503", "5xx 429", "truncated", "dropped", "hanging", "dribbling", "dribbling headers"],
 )
 def test_what_may_pass_is_tried_again(faulty, faults):
   faulty.script = [*faults, fine]
+  start = time.monotonic()
   images, scores = ask(faulty)
+  assert time.monotonic() - start < 10  # Faults take longer that are not cut short.
   np.testing.assert_array_equal(scores, images[:, 0, 0, 0])
   assert faulty.requests == len(faults) + 1
 
