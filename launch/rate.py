@@ -18,7 +18,7 @@ class RateSettings:
   models: tuple[str, ...] = option(
     "a run, a model, or a folder of pictures with a metadata.jsonl; give the flag once for each, at"
     " least twice, or leave it out to go on with --output. Options:"
-    " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1",
+    " MODEL?name=NAME&guidance_scale=3&sampling_steps=50&eta=1&lora=FILE",
     (),
     path=True,
   )

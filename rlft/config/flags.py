@@ -196,6 +196,9 @@ def parse(
     _fail(f"{str(error).removeprefix('ERROR:: ')}: give a file with one --flag=value a line")
   except flags.Error as error:
     message = str(error).replace(": is ", " is ").replace(": has ", " has ")
+    message = re.sub(
+      r"^flag (--\w+)=None: .* value other than None\.$", r"\1 is missing: give it", message
+    )
     _fail(re.sub(r": \('Non-boolean.*", " is neither true nor false: give one of them", message))
   except RecursionError:  # absl looks for names that are near to an unknown one.
     _fail("unknown flag, with a name longer than any there is: see --help")

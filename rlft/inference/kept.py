@@ -1,16 +1,21 @@
 """Results of evaluations that are kept in a file, so that nothing is measured twice."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from rlft.evaluation import evaluate
 from rlft.evaluation.evaluate import EvalSpec
 from rlft.evaluation.protocol import Results
 from rlft.evaluation.results import EvalResult
+from rlft.inference import load as finetuned
+from rlft.inference import runs
+from rlft.inference.draw import Drawing
 from rlft.models.files import pretrained, single_file
 from rlft.storage import files
 from rlft.types import UserError
@@ -66,12 +71,40 @@ def stamp(model: str) -> Any:
   return [[os.path.relpath(path, source), s.st_size, s.st_mtime_ns] for path, s in found]
 
 
+def about(drawing: Drawing) -> dict[str, Any]:
+  """What tells what a model drew from what another did, or the same before it was changed.
+
+  Raises:
+    UserError: the model, its base or its LoRA is missing.
+  """
+  found = {k: v for k, v in dataclasses.asdict(drawing).items() if k not in ("batch_size", "seed")}
+  base = drawing.model
+  if runs.is_run(base):
+    run = runs.open_run(base)
+    base = drawing.pretrained or run.config.pretrained
+    finetuned.check_base(drawing.model, base)
+    found["checkpoint"] = run.checkpoint
+  found["files"] = stamp(base)
+  if drawing.lora:
+    found["lora_file"] = _status(pathlib.Path(drawing.lora))
+  return found
+
+
+def _status(path: pathlib.Path) -> list[int]:
+  with files.reading(path):
+    status = path.stat()
+  return [status.st_size, status.st_mtime_ns]
+
+
 def _asked(spec: EvalSpec) -> dict[str, Any]:
   """What an evaluation measures, so that it can be told from another of its name."""
   drawn_for = evaluate.prompts_of(spec)
   prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in drawn_for])
+  named = (pathlib.Path(part) for part in re.split(r"[:?&=]", spec.metric.name))
+  own = {"files": found} if (found := [_status(path) for path in named if path.is_file()]) else {}
   return {
     "metric": spec.metric.name,
+    **own,
     "images": spec.images,
     "images_per_prompt": spec.images_per_prompt,
     "prompts": hashlib.sha256(prompts.encode()).hexdigest(),

@@ -19,8 +19,7 @@ from rlft.evaluation.protocol import Results
 from rlft.evaluation.side_by_side import Row
 from rlft.evaluation.suites import Suite
 from rlft.inference import contenders as contenders_lib
-from rlft.inference import kept, measure, runs
-from rlft.inference import load as finetuned
+from rlft.inference import kept, measure
 from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
 from rlft.inference.protocol import parse_guidances
@@ -85,6 +84,8 @@ def run(
   fields.check(Config(scoring=scoring))
   if not output:
     raise UserError("--suite writes a directory: give --output=runs/NAME")
+  if settings.weights_dir and not files.local_path(settings.weights_dir).is_dir():
+    raise UserError(f"--weights_dir={settings.weights_dir} is not a directory: correct it")
   contenders = contenders_lib.parse(models)
   _check(contenders, settings, drawing)
   suite = catalog.make_suite(settings.suite, settings.weights_dir)
@@ -99,6 +100,7 @@ def run(
           f"--guidance_sweep={settings.guidance_sweep} needs prompts on which to choose, of the"
           f" same kind as those of {entry.name}: add development=... to --suite={settings.suite}"
         )
+  files.check_writable(str(output))
   with _Bench(suite, contenders, drawing, scoring, files.path_of(output), scales) as bench:
     measured = [bench.measured(one) for one in contenders]
   models_found = [model for model, _ in measured]
@@ -189,7 +191,7 @@ class _Bench:
       one.name: contenders_lib.drawing(one, contenders, drawing) for one in contenders
     }
     # Of all before the first is drawn with: what is missing is found at once.
-    self._about = {name: _about(drawing) for name, drawing in self._drawings.items()}
+    self._about = {name: kept.about(drawing) for name, drawing in self._drawings.items()}
     self._seed = _NOISE_SEED if drawing.seed is None else drawing.seed
     make = functools.cache(catalog.make_metric)
     entries = {"test": suite.evals}
@@ -290,19 +292,3 @@ class _Bench:
       specs = [spec for of_split in self._specs.values() for spec in of_split]
       self._score = measure.tried_scorer(metric_lib.uses(specs), drawer, self._scoring)
     return self._score
-
-
-def _about(drawing: Drawing) -> Mapping[str, Any]:
-  """What tells what a model drew from what another did, or the same before it was changed."""
-  about = {k: v for k, v in dataclasses.asdict(drawing).items() if k not in ("batch_size", "seed")}
-  base, config = drawing.model, contenders_lib.config_of(drawing.model)
-  if config is not None:
-    base = drawing.pretrained or config.pretrained
-    finetuned.check_base(drawing.model, base)
-    about["checkpoint"] = runs.open_run(drawing.model).checkpoint
-  about["files"] = kept.stamp(base)
-  if drawing.lora:
-    with files.reading(drawing.lora):
-      status = os.stat(drawing.lora)
-    about["lora_file"] = [status.st_size, status.st_mtime_ns]
-  return about

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
   FileResponse,
   HTMLResponse,
@@ -95,15 +95,21 @@ def make_app(
     Route(organizer + "/results.json", page.results_json),
     Route(organizer + "/{file}", page.file),
   ]
-  return Starlette(
+  app = Starlette(
     routes=routes,
     middleware=[
       # Another name in the request is another site's that was pointed at this machine.
       Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
       Middleware(BaseHTTPMiddleware, dispatch=_guarded),
     ],
-    exception_handlers={HTTPException: _refusal, sqlite3.OperationalError: _busy},
+    exception_handlers={
+      HTTPException: _refusal,
+      ClientDisconnect: _gone,
+      sqlite3.OperationalError: _busy,
+    },
   )
+  app.router.redirect_slashes = False  # A stranger is not told what there is with another slash.
+  return app
 
 
 async def _guarded(
@@ -111,7 +117,7 @@ async def _guarded(
 ) -> Response:
   """Refuses forms of other sites, and says to browsers what pages may do."""
   origin = request.headers.get("origin")
-  if origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers.get("host"):
+  if origin is not None and _host_of(origin) != request.headers.get("host"):
     response: Response = PlainTextResponse("Not found", 404)
   else:
     response = await call_next(request)
@@ -121,12 +127,25 @@ async def _guarded(
   return response
 
 
+def _host_of(origin: str) -> str:
+  try:
+    return urllib.parse.urlsplit(origin).netloc
+  except ValueError:
+    return ""
+
+
 async def _refusal(request: Request, error: Exception) -> Response:
   """The same for whatever is not there and for whatever is not allowed."""
   del request
   assert isinstance(error, HTTPException)
   code = 404 if error.status_code == 405 else error.status_code
   return PlainTextResponse("Not found" if code == 404 else error.detail, code)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+  """Whoever asked has left before everything was sent; nobody reads this."""
+  del request, error
+  return PlainTextResponse("Not whole", 400)
 
 
 async def _busy(request: Request, error: Exception) -> Response:

@@ -1,21 +1,25 @@
 """The pictures that are compared: drawn by models, or copied from folders."""
 
 from collections.abc import Sequence
+import json
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
 from rlft import catalog
+from rlft.config import fields
 from rlft.data import lines
 from rlft.inference import contenders as contenders_lib
+from rlft.inference import kept
 from rlft.inference import load as finetuned
 from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
 from rlft.models.files import pretrained
-from rlft.rating.settings import PromptSet
+from rlft.rating.settings import PromptSet, StudySettings
 from rlft.rating.study import Item, Study
 from rlft.storage import files, images
 from rlft.types import Prompt, UserError
@@ -52,12 +56,24 @@ def check(study: Study) -> None:
     UserError: there is no such model or folder, or a folder lacks a prompt.
   """
   for contender in range(len(study.contenders)):
-    source = _source(study, contender)
+    source, options = _source(study, contender), study.contenders[contender].drawing
     if is_folder(source):
+      if options:
+        raise UserError(
+          f"--models={source}: {next(iter(options))} has no effect on a folder of pictures: leave"
+          " it out"
+        )
       for place in range(len(study.sets)):
-        _copies(study, contender, place)
+        for path, _ in _copies(study, contender, place):
+          _decode(path)
     else:
       _check_model(source, study.settings.pretrained)
+      kept.about(_drawing(study, contender, batch_size=1))
+  if all(is_folder(one.source) for one in study.contenders):
+    given, default = fields.flat(study.settings), fields.flat(StudySettings())
+    for name in (*contenders_lib.DRAWN_BY, "image_size", "pretrained"):
+      if given[name] != default[name]:
+        raise UserError(f"--{name} has no effect on folders of pictures: leave it out")
 
 
 def collect(study: Study, *, batch_size: int) -> list[str]:
@@ -79,6 +95,7 @@ def collect(study: Study, *, batch_size: int) -> list[str]:
   for contender in order:
     source = _source(study, contender)
     missing = [place for place in range(len(study.sets)) if _is_missing(study, contender, place)]
+    _note_origin(study, contender, is_whole=not missing)
     if is_folder(source):
       for place in missing:
         for path, target in _copies(study, contender, place):
@@ -110,6 +127,43 @@ def _items(study: Study, place: int) -> list[tuple[int, Item]]:
 def _is_missing(study: Study, contender: int, place: int) -> bool:
   paths = (path for item, _ in _items(study, place) for path in study.pictures(item, contender))
   return not all(path.exists() for path in paths)
+
+
+def _note_origin(study: Study, contender: int, *, is_whole: bool) -> None:
+  """Notes what a contender's pictures are made from; says so if that has changed since.
+
+  Raises:
+    UserError: it has, and some of its pictures are missing: they would be of something else.
+  """
+  file = study.directory / "pictures" / f"from-{contender}.json"
+  source = _source(study, contender)
+  try:
+    origin = json.dumps(_origin(study, contender)) + "\n"
+  except (UserError, OSError):
+    if is_whole:
+      return  # What they were made from is no longer needed.
+    raise
+  if not file.exists():
+    files.write_atomic(file, origin)
+    return
+  with files.reading(file):
+    if file.read_text() == origin:
+      return
+  if not is_whole:
+    raise UserError(
+      f"{source} has changed since some of its pictures were made: give another --output"
+    )
+  said = f"{source} has changed since its pictures were made; it is they that are compared"
+  print(said, file=sys.stderr, flush=True)
+
+
+def _origin(study: Study, contender: int) -> Any:
+  """What tells a contender from what it was before it was changed, as JSON can hold it."""
+  if not is_folder(_source(study, contender)):
+    return kept.about(_drawing(study, contender, batch_size=1))
+  copies = [pair for place in range(len(study.sets)) for pair in _copies(study, contender, place)]
+  status = [path.stat() for path, _ in copies]
+  return [[one.st_size, one.st_mtime_ns] for one in status]
 
 
 # ---------------------------------------------------------------------------- models
@@ -221,5 +275,17 @@ def _decode(path: pathlib.Path) -> np.ndarray:
 
 
 def read(paths: Sequence[pathlib.Path]) -> np.ndarray:
-  """Pictures of one size `[N, H, W, 3]` float32 in [0, 1]."""
-  return np.stack([_decode(path) for path in paths]).astype(np.float32) / 255
+  """Pictures of one size `[N, H, W, 3]` float32 in [0, 1].
+
+  Raises:
+    UserError: one cannot be decoded, or is of another size than the first.
+  """
+  found = [_decode(path) for path in paths]
+  for path, image in zip(paths, found, strict=True):
+    if image.shape != found[0].shape:
+      sizes = " and ".join(f"{one.shape[0]}x{one.shape[1]}" for one in (found[0], image))
+      raise UserError(
+        f"pictures of {sizes} ({path}) cannot be scored together: give folders with pictures of one"
+        " size"
+      )
+  return np.stack(found).astype(np.float32) / 255

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import importlib.util
 import pathlib
 import signal
+import urllib.parse
 
 from rlft.config import fields
 from rlft.config.settings import EMOJI_SD
@@ -41,13 +42,15 @@ def rate(
   Raises:
     UserError: something cannot be read, drawn, served or written.
   """
-  fields.check(page)
+  _check_page(page)
   for name in _NEEDED:
     if importlib.util.find_spec(name) is None:
       raise UserError(f"comparing pictures needs {name}: pip install 'rlft[rating]'")
   files.check_local(page.output)
   directory = files.local_path(page.output)
   study = open_study(directory, models, sets, settings)
+  if page.simulate:
+    simulate.oracles(study)  # Their mistakes are found before anything is drawn.
   how = pictures.collect(study, batch_size=page.batch_size)
   plan = Plan(
     pairs=len(study.pairs),
@@ -88,6 +91,8 @@ def open_study(
     UserError: there is another one in the directory, or something given cannot be used.
   """
   kept = Study.load(directory)
+  if kept is not None and models and not _is_begun(directory):
+    kept = None  # Nothing was made of it, for a mistake, say, that is mended now.
   if kept is not None and not models:
     if sets or settings not in (StudySettings(), kept.settings):
       raise UserError(
@@ -114,6 +119,11 @@ def open_study(
   return given
 
 
+def _is_begun(directory: pathlib.Path) -> bool:
+  """Whether there is a picture or a vote."""
+  return (directory / _VOTES).exists() or any((directory / "pictures").glob("*.png"))
+
+
 def default_sets(contenders: Sequence[Contender]) -> tuple[PromptSet, ...]:
   """Prompts where none are given: those of a folder of pictures, or of the emoji world.
 
@@ -129,6 +139,27 @@ def default_sets(contenders: Sequence[Contender]) -> tuple[PromptSet, ...]:
   raise UserError(
     "there are no prompts: give --set=name=NAME,prompts=FILE, or --set=emoji for the emoji world"
   )
+
+
+def _check_page(page: PageSettings) -> None:
+  fields.check(page)
+  if not page.output:
+    raise UserError("--output is empty: give the directory of the comparison")
+  if page.simulate and page.results:
+    raise UserError("--results has no effect with --simulate, which prints them: leave it out")
+  if page.address and not _is_server(page.address):
+    raise UserError(
+      f"--address={page.address} is no address of a server: give one as http://host:port"
+    )
+
+
+def _is_server(address: str) -> bool:
+  try:
+    parts = urllib.parse.urlsplit(address)
+    parts.port  # noqa: B018  Raises where it is none.
+  except ValueError:
+    return False
+  return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.path.strip("/")
 
 
 def _check(sets: Sequence[PromptSet], settings: StudySettings) -> None:

@@ -35,7 +35,7 @@ def serve(
     say: takes the links, a line each.
 
   Raises:
-    UserError: the address is taken, or is none.
+    UserError: the address is taken.
   """
   listening = _listen(settings.host, settings.port)
   address = _address(settings, listening.getsockname()[1])
@@ -79,11 +79,6 @@ def _listen(host: str, port: int) -> socket.socket:
 def _address(settings: PageSettings, port: int) -> str:
   """What the links begin with."""
   if settings.address:
-    parts = urllib.parse.urlsplit(settings.address)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-      raise UserError(
-        f"--address={settings.address} is no address of a server: give one as http://host:port"
-      )
     return settings.address.rstrip("/")
   host = settings.host
   if host in ("0.0.0.0", "::"):

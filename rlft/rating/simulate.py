@@ -14,7 +14,27 @@ from rlft.rating import pictures
 from rlft.rating.study import Study
 from rlft.rating.votes import SIDES, TIE, Question, Votes
 from rlft.rewards.scoring import errors
-from rlft.types import UserError
+from rlft.types import Reward, UserError
+
+
+def oracles(study: Study) -> list[Reward]:
+  """The metric by which the raters of each set are simulated.
+
+  Raises:
+    UserError: a set has none, or one that cannot score it.
+  """
+  found = []
+  for entry in study.sets:
+    if not entry.oracle:
+      raise UserError(
+        f"--set=name={entry.name} has no oracle to simulate raters by: add oracle=NAME"
+      )
+    with errors.located(f"--set=name={entry.name}: oracle", entry.oracle):
+      metric = catalog.make_reward(entry.oracle)
+    if metric.is_set and entry.images == 1:
+      raise UserError(f"oracle {entry.oracle} of --set=name={entry.name} is of sets: add images=6")
+    found.append(metric)
+  return found
 
 
 def scores(study: Study) -> np.ndarray:
@@ -28,17 +48,7 @@ def scores(study: Study) -> np.ndarray:
   """
   found = np.full((len(study.items), len(study.contenders)), np.nan)
   with measure.scorer(ScoringSettings()) as score:
-    for place, entry in enumerate(study.sets):
-      if not entry.oracle:
-        raise UserError(
-          f"--set=name={entry.name} has no oracle to simulate raters by: add oracle=NAME"
-        )
-      with errors.located(f"--set=name={entry.name}: oracle", entry.oracle):
-        metric = catalog.make_reward(entry.oracle)
-      if metric.is_set and entry.images == 1:
-        raise UserError(
-          f"oracle {entry.oracle} of --set=name={entry.name} is of sets: add images=6"
-        )
+    for place, (entry, metric) in enumerate(zip(study.sets, oracles(study), strict=True)):
       rows = [row for row, item in enumerate(study.items) if item.set == place]
       prompts = pictures.prompts_of(entry, study.contenders)
       drawn_for = [prompt for prompt in prompts for _ in range(entry.images)]

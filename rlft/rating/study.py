@@ -7,7 +7,6 @@ import json
 import pathlib
 from typing import Any
 
-from rlft.config import fields
 from rlft.inference import contenders
 from rlft.inference.contenders import Contender
 from rlft.rating.settings import PromptSet, StudySettings
@@ -136,14 +135,19 @@ def check_same(kept: Study, given: Study) -> None:
     if (was := getattr(kept, what)) != (now := getattr(given, what)):
       was, now = _difference(was, now)
       raise UserError(
-        f"{kept.directory} holds another comparison, with {what} {was} instead of {now}: give"
-        " another --output, or --output alone to go on with it"
+        f"{kept.directory} holds another comparison, with {was} in the place of {now} among its"
+        f" {what}: give another --output, or --output alone to go on with it"
       )
 
 
-def _difference(was: Any, now: Any) -> tuple[Any, Any]:
-  if isinstance(was, StudySettings):
-    was, now = fields.flat(was), fields.flat(now)
-    return tuple({k: v for k, v in one.items() if was[k] != now[k]} for one in (was, now))
-  both = itertools.zip_longest(was, now)
-  return next((one, other) for one, other in both if one != other)
+def _difference(was: Any, now: Any) -> tuple[str, str]:
+  """What differs, of settings or of the first entries that are not the same, in words."""
+  if not isinstance(was, StudySettings):
+    both = itertools.zip_longest(was, now)
+    was, now = next((one, other) for one, other in both if one != other)
+  a, b = ({} if one is None else dataclasses.asdict(one) for one in (was, now))
+
+  def told(one: dict[str, Any], other: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in one.items() if v != other.get(k)) or "nothing"
+
+  return told(a, b), told(b, a)

@@ -183,6 +183,16 @@ def test_the_command_line_fails_in_one_line(tmp_path):
   assert not done.stdout
 
 
+def test_a_flag_that_must_be_given_is_named(capsys):
+  values = flags.FlagValues()
+  flags.DEFINE_string("model", None, "m", flag_values=values)
+  flags.mark_flag_as_required("model", flag_values=values)
+  with pytest.raises(SystemExit) as ended:
+    cli.parse(["x"], flag_values=values)
+  assert ended.value.code == 2
+  assert capsys.readouterr().err == "error: --model is missing: give it\n"
+
+
 def test_versions_are_printed_also_where_a_flag_is_missing():
   script = pathlib.Path(__file__).parents[2] / "launch" / "sample.py"
   done = subprocess.run(

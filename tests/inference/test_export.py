@@ -132,6 +132,8 @@ def test_what_cannot_be_uploaded_is_said_before_anything_is_read(monkeypatch, tm
   for repo, message in (
     ("name", "--push_to_hub=name is no name of a hub's repository: write org/name"),
     ("org/name@main", "is no name of a hub's repository"),
+    ("a..b/na--me", r"is no name of a hub's repository \(.*\): write org/name"),
+    ("../name", r"is no name of a hub's repository \(.*\): write org/name"),
     ("org/name", "nobody is logged in to the hub; do so with 'hf auth login', or set HF_TOKEN"),
   ):
     with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 """Suites on several models: small random ones, with small random reward networks."""
 
 import json
+import os
 import shutil
 
 import clip_reward_cases
@@ -73,9 +74,9 @@ def drawn(monkeypatch):
   return log
 
 
-def run(folder, output, suite, *models, weights=False, sweep="", **how):
+def run(folder, output, suite, *models, weights=False, weights_dir="", sweep="", **how):
   """Model `b` draws at guidance 13 what `a` draws at 3, but brighter."""
-  settings = SuiteSettings(suite, str(folder / "weights") if weights else "", sweep)
+  settings = SuiteSettings(suite, str(folder / "weights") if weights else weights_dir, sweep)
   models = models or (f"{folder}/a", f"{folder}/b?guidance_scale=13")
   drawing = Drawing("", **{"sampling_steps": 2, "guidance_scale": 3.0, **how})
   return suites_lib.run(models, settings, drawing, scoring=ScoringSettings(60.0, 2), output=output)
@@ -138,6 +139,11 @@ def test_nothing_is_measured_twice_and_what_has_changed_is(folder, drawn, tmp_pa
   run(folder, tmp_path, suite, f"{folder}/a", f"{folder}/b?guidance_scale=12")
   assert drawn == [(12.0, 2001, 8)]
   drawn.clear()
+  run(folder, tmp_path, suite, seed=7)
+  assert drawn == [(3.0, 8, 8), (13.0, 8, 8)]
+  drawn.clear()
+  metric = folder / "metrics.py"
+  os.utime(metric, ns=(0, 0))  # As if it had been edited.
   run(folder, tmp_path, suite, seed=7)
   assert drawn == [(3.0, 8, 8), (13.0, 8, 8)]
 
@@ -245,6 +251,16 @@ def test_mistakes(folder, tmp_path, suite, models, message):
   assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="--suite writes a directory: give --output=runs/NAME"):
     run(folder, None, "emoji")
+
+
+def test_a_directory_that_cannot_be_is_said_before_anything_is_drawn(folder, drawn, tmp_path):
+  suite = f"standard?prompts={folder}/test.tsv?column=Prompts&metric=jpeg"
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file cannot be written to"):
+    run(folder, tmp_path / "file", suite)
+  with pytest.raises(UserError, match="--weights_dir=.*none is not a directory: correct it"):
+    run(folder, tmp_path, suite, weights_dir=str(tmp_path / "none"))
+  assert drawn == []
 
 
 def test_every_suite_from_prompts_to_tables(folder, tmp_path):

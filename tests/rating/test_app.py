@@ -1,5 +1,6 @@
 """The page, called as a browser and as a stranger would call it."""
 
+import asyncio
 import html.parser
 import io
 import re
@@ -266,11 +267,34 @@ def test_what_browsers_are_told(page):
   assert not re.search(r"https?:|style=|onclick", text)  # Nothing from elsewhere, nothing inline.
 
 
+def test_another_slash_says_nothing_to_a_stranger(page):
+  client, links, _ = page
+  for address in ("/r/x/", "/o/x/", f"/r/{links.rater(1)}/"):
+    assert client.get(address).status_code == 404
+
+
+def test_whoever_leaves_in_the_middle_of_a_vote_leaves_no_trace(page):
+  client, links, votes = page
+  path = f"/r/{links.rater(1)}/vote"
+  host = (b"host", b"127.0.0.1")
+  scope = {"type": "http", "method": "POST", "path": path, "headers": [host], "query_string": b""}
+  sent = []
+
+  async def receive():
+    return {"type": "http.disconnect"}
+
+  async def send(message):
+    sent.append(message)
+
+  asyncio.run(client.app(scope, receive, send))
+  assert sent[0]["status"] == 400 and votes.answered() == []
+
+
 def test_other_sites_and_other_names_are_refused(page):
   client, links, votes = page
   rater = links.rater(1)
   form = {**read(client, rater).forms["vote"], "answer": "left"}
-  for origin in ("http://evil.example", "null", "http://127.0.0.1:81"):
+  for origin in ("http://evil.example", "null", "http://127.0.0.1:81", "http://["):
     sent = client.post(f"/r/{rater}/vote", data=form, headers={"origin": origin})
     assert sent.status_code == 404
   assert client.get(f"/r/{rater}", headers={"host": "evil.example"}).status_code == 400

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -90,9 +91,14 @@ def test_a_comparison_goes_on_as_it_was(tmp_path):
   assert rate.open_study(study.directory, [], [], StudySettings()) == study
   assert rate.open_study(study.directory, again, sets, StudySettings()) == study
   for models, other, settings, said in (
-    (again, sets, {"ties": False}, r"with settings \{'ties': True\} instead of \{'ties': False\}"),
-    (again, [PromptSet("other")], {}, "with sets PromptSet"),
-    (again[::-1], sets, {}, "with contenders Contender"),
+    (again, sets, {"ties": False}, "with ties=True in the place of ties=False among its settings"),
+    (again, [PromptSet("other")], {}, "with name=things in the place of name=other among its sets"),
+    (
+      again[::-1],
+      sets,
+      {},
+      "with name=base, source=.*base in the place of name=tuned.* among its contenders",
+    ),
     ([], [], {"seed": 3}, "whose prompts and settings are fixed: give --output alone"),
   ):
     with pytest.raises(UserError, match=said):
@@ -170,9 +176,70 @@ def test_a_picture_that_is_none(tmp_path):
     rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
   (tmp_path / "b" / "0-0.png").write_text("<svg onload=alert(1)>")
   models = [str(tmp_path / "a"), str(tmp_path / "b")]
-  study = rate.open_study(tmp_path / "out", models, [], StudySettings())
   with pytest.raises(UserError, match=r"b/0-0.png cannot be decoded .*: replace it"):
+    rate.open_study(tmp_path / "out", models, [], StudySettings())
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_which_nothing_was_made_is_replaced(tmp_path):
+  """For a mistake that only the drawing found, and that is mended."""
+  for folder in ("a", "b"):
+    rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
+  models, out = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
+  rate.open_study(out, models, [PromptSet("wrong")], StudySettings())
+  study = rate.open_study(out, models, [PromptSet("right")], StudySettings())
+  pictures.collect(study, batch_size=1)
+  with pytest.raises(UserError, match="holds another comparison"):
+    rate.open_study(out, models, [PromptSet("wrong")], StudySettings())
+
+
+def test_pictures_that_have_changed_are_not_compared_in_silence(tmp_path, capsys):
+  study = rating_cases.make_study(tmp_path, prompts=["x", "y"])
+  pictures.collect(study, batch_size=1)
+  assert "has changed" not in capsys.readouterr().err
+  images.save_png(tmp_path / "tuned" / "0-0.png", np.zeros((9, 9, 3), np.uint8))
+  pictures.collect(study, batch_size=1)
+  assert capsys.readouterr().err.endswith(
+    "tuned has changed since its pictures were made; it is they that are compared\n"
+  )
+  assert pictures.read([study.picture(0, 1, 0)]).shape == (1, 8, 8, 3)
+  study.picture(1, 1, 0).unlink()
+  with pytest.raises(UserError, match="tuned has changed since some of its .*: give another --out"):
     pictures.collect(study, batch_size=1)
+  # What is whole no longer needs what it was made from.
+  shutil.rmtree(tmp_path / "base")
+  study.picture(1, 1, 0).write_bytes(study.picture(0, 1, 0).read_bytes())
+  rate.open_study(study.directory, [], [], StudySettings())
+
+
+@pytest.mark.parametrize(
+  ("options", "settings", "page", "said"),
+  [
+    ("?lora=/none.safetensors", {}, {}, "lora has no effect on a folder of pictures: leave it out"),
+    ("", {"image_size": "7"}, {}, "--image_size has no effect on folders of pictures"),
+    ("", {"guidance_scale": 3.0}, {}, "--guidance_scale has no effect on folders of pictures"),
+    ("", {}, {"output": ""}, "--output is empty: give the directory of the comparison"),
+    ("", {}, {"simulate": 2, "results": True}, "--results has no effect with --simulate"),
+    ("", {}, {"address": "http://[::1"}, r"--address=http://\[::1 is no address of a server"),
+    ("", {}, {"address": "http://x:99999"}, "--address=http://x:99999 is no address of a server"),
+    ("", {}, {"simulate": 2}, "--set=name=p: oracle=nosuch: .*"),
+  ],
+)
+def test_what_has_no_effect_or_cannot_be_is_said_first(tmp_path, options, settings, page, said):
+  for folder in ("a", "b"):
+    rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
+  models, out = [str(tmp_path / "a"), f"{tmp_path}/b{options}"], str(tmp_path / "out")
+  with pytest.raises(UserError, match=said):
+    sets = [PromptSet("p", oracle="nosuch")]
+    rate.rate(models, sets, StudySettings(**settings), PageSettings(**{"output": out, **page}))
+  assert not list(tmp_path.glob("out/pictures/*"))
+
+
+def test_oracles_need_pictures_of_one_size(tmp_path):
+  rating_cases.write_folder(tmp_path / "a", 1, prompts=["x", "y"])
+  images.save_png(tmp_path / "a" / "1-0.png", np.zeros((4, 6, 3), np.uint8))
+  with pytest.raises(UserError, match=r"pictures of 8x8 and 4x6 \(.*1-0.png\) cannot be scored"):
+    pictures.read([tmp_path / "a" / "0-0.png", tmp_path / "a" / "1-0.png"])
 
 
 def simulated(study, *, noise, count=5):
@@ -212,6 +279,7 @@ def test_simulated_raters_begin_anew(tmp_path, monkeypatch):
   """Another noise would be without effect on answers that are there."""
   study = rating_cases.make_study(tmp_path, checks=0.0)
   monkeypatch.setattr(simulate, "scores", lambda _: np.stack([np.ones(8), np.zeros(8)], axis=1))
+  monkeypatch.setattr(simulate, "oracles", lambda _: [])
 
   def preferred(noise):
     page = PageSettings(output=str(study.directory), simulate=5, noise=noise)

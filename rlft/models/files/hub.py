@@ -10,6 +10,7 @@ import urllib.parse
 import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
 
 from rlft.types import UserError
 
@@ -117,6 +118,12 @@ def check_upload(repo: str) -> None:
   parsed = parse(repo)
   if parsed is None or parsed.revision is not None:
     raise UserError(f"--push_to_hub={repo} is no name of a hub's repository: write org/name")
+  try:
+    validate_repo_id(repo)
+  except ValueError as error:
+    raise UserError(
+      f"--push_to_hub={repo} is no name of a hub's repository ({error}): write org/name"
+    ) from error
   if huggingface_hub.get_token() is None:
     raise UserError(
       f"--push_to_hub={repo}: nobody is logged in to the hub; do so with 'hf auth login', or set"

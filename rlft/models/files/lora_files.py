@@ -186,7 +186,8 @@ def load(
 
 def _open(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
   if not os.path.isfile(path):
-    raise UserError(f"{path} does not exist: give a safetensors file with a LoRA")
+    what = "is no file" if os.path.exists(path) else "does not exist"
+    raise UserError(f"{path} {what}: give a safetensors file with a LoRA")
   if not os.fspath(path).endswith(".safetensors"):
     raise UserError(f"{path} is no safetensors file: give one with a LoRA")
   return arrays.read_files([pathlib.Path(path)])

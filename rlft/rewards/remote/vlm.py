@@ -76,8 +76,10 @@ def vlm_reward(
   limits = Limits(in_flight, timeout_s, deadline_s, retries, start_s)
   limits.check(spec)
   server, model = _split(spec)
-  if not answer.strip():
-    raise UserError(f"reward {spec!r}: answer={answer} is no word: write answer=yes")
+  if len(answer.split()) != 1:
+    raise UserError(f"reward {spec!r}: answer={answer} is not one word: write answer=yes")
+  if api and not re.fullmatch(r"(/[^/?#\s]+)+", api):
+    raise UserError(f"reward {spec!r}: api={api} is no path: write api=/v1")
   if questions and (question, answer) != (QUESTION, ANSWER):
     raise UserError(
       f"reward {spec!r}: questions={questions} takes questions and answers from the metadata: leave"
