@@ -18,20 +18,28 @@
 #SBATCH --output=rlft-%j.log
 set -euo pipefail
 
-# Programs survive the job, so that the next start compiles nothing.
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/rlft/xla}"
-step='' stopped='' status=0
-trap 'stopped=1; [[ -z $step ]] || kill -TERM "$step"' USR1 TERM # srun hands it on to every process.
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" launch/train.py "$@" &
+# What the run says is copied, since only that tells a run that was stopped from one that has ended.
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+mkfifo "$folder/says"
+(trap '' INT TERM USR1 && exec tee "$folder/said" <"$folder/says") &
+copying=$!
+
+step=''
+# At TERM, srun kills its processes; USR1 it hands on to each of them.
+trap '[[ -z $step ]] || kill -USR1 "$step"' USR1 TERM
+srun --kill-on-bad-exit=1 "${PYTHON:-python}" launch/train.py "$@" >"$folder/says" 2>&1 &
 step=$!
 
-# A signal ends the first wait, not the step.
-wait "$step" || status=$?
-if [[ $stopped ]]; then
+# A signal ends a wait, not the step.
+while
   status=0
   wait "$step" || status=$?
-  if ((status == 0)); then
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
+  kill -0 "$step" 2>/dev/null
+do :; done
+wait "$copying" || true
+# When the job is to make way for another, Slurm tells the step, and not this script.
+if ((status == 0)) && grep -q 'the same command goes on' "$folder/said"; then
+  scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -88,18 +88,32 @@ on_all() {
   vm ssh "$name" --worker=all --ssh-flag=-oServerAliveInterval=30 "--command=$1"
 }
 
-# READY, or another word for why it is not; GONE where there is no such TPU.
+# READY, or another word for why it is not; GONE where there is no such TPU, UNKNOWN where gcloud
+# cannot be asked for ten minutes: a network that is away for a while has not taken the TPU.
 state() {
-  gcloud compute tpus tpu-vm describe "$name" "--zone=$zone" '--format=value(state)' 2>/dev/null ||
-    echo GONE
+  local errors found=UNKNOWN
+  errors=$(mktemp)
+  for _ in {1..20}; do
+    if found=$(gcloud compute tpus tpu-vm describe "$name" "--zone=$zone" '--format=value(state)' 2>"$errors"); then
+      break
+    elif grep -q NOT_FOUND "$errors"; then
+      found=GONE
+      break
+    fi
+    found=UNKNOWN
+    cat "$errors" >&2
+    sleep "${POLL_SECONDS:-30}"
+  done
+  rm -f "$errors"
+  echo "$found"
 }
 
 create() {
   if [[ $queued ]]; then
     queue create "$name" "--node-id=$name" "--accelerator-type=$type" \
-      "--runtime-version=$version" "${spot[@]}"
+      "--runtime-version=$version" "${spot[@]}" || return
   else
-    vm create "$name" "--accelerator-type=$type" "--version=$version" "${spot[@]}"
+    vm create "$name" "--accelerator-type=$type" "--version=$version" "${spot[@]}" || return
   fi
   [[ $dry_run ]] && return
   until [[ $(state) == READY ]]; do
@@ -147,13 +161,19 @@ train() {
     fi
     # A run that saved and ended because its machine was told to may be faster than the machine.
     sleep "${POLL_SECONDS:-30}"
-    if [[ $(state) == READY ]]; then
-      ((status)) && fail "the training failed on a TPU that is still there: see $log"
-      continue
-    fi
+    case $(state) in
+      READY)
+        ((status)) && fail "the training failed on a TPU that is still there: see $log"
+        continue
+        ;;
+      UNKNOWN) fail "gcloud cannot say whether $name is still there: give the command train again" ;;
+    esac
     echo "$name was taken away: asking for another" >&2
     delete || true
-    create
+    until create; do
+      echo "there is no other yet: asking again" >&2
+      sleep "${POLL_SECONDS:-30}"
+    done
     install
   done
 }

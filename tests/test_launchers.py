@@ -24,11 +24,13 @@ echo "$*" >> calls
 case "$*" in
   *describe*) answers=states ;;
   *launch/train.py*) answers=trainings ;;
+  *" create "*) answers=creations ;;
   *) exit ;;
 esac
 line=$(head -1 $answers)
 [ "$(wc -l < $answers)" -gt 1 ] && sed -i 1d $answers
-echo "${line#* }"
+status=${line%% *}
+[ "$status" = 0 ] && echo "${line#* }" || echo "${line#* }" >&2
 exit "${line%% *}"
 """
 TPU = ("--name=tpu", "--zone=z", "--type=v6e-8", "--version=image")
@@ -68,9 +70,17 @@ def ended(process):
   return process.returncode, out, err
 
 
-def tpu_vm(folder, *arguments, states=("READY",), runs=("0 report: runs/x/report.html",)):
+def tpu_vm(
+  folder,
+  *arguments,
+  states=("READY",),
+  runs=("0 report: runs/x/report.html",),
+  creations=("0 created",),
+):
   """What the script says and how it ends, with gcloud's answers; its calls are in `calls`."""
-  (folder / "states").write_text("".join(f"0 {state}\n" for state in states))
+  answers = (state if state[0].isdecimal() else f"0 {state}" for state in states)
+  (folder / "states").write_text("".join(f"{answer}\n" for answer in answers))
+  (folder / "creations").write_text("".join(f"{creation}\n" for creation in creations))
   (folder / "trainings").write_text("".join(f"{run}\n" for run in runs))
   put(folder, "gcloud", _CLOUD)
   put(folder, "git", 'echo archived > "${2#--output=}"')
@@ -145,6 +155,37 @@ def test_a_tpu_that_is_taken_away_is_replaced(folder, first):
   assert verbs(folder) == ["train", *again, "train"]
 
 
+def test_a_network_that_is_away_takes_no_tpu(folder):
+  lost = "255 connection lost"
+  arguments = ("train", "--", "--workdir=gs://b/x")
+  status, _, err = tpu_vm(folder, *arguments, states=("READY",), runs=(lost,))
+  assert status == 2 and "failed on a TPU that is still there" in err
+  status, _, err = tpu_vm(folder, *arguments, states=("1 ERROR: cannot resolve",), runs=(lost,))
+  assert status == 2 and "gcloud cannot say whether tpu is still there: give the command" in err
+  assert verbs(folder) == ["train", "train"]  # and nothing was deleted
+  states = ("1 ERROR: cannot resolve", "1 ERROR: NOT_FOUND", "READY")
+  status, _, err = tpu_vm(folder, *arguments, states=states, runs=(lost, "0 report: x"))
+  assert status == 0 and "tpu was taken away" in err
+
+
+def test_another_tpu_is_asked_for_until_there_is_one(folder):
+  refused = "1 There is no more capacity in the zone"
+  status, _, err = tpu_vm(
+    folder,
+    "--spot",
+    "train",
+    "--",
+    "--workdir=gs://b/x",
+    states=("PREEMPTED", "READY"),
+    runs=("255 connection lost", "0 report: x"),
+    creations=(refused, refused, "0 created"),
+  )
+  assert status == 0 and err.count("there is no other yet: asking again") == 2
+  assert verbs(folder) == ["train", "delete", *3 * ["create"], "scp", "ssh", "train"]
+  status, _, _ = tpu_vm(folder, "create", creations=(refused,))
+  assert status == 1  # Whoever asks for the first one is there to hear it.
+
+
 def test_a_run_that_was_stopped_on_a_tpu_that_stays_goes_on(folder):
   status, _, _ = tpu_vm(folder, "train", "--", "--a=b", runs=(f"0 {STOPPED}", "0 report: x"))
   assert status == 0 and verbs(folder) == ["train", "train"]
@@ -189,11 +230,21 @@ trap 'exit 0' TERM
 touch started
 while true; do sleep 0.05; done
 """
+# srun hands USR1 on to the run, which saves; TERM it takes for itself, and kills the run.
+_SRUN = f"""
+echo "$*" >> calls
+[ -n "$SAYS" ] && echo "$SAYS"
+[ -n "$STATUS" ] && exit "$STATUS"
+trap 'exit 137' TERM
+trap 'echo "{STOPPED}"; exit 0' USR1
+touch started
+while true; do sleep 0.05; done
+"""
 
 
 @pytest.fixture
 def cluster(folder):
-  put(folder, "srun", _STEP)
+  put(folder, "srun", _SRUN)
   put(folder, "scontrol", 'echo "$*" >> calls')
   return folder
 
@@ -206,12 +257,21 @@ def test_slurm_hands_the_flags_on_and_the_status_back(cluster):
   assert (cluster / "calls").read_text() == 2 * call
 
 
-def test_slurm_puts_a_job_back_that_its_time_has_stopped(cluster):
+def test_slurm_puts_a_job_back_that_was_told_to_make_way(cluster):
+  """Slurm tells the run alone, which ends with status 0."""
+  job = start(cluster, "launch/slurm.sh", "--a=b", STATUS="0", SAYS=STOPPED, SLURM_JOB_ID="42")
+  status, out, _ = ended(job)
+  assert status == 0 and out == f"{STOPPED}\n"
+  assert (cluster / "calls").read_text().splitlines()[1:] == ["requeue 42"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_slurm_puts_a_job_back_that_its_time_has_stopped(cluster, number):
   job = start(cluster, "launch/slurm.sh", "--a=b", STATUS="", SLURM_JOB_ID="42")
   while not (cluster / "started").exists():
     assert job.poll() is None
     time.sleep(0.02)
-  job.send_signal(signal.SIGUSR1)
+  job.send_signal(number)
   assert ended(job)[0] == 0
   assert (cluster / "calls").read_text().splitlines()[1:] == ["requeue 42"]
 
