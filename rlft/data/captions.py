@@ -68,11 +68,12 @@ _OTHER_SKIN = (
 )
 # Of these, too, the words that describe people make something ethnic; skin is as good as a person.
 _OF_PEOPLE = frozenset(
-  "ancestry communities community complexion culture descent heritage history lives origin origins"
-  " roots skin".split()
+  "ancestry communities community complexion culture descent hands heritage history lives origin"
+  " origins roots skin".split()
 )
+_PRONOUNS = frozenset(("he", "she"))
 # Right after a colour these take it for themselves: "a black haired woman".
-_TAKES_COLOUR = frozenset("bearded clad coated dressed eyed haired robed shirted suited".split())
+_TAKES_COLOUR = frozenset("clad coated dressed eyed haired robed shirted suited".split())
 # A person by trade, whose name may begin with a thing: "a black baseball player".
 _AGENT = re.compile(r"(?!(?:.*(?:fa|mo|bro)ther|sister|daughter|elder)s?$)\w+(?:er|or|ist|ian)s?$")
 _END = r"(?=[^\w\s-]|$)"
@@ -91,7 +92,9 @@ _SKIN = tuple(
     rf"(?:{_COLOURS})(?:,? [\w-]+){{0,2}},? (?:skin(?:ned)?|complexion(?:ed)?)",
     rf"(?:skin|complexion)(?: (?:is|was|as|like|looks?|colou?r|of|so|that|the|very)){{1,4}}"
     rf" (?:{_COLOURS})",
+    rf"(?:skin|complexion) (?:{_COLOURS}) as",
     r"colou?rs? of (?:\w+ )?skins?",
+    r"(?:skin|complexion) (?:of )?the colou?rs? of",
   )
 )
 
@@ -151,9 +154,12 @@ def _described(text: str) -> Iterator[tuple[int, str]]:
     if end := _end_of_person(text, found):
       yield found.start(), text[found.start() : end]
   for pattern in _after():
-    for found in pattern.finditer(text):
-      if found[1] in _persons():
+    # One may begin within another: "a portrait of [a woman who is Black]".
+    start = 0
+    while found := pattern.search(text, start):
+      if found[1] in _persons() or found[1] in _PRONOUNS:
         yield found.start(), found[0]
+      start = found.end(1)
 
 
 def _end_of_person(text: str, found: re.Match[str]) -> int:
@@ -179,7 +185,7 @@ def _end_of_person(text: str, found: re.Match[str]) -> int:
     if (
       word in _ENDS
       or (word in ("and", "or") and (after in _ENDS or after in _persons()))
-      or (place == 0 and word in _TAKES_COLOUR)
+      or (place == 0 and word in _TAKES_COLOUR and "," not in step[0])
       or (word in _things() and not (after in _persons() and _AGENT.match(after)))
     ):
       return 0
@@ -293,6 +299,10 @@ def _after() -> tuple[re.Pattern[str], ...]:
   return (
     re.compile(rf"{word} ?[,;:/-] ?(?:[\w-]+, )?(?:{one}){_END}"),
     re.compile(rf"{word} (?:both|either) (?:{one})(?!\w)"),
+    re.compile(
+      rf"{word},? (?:with )?one (?:(?:is|was) )?(?:{one}),? (?:and|or|but)"
+      r" (?:one|another|the other)(?!\w)"
+    ),
     re.compile(
       rf"{word}(?:{phrase}{{0,2}},?(?: who)?| that) {verb} (?:{one})"
       rf"(?:{_END}|(?= (?:and|or|but|with)(?!\w)))"

@@ -87,6 +87,8 @@ def read_parquet(path: str, column: str) -> Source:
       names = file.schema_arrow.names
       if column not in names:
         raise no_column(path, column, names)
+      if not _holds_text(kind := file.schema_arrow.field(column).type):
+        raise UserError(f"{path}: column '{column}' holds {kind}, not text: name another")
       if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path} has two columns '{repeated[0]}': rename one of them")
       with _unpacked(path) as unpacked, contextlib.ExitStack() as stack:
@@ -225,6 +227,15 @@ def _text_of_times(kind: Any) -> Any:
   import pyarrow
 
   return pyarrow.string() if pyarrow.types.is_temporal(kind) else kind
+
+
+def _holds_text(kind: Any) -> bool:
+  """Whether a column is of text, or of nothing at all."""
+  from pyarrow import types
+
+  kind = kind.value_type if types.is_dictionary(kind) else kind
+  tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+  return any(test(kind) for test in tests)
 
 
 @contextlib.contextmanager

@@ -73,9 +73,10 @@ def run(config: PrepareConfig, load: Callable[[str], Sequence[Prompt]]) -> str:
   files.check_writable(config.output)
 
   dropped: collections.Counter[str] = collections.Counter()
+  bytes_of: collections.Counter[str] = collections.Counter()
   writers: dict[str, records.Writer] = {}
   with contextlib.ExitStack() as unfinished:
-    for split, prompt in _sorted(config, source, dropped):
+    for split, prompt in _sorted(config, source, dropped, bytes_of):
       if split not in writers:
         writers[split] = records.Writer(config.output, split)
         unfinished.callback(writers[split].discard)
@@ -88,15 +89,20 @@ def run(config: PrepareConfig, load: Callable[[str], Sequence[Prompt]]) -> str:
       "rows": {"read": kept + dropped.total(), "kept": kept, "dropped": dict(dropped)},
       "splits": made,
     }
+    if bytes_of:
+      told["columns left out"] = dict(bytes_of)
     files.write_atomic(manifest, json.dumps(told, indent=2) + "\n")
     unfinished.pop_all()
   return _summary(config.output, told)
 
 
 def _sorted(
-  config: PrepareConfig, source: Sequence[Prompt], dropped: collections.Counter[str]
+  config: PrepareConfig,
+  source: Sequence[Prompt],
+  dropped: collections.Counter[str],
+  bytes_of: collections.Counter[str],
 ) -> Iterator[tuple[str, Prompt]]:
-  """All prompts of the data set, each with its split; what is dropped is counted."""
+  """All prompts of the data set, each with its split; what is dropped and left out is counted."""
   if config.kind == "composition":
     for split in compose.SPLITS["composition"]:
       for prompt in _watched(compose.load("composition", split), split):
@@ -104,7 +110,8 @@ def _sorted(
     return
   if isinstance(source, Source) and source.left_out:
     dropped[_NO_PROMPT] += source.left_out
-  chosen = _chosen(_watched(source, config.kind), config.kind, dropped)
+  prompts = _without_bytes(_watched(source, config.kind), bytes_of)
+  chosen = _chosen(prompts, config.kind, dropped)
   yield from _put_aside(chosen, config.held_out)
   if config.kind == "people":
     for prompt in compose.load(compose.OCCUPATIONS, "test"):
@@ -148,6 +155,26 @@ def _check_metadata(prompt: Prompt, ids: set[bytes]) -> None:
     ids.add(key)
 
 
+def _without_bytes(
+  prompts: Iterable[Prompt], bytes_of: collections.Counter[str]
+) -> Iterator[Prompt]:
+  """The prompts without metadata that hold bytes, pictures say, which JSON cannot."""
+  for prompt in prompts:
+    if found := [name for name, value in prompt.metadata.items() if _holds_bytes(value)]:
+      bytes_of.update(found)
+      kept = {name: value for name, value in prompt.metadata.items() if name not in found}
+      prompt = Prompt(prompt.text, kept)
+    yield prompt
+
+
+def _holds_bytes(value: Any) -> bool:
+  if isinstance(value, dict):
+    value = list(value.values())
+  if isinstance(value, (list, tuple)):
+    return any(map(_holds_bytes, value))
+  return isinstance(value, (bytes, bytearray))
+
+
 def _reason(caption: str) -> str:
   """Why a caption is not for training on people; empty if it is."""
   if captions.ethnic_term(caption):
@@ -188,6 +215,8 @@ def _summary(output: str, told: Mapping[str, Any]) -> str:
   rows = told["rows"]
   dropped = "".join(f", {count:,} dropped ({why})" for why, count in rows["dropped"].items())
   lines = [f"{output}: {rows['read']:,} rows read, {rows['kept']:,} kept{dropped}"]
+  for name, count in told.get("columns left out", {}).items():
+    lines.append(f"  without {name}, which holds bytes in {count:,} rows")
   lines += [
     f"  records:{output}/{split}: {made['rows']:,} prompts"
     for split, made in told["splits"].items()

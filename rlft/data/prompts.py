@@ -56,10 +56,13 @@ def check_file(spec: str) -> tuple[str, str]:
   path, column = split_column(spec)
   path = files.staged(path)
   if not os.path.exists(path):
-    raise UserError(
-      f"prompt file {path} does not exist: give a file, emoji:TASK/SPLIT, records:DIRECTORY/SPLIT"
-      " or tfds:NAME/SPLIT"
-    )
+    if re.match(r"[\d.]+\*", spec):
+      how = "a mixture is NUMBER*SOURCE + NUMBER*SOURCE, with spaces around the +"
+    elif re.search(r"\][^\]]*$", path):
+      how = "a source has one part, FILE?column=NAME[PART]"
+    else:
+      how = "give a file, emoji:TASK/SPLIT, records:DIRECTORY/SPLIT or tfds:NAME/SPLIT"
+    raise UserError(f"prompt file {path} does not exist: {how}")
   if os.path.isdir(path):
     raise UserError(
       f"prompts {path} is a directory: give a file, records:{path}/SPLIT for what"

@@ -82,6 +82,9 @@ def load(folder: str, split: str) -> Source:
   """
   folder = files.staged(folder)
   where = os.path.join(folder, MANIFEST)
+  if not os.path.exists(where) and os.path.exists(os.path.join(folder, split, MANIFEST)):
+    known = ", ".join(_splits(os.path.join(folder, split, MANIFEST)))
+    raise UserError(f"records:{folder}/{split} names no split: add one of {known} with a slash")
   splits = _splits(where)
   if split not in splits:
     raise UserError(f"{folder} has no split '{split}': use one of {', '.join(splits)}")

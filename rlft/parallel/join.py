@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import glob
 import logging
 import os
 import socket
+import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 import urllib.request
 
 import jax
@@ -18,13 +20,15 @@ from jax._src.lib import utils  # The only way to the level of what C++ prints.
 
 from rlft.config.fields import option
 from rlft.parallel import watch as watch_lib
-from rlft.parallel.watch import FAILED, Watch
+from rlft.parallel.watch import FAILED, MISTAKE, Watch
 from rlft.types import UserError
 
 _KEYS = "rlft/processes/"
 _TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _PORT_TRIES = 5  # a second apart
 _JOIN_S = 300  # in which all processes must have come
+_SAID_S = 15.0  # after which it is said that they are waited for
+_log = logging.getLogger(__name__)
 _watch: list[Watch] = []  # of this process, once it has joined others
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -73,17 +77,19 @@ def joined(settings: ProcessSettings) -> Iterator[None]:
     name=f"{socket.gethostname()}, pid {os.getpid()}",
     timeout_s=settings.process_timeout_s,
   )
-  keep = _end_with_coordinator(state.coordinator_address) if state.process_id else None
   watch.start()
   _watch.append(watch)
-  try:
-    yield
-  except BaseException as error:
-    watch.announce(error)
-    watch.leave()
-  watch.finish()
-  jax.distributed.shutdown()
-  del keep
+  with contextlib.ExitStack() as stack:
+    if state.process_id:
+      leave = functools.partial(_leave_with_coordinator, state.coordinator_address)
+      stack.enter_context(_aborting(leave))
+    try:
+      yield
+    except BaseException as error:
+      watch.announce(error)
+      watch.leave()
+    watch.finish()
+    jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
@@ -125,7 +131,7 @@ def found(
         " --num_processes and --process_id"
       )
     host, colon, port = settings.coordinator.rpartition(":")
-    if not (host and colon and port.isdecimal()):
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
       raise UserError(f"--coordinator={settings.coordinator} is not HOST:PORT: give one")
     if settings.process_id >= settings.num_processes:
       raise UserError(
@@ -190,21 +196,28 @@ def _initialize(arguments: Mapping[str, Any], timeout_s: float) -> None:
   jax.config.update("jax_enable_preemption_service", False)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+  where = f" at {arguments['coordinator_address']}" if "coordinator_address" in arguments else ""
+  not_met = (
+    f"the processes of this run did not meet{where} in {_JOIN_S} s: start all of them, each with"
+    " its own --process_id, and see whether they can reach that host and port"
+  )
+  said = threading.Timer(_SAID_S, _log.warning, [f"waiting for the other processes{where}"])
+  said.daemon = True
+  said.start()
   try:
-    jax.distributed.initialize(
-      **arguments,
-      initialization_timeout=_JOIN_S,
-      # JAX's own watch aborts without saying who is gone: it comes second.
-      heartbeat_timeout_seconds=max(100, round(2 * timeout_s)),
-      shutdown_timeout_seconds=round(timeout_s),
-    )
+    with _aborting(lambda: watch_lib.leave(not_met, MISTAKE)):
+      jax.distributed.initialize(
+        **arguments,
+        initialization_timeout=_JOIN_S,
+        # JAX's own watch aborts without saying who is gone: it comes second.
+        heartbeat_timeout_seconds=max(100, round(2 * timeout_s)),
+        shutdown_timeout_seconds=round(timeout_s),
+      )
   except (RuntimeError, ValueError) as error:
-    where = f" at {arguments['coordinator_address']}" if "coordinator_address" in arguments else ""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    raise UserError(
-      f"the processes of this run did not meet{where} in {_JOIN_S} s ({reason}): start all of them,"
-      " each with its own --process_id, and see whether they can reach that host and port"
-    ) from error
+    raise UserError(f"{not_met} ({reason})") from error
+  finally:
+    said.cancel()
 
 
 class _Store:
@@ -222,38 +235,38 @@ class _Store:
     }
 
 
-def _end_with_coordinator(address: str) -> Any:
-  """Has one line said where JAX aborts this process, as it does once process 0 is gone.
+@contextlib.contextmanager
+def _aborting(leave: Callable[[], NoReturn]) -> Iterator[None]:
+  """Has `leave` called where JAX aborts this process.
 
   JAX lets no function be called then, and prints a stack of C++.
-
-  Args:
-    address: of process 0.
-
-  Returns:
-    What has to be kept.
   """
   if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":  # JAX sets 1.
     utils.absl_set_min_log_level(4)  # Nothing of what C++ says; its errors are raised, too.
-
-  def aborted(_: int) -> None:
-    host, _, port = address.rpartition(":")
-    # The port of a process that is just dying may answer for a moment.
-    for _ in range(_PORT_TRIES):
-      try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-      except OSError:
-        watch_lib.leave(
-          f"process 0 (at {address}) has died, and all processes stop: run the same command again"
-          " to go on from the last checkpoint",
-          FAILED,
-        )
-      time.sleep(1)
-    what = "JAX has aborted this process; why, it prints with TF_CPP_MIN_LOG_LEVEL=0 before the"
-    watch_lib.leave(f"{what} command", FAILED)
-
-  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: leave())
   libc = ctypes.CDLL(None)
-  libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, type(handler)), ctypes.c_void_p
-  libc.signal(6, handler)  # SIGABRT; Python's own handlers run only after it.
-  return handler
+  libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+  # SIGABRT; Python's own handlers run only after it.
+  before = libc.signal(6, ctypes.cast(handler, ctypes.c_void_p))
+  try:
+    yield
+  finally:
+    libc.signal(6, before)
+
+
+def _leave_with_coordinator(address: str) -> NoReturn:
+  """Ends this process, which JAX has aborted, as it does once process 0 (at `address`) is gone."""
+  host, _, port = address.rpartition(":")
+  # The port of a process that is just dying may answer for a moment.
+  for _ in range(_PORT_TRIES):
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+      watch_lib.leave(
+        f"process 0 (at {address}) has died, and all processes stop: run the same command again"
+        " to go on from the last checkpoint",
+        FAILED,
+      )
+    time.sleep(1)
+  what = "JAX has aborted this process; why, it prints with TF_CPP_MIN_LOG_LEVEL=0 before the"
+  watch_lib.leave(f"{what} command", FAILED)

@@ -1,5 +1,6 @@
 """Data sets of prompts for the paper's three tasks."""
 
+import decimal
 import json
 import os
 
@@ -119,12 +120,29 @@ def test_metadata_that_json_does_not_know_become_text(tmp_path):
   from pyarrow import parquet
 
   day = datetime.datetime(2022, 8, 7, 22, 57)
-  table = {"prompt": ["a dog"], "timestamp": [day], "raw": [b"x"], "objects": [["dog"]]}
+  price = decimal.Decimal("2.00")
+  table = {"prompt": ["a dog"], "timestamp": [day], "price": [price], "objects": [["dog"]]}
   parquet.write_table(pyarrow.table(table), tmp_path / "p.parquet")
   make(tmp_path / "out", source=tmp_path / "p.parquet", held_out=0)
   (prompt,) = catalog.load_prompts(f"records:{tmp_path}/out/train")
-  expected = {"timestamp": "2022-08-07T22:57:00", "raw": "b'x'", "objects": ["dog"]}
+  expected = {"timestamp": "2022-08-07T22:57:00", "price": "2.00", "objects": ["dog"]}
   assert prompt.metadata == expected
+
+
+def test_bytes_are_left_out_and_counted(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  pictures = [{"bytes": b"\xff\xd8", "path": "a.jpg"}, None]
+  table = {"prompt": ["a dog", "a cat"], "raw": [b"x", b"y"], "image": pictures, "size": [1, 2]}
+  parquet.write_table(pyarrow.table(table), tmp_path / "p.parquet")
+  said = make(tmp_path / "out", source=tmp_path / "p.parquet", held_out=0)
+  assert "  without raw, which holds bytes in 2 rows\n" in said
+  assert "  without image, which holds bytes in 1 rows\n" in said
+  found = {p.text: p.metadata for p in catalog.load_prompts(f"records:{tmp_path}/out/train")}
+  assert found == {"a dog": {"size": 1}, "a cat": {"size": 2, "image": None}}
+  told = json.loads((tmp_path / "out" / "manifest.json").read_text())
+  assert told["columns left out"] == {"raw": 2, "image": 1}
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,19 @@ def test_parquet_has_metadata_of_any_type(tmp_path, make, value):
   assert found == value or str(value).startswith("<") and found.startswith(value)
 
 
+@pytest.mark.parametrize("values", [[0.5], [1], [[1, 2]], [b"x"], [True]])
+def test_a_column_of_parquet_that_holds_no_text_is_no_prompt(tmp_path, values):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = tmp_path / "p.parquet"
+  parquet.write_table(pyarrow.table({"prompt": ["a"], "other": values}), path)
+  assert "column 'other' holds " in refusal(f"{path}?column=other")
+  encoded = pyarrow.array(["a dog"]).dictionary_encode()
+  parquet.write_table(pyarrow.table({"prompt": encoded}), path)
+  assert [prompt.text for prompt in prompts.load_file(str(path))] == ["a dog"]
+
+
 def test_parquet_that_pyarrow_cannot_give_is_refused_before_rows_are_drawn(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
@@ -438,6 +451,9 @@ def test_a_bad_file_is_refused(tmp_path, name, content, message):
 def test_a_source_that_does_not_exist_is_refused(tmp_path):
   assert "does not exist: give a file, emoji:TASK/SPLIT" in refusal(tmp_path / "none.txt")
   assert "is a directory" in refusal(tmp_path)
+  how = "does not exist: a mixture is NUMBER*SOURCE + NUMBER*SOURCE, with spaces around the +"
+  assert how in refusal("0.7*a.txt+0.3*b.txt") and how in refusal("0.7*a.txt")
+  assert "does not exist: a source has one part, FILE?column=NAME[PART]" in refusal("a.txt[:1][2:]")
 
 
 def test_checking_a_source_does_not_read_it(tmp_path):

@@ -102,6 +102,11 @@ def test_an_empty_file_is_refused(tmp_path):
   assert "has no prompts" in refusal(prompts.load_file, path)
 
 
+def test_a_split_that_is_forgotten_is_asked_for(folder):
+  message = refusal(records.load, str(folder.parent), folder.name)
+  assert f"records:{folder} names no split: add one of " in message
+
+
 def test_array_record_not_installed(monkeypatch, folder):
   monkeypatch.setitem(sys.modules, "array_record.python", None)
   assert "pip install array-record" in refusal(records.load, str(folder), "train")

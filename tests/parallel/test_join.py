@@ -1,6 +1,9 @@
 """Who makes a run of several processes, by settings and by environment."""
 
 import glob
+import socket
+import subprocess
+import sys
 import urllib.request
 
 import jax
@@ -51,6 +54,7 @@ def test_settings():
     ({"process_id": 0}, "--coordinator is missing"),
     ({"coordinator": "h", "num_processes": 2, "process_id": 0}, "--coordinator=h is not HOST:PORT"),
     ({"coordinator": ":1", "num_processes": 2, "process_id": 0}, "is not HOST:PORT"),
+    ({"coordinator": "h:65536", "num_processes": 2, "process_id": 0}, "is not HOST:PORT"),
     (
       {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
       "--process_id=2 is not below --num_processes=2: the first process is 0",
@@ -104,3 +108,28 @@ def test_tpu_pods(monkeypatch):
   assert join.found(ProcessSettings(), {}, lambda _: 4) == {}
   monkeypatch.setattr(glob, "glob", lambda _: [])
   assert join.tpu_workers({"TPU_WORKER_HOSTNAMES": "a,b"}) == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_nobody_meets_says_so_in_one_line(number):
+  """JAX aborts it, with a stack of C++."""
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+  settings = f"coordinator={address!r}, num_processes=2, process_id={number}"
+  program = f"""
+from rlft.parallel import join
+join._JOIN_S, join._SAID_S = 3, 0.5
+with join.joined(join.ProcessSettings({settings})):
+  print("met")
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+  )
+  *waits, last = done.stderr.splitlines()
+  assert (done.returncode, done.stdout) == (2, "")
+  assert last.startswith(
+    f"error: the processes of this run did not meet at {address} in 3 s: start"
+  )
+  assert [line.endswith(f"waiting for the other processes at {address}") for line in waits] == [
+    True
+  ]
