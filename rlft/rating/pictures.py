@@ -143,7 +143,7 @@ def _note_origin(study: Study, contender: int, *, is_whole: bool) -> None:
     if is_whole:
       return  # What they were made from is no longer needed.
     raise
-  if not file.exists():
+  if not file.exists() or not any(file.parent.glob(f"*-{contender}-*.png")):
     files.write_atomic(file, origin)
     return
   with files.reading(file):

@@ -186,7 +186,9 @@ def test_a_comparison_of_which_nothing_was_made_is_replaced(tmp_path):
   for folder in ("a", "b"):
     rating_cases.write_folder(tmp_path / folder, 1, prompts=["x"])
   models, out = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
-  rate.open_study(out, models, [PromptSet("wrong")], StudySettings())
+  study = rate.open_study(out, models, [PromptSet("wrong")], StudySettings())
+  study.picture(0, 0, 0).parent.mkdir()
+  (study.picture(0, 0, 0).parent / "from-1.json").write_text("null\n")  # It came as far as that.
   study = rate.open_study(out, models, [PromptSet("right")], StudySettings())
   pictures.collect(study, batch_size=1)
   with pytest.raises(UserError, match="holds another comparison"):
