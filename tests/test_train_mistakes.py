@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import resource
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -111,6 +112,10 @@ def test_a_full_disk(folder, tmp_path):
       cases.run(config(folder, tmp_path, iterations=2))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  # Threads of the save that failed may still let go of its files, which are deleted now.
+  deadline = time.monotonic() + 10
+  while list(tmp_path.rglob("*.__lock")) and time.monotonic() < deadline:
+    time.sleep(0.05)
   cases.run(config(folder, tmp_path))
   cases.assert_same_run(tmp_path / "run", cases.uninterrupted(folder))
 

@@ -173,7 +173,7 @@ class Client:
     except urllib3.exceptions.NewConnectionError as error:  # Also a TimeoutError.
       raise TryAgain(_cause(error)) from error
     except urllib3.exceptions.TimeoutError as error:
-      raise TryAgain(f"no answer in {timeout_s:.3g} s") from error
+      raise TryAgain(late) from error
     except (urllib3.exceptions.HTTPError, OSError) as error:
       raise TryAgain(late if time.monotonic() > end else _cause(error)) from error
     finally:
