@@ -63,6 +63,14 @@ def dribbling(handler, answer):
   return _dribble(handler)
 
 
+def dribbling_and_closing(handler, answer):
+  """The client lets go of such a connection when it has the headers."""
+  handler.send_response(200)
+  handler.send_header("Connection", "close")
+  handler.end_headers()
+  return _dribble(handler)
+
+
 def dribbling_headers(handler, answer):
   handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Name: ")
   return _dribble(handler)

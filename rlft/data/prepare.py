@@ -90,7 +90,7 @@ def run(config: PrepareConfig, load: Callable[[str], Sequence[Prompt]]) -> str:
       "splits": made,
     }
     if bytes_of:
-      told["columns left out"] = dict(bytes_of)
+      told["left_out"] = dict(bytes_of)
     files.write_atomic(manifest, json.dumps(told, indent=2) + "\n")
     unfinished.pop_all()
   return _summary(config.output, told)
@@ -215,7 +215,7 @@ def _summary(output: str, told: Mapping[str, Any]) -> str:
   rows = told["rows"]
   dropped = "".join(f", {count:,} dropped ({why})" for why, count in rows["dropped"].items())
   lines = [f"{output}: {rows['read']:,} rows read, {rows['kept']:,} kept{dropped}"]
-  for name, count in told.get("columns left out", {}).items():
+  for name, count in told.get("left_out", {}).items():
     lines.append(f"  without {name}, which holds bytes in {count:,} rows")
   lines += [
     f"  records:{output}/{split}: {made['rows']:,} prompts"

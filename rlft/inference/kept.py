@@ -67,8 +67,18 @@ def stamp(model: str) -> Any:
   if not isinstance(source, pathlib.Path) or not source.exists():
     return str(source)  # A revision of a hub's repository stays as it is.
   weights = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-  found = [(path, path.stat()) for path in weights]
-  return [[os.path.relpath(path, source), s.st_size, s.st_mtime_ns] for path, s in found]
+  return [[os.path.relpath(path, source), *status(path)] for path in weights]
+
+
+def status(path: pathlib.Path) -> list[int]:
+  """Size and time of a file, by which it is told from what was there before.
+
+  Raises:
+    UserError: it is missing, or cannot be looked at.
+  """
+  with files.reading(path):
+    found = path.stat()
+  return [found.st_size, found.st_mtime_ns]
 
 
 def about(drawing: Drawing) -> dict[str, Any]:
@@ -86,14 +96,8 @@ def about(drawing: Drawing) -> dict[str, Any]:
     found["checkpoint"] = run.checkpoint
   found["files"] = stamp(base)
   if drawing.lora:
-    found["lora_file"] = _status(pathlib.Path(drawing.lora))
+    found["lora_file"] = status(pathlib.Path(drawing.lora))
   return found
-
-
-def _status(path: pathlib.Path) -> list[int]:
-  with files.reading(path):
-    status = path.stat()
-  return [status.st_size, status.st_mtime_ns]
 
 
 def _asked(spec: EvalSpec) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def _asked(spec: EvalSpec) -> dict[str, Any]:
   drawn_for = evaluate.prompts_of(spec)
   prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in drawn_for])
   named = (pathlib.Path(part) for part in re.split(r"[:?&=]", spec.metric.name))
-  own = {"files": found} if (found := [_status(path) for path in named if path.is_file()]) else {}
+  own = {"files": found} if (found := [status(path) for path in named if path.is_file()]) else {}
   return {
     "metric": spec.metric.name,
     **own,

@@ -14,8 +14,7 @@ from rlft import catalog
 from rlft.config import fields
 from rlft.data import lines
 from rlft.inference import contenders as contenders_lib
-from rlft.inference import kept
-from rlft.inference import load as finetuned
+from rlft.inference import kept, runs
 from rlft.inference.contenders import Contender
 from rlft.inference.draw import Drawer, Drawing
 from rlft.models.files import pretrained
@@ -67,7 +66,7 @@ def check(study: Study) -> None:
         for path, _ in _copies(study, contender, place):
           _decode(path)
     else:
-      _check_model(source, study.settings.pretrained)
+      _check_model(source)
       kept.about(_drawing(study, contender, batch_size=1))
   if all(is_folder(one.source) for one in study.contenders):
     given, default = fields.flat(study.settings), fields.flat(StudySettings())
@@ -139,7 +138,7 @@ def _note_origin(study: Study, contender: int, *, is_whole: bool) -> None:
   source = _source(study, contender)
   try:
     origin = json.dumps(_origin(study, contender)) + "\n"
-  except (UserError, OSError):
+  except UserError:
     if is_whole:
       return  # What they were made from is no longer needed.
     raise
@@ -162,18 +161,15 @@ def _origin(study: Study, contender: int) -> Any:
   if not is_folder(_source(study, contender)):
     return kept.about(_drawing(study, contender, batch_size=1))
   copies = [pair for place in range(len(study.sets)) for pair in _copies(study, contender, place)]
-  status = [path.stat() for path, _ in copies]
-  return [[one.st_size, one.st_mtime_ns] for one in status]
+  return [kept.status(path) for path, _ in copies]
 
 
 # ---------------------------------------------------------------------------- models
 
 
-def _check_model(source: str, base: str) -> None:
+def _check_model(source: str) -> None:
   """Raises `UserError` if there is neither a run nor a model."""
-  config = contenders_lib.config_of(source)
-  if config is not None:
-    finetuned.check_base(source, base or config.pretrained)
+  if runs.is_run(source):
     return
   try:
     pretrained.find(source)

@@ -142,7 +142,7 @@ def test_bytes_are_left_out_and_counted(tmp_path):
   found = {p.text: p.metadata for p in catalog.load_prompts(f"records:{tmp_path}/out/train")}
   assert found == {"a dog": {"size": 1}, "a cat": {"size": 2, "image": None}}
   told = json.loads((tmp_path / "out" / "manifest.json").read_text())
-  assert told["columns left out"] == {"raw": 2, "image": 1}
+  assert told["left_out"] == {"raw": 2, "image": 1}
 
 
 @pytest.mark.parametrize(

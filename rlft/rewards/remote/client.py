@@ -88,11 +88,9 @@ def _cut_after(seconds: float) -> Iterator[None]:
 
   def cut() -> None:
     for connection in connections:
-      # There may be none yet, or none any more.
-      with contextlib.suppress(OSError, AttributeError):
-        socket.socket.shutdown(
-          connection.sock, socket.SHUT_RDWR
-        )  # Not TLS's, which is not for two threads.
+      # There may be none yet, or none any more. TLS's own shutdown is not for two threads.
+      with contextlib.suppress(OSError, AttributeError, TypeError):
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
   timer = threading.Timer(seconds, cut)
   timer.daemon = True
@@ -161,6 +159,8 @@ class Client:
           data += piece
           if len(data) > _MAX_ANSWER:
             raise RewardError(f"{self.server} answered with more than {_MAX_ANSWER} bytes")
+          if time.monotonic() > end:  # A connection that is to be closed is not noted any more.
+            break
       if time.monotonic() > end:
         raise TryAgain(late)
     except urllib3.exceptions.SSLError as error:

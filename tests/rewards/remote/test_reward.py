@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from remote_cases import (
   dribbling,
+  dribbling_and_closing,
   dribbling_headers,
   dropped,
   fine,
@@ -352,9 +353,10 @@ def ask(faulty, options=ONE, size=4):
     [dropped, dropped],
     [hanging],
     [dribbling],
+    [dribbling_and_closing],
     [dribbling_headers],
   ],
-  ids=["503", "5xx 429", "truncated", "dropped", "hanging", "dribbling", "dribbling headers"],
+  ids=["503", "5xx 429", "truncated", "dropped", "hanging", "dribbling", "closing", "headers"],
 )
 def test_what_may_pass_is_tried_again(faulty, faults):
   faulty.script = [*faults, fine]
