@@ -69,8 +69,10 @@ def ratio_metrics(
 
   Returns:
     The ratio's largest deviation from 1, the share of images that the clipping leaves without a
-    gradient (w > 1 + e with A > 0, or w < 1 - e with A < 0), and an estimate of KL(old || new) per
-    latent dimension (mean of w - 1 - log w).
+    gradient (w > 1 + e with A > 0, or w < 1 - e with A < 0), and the mean of w - 1 - log w, which
+    of likelihoods would estimate KL(old || new). Of w, the likelihoods' ratio to the power of one
+    over the number of latent dimensions, it is half the mean square of log w: less than that KL
+    divergence per dimension, and of use to see how far ratios have moved.
   """
   ratio = jnp.exp(log_ratio)
   clipped = jnp.where(advantages > 0, ratio > 1.0 + clip_range, ratio < 1.0 - clip_range)

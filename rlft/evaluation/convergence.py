@@ -18,7 +18,7 @@ def converged(history: results.History, name: str, *, share: float = SHARE) -> i
 
   Returns:
     How many iterations were done; None if the end is not better than the start, or is better than
-    the measurement a quarter of the run before: then it is still rising.
+    the last measurement in the first three quarters of the run: then it is still rising.
   """
   points = [(iteration, found[name]) for iteration, found in history if name in found]
   if len(points) < 2:

@@ -1,5 +1,6 @@
 """Raters whom oracles simulate, so that the whole way can be shown without people."""
 
+from collections.abc import Sequence
 import itertools
 import sys
 
@@ -73,7 +74,7 @@ def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0)
     study: with all its pictures.
     votes: of the study.
     count: of raters.
-    noise: see `raters.preferred`; in standard deviations of the differences within a set.
+    noise: see `raters.chance`; in standard deviations of the differences within a set.
     seed: of their luck.
 
   Raises:
@@ -90,19 +91,23 @@ def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0)
   units = np.array([statistics.spread((second - first)[sets == k]) for k in range(len(study.sets))])
   unit = np.where(units > 0, units, 1.0)[sets]
   second = np.where(second == first, np.nan, second)  # No difference: nothing to be said.
+  chances = raters.chance(second / unit, first / unit, noise=noise)
   # First everybody's share, then what that leaves.
   _say(f"{count} simulated raters compare {len(pairs)} pairs")
   turns = [*itertools.product((False, True), range(1, count + 1))]
   for more, number in tqdm.tqdm(turns, desc="raters", disable=None, leave=False):
     # Luck of its own when a pair comes again.
-    opinions = [
-      raters.preferred(second / unit, first / unit, noise=noise, raters=1, seed=[seed, number, k])
-      for k in range(2)
-    ]
+    opinions = [_opinions(chances, [seed, number, again]) for again in range(2)]
     coin = np.random.default_rng([seed, number])
     while question := votes.next(number, more=more):
       answer = _answer(question, opinions[question.again], study.settings.ties, coin)
       votes.answer(number, question.id, answer)
+
+
+def _opinions(chances: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+  """Whether a rater prefers the second picture of each pair, 1 or 0; NaN where there is no chance."""
+  luck = np.random.default_rng(seed).random(chances.shape)
+  return np.where(np.isnan(chances), np.nan, luck < chances)
 
 
 def _say(line: str) -> None:

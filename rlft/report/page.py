@@ -23,10 +23,11 @@ _RATIO_FLOOR = 1e-9
 # Title, key in metrics.jsonl (a group in it names the curve), how it is drawn, how it is read.
 _PANELS = (
   (
-    "Approximate KL of an iteration's updates",
+    "How far an iteration's updates move ratios",
     r"approx_kl(?:/(.+))?",
     {"smooth": True},
-    "How far the policy moves. Below 1e-8 next to nothing moves; where it jumps, the rate is high.",
+    "Mean of w - 1 - log w of ratios w: half the mean square of log w. Below 0.005 clip_range² next"
+    " to nothing moves; where it jumps, the rate is high.",
   ),
   (
     "Share of clipped ratios",

@@ -99,7 +99,7 @@ class RunFiles:
   @functools.cached_property
   def training(self) -> Training:
     """How training went."""
-    total = self.config.get("iterations")
+    total, clip_range = self.config.get("iterations"), self.config.get("clip_range")
     curves = {
       name: hacking_lib.change_of_curve(self.values(f"reward/{name}/mean"))
       for name in metrics.trained_curves(self.keys)
@@ -112,6 +112,7 @@ class RunFiles:
       clip_fraction=self._lately("clip_fraction"),
       approx_kl=self._lately("approx_kl"),
       constant=float(np.mean([self._lately(key) for key in constant])) if constant else np.nan,
+      clip_range=clip_range if isinstance(clip_range, float) else np.nan,
     )
 
   def _lately(self, key: str) -> float:

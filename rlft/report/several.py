@@ -17,7 +17,7 @@ _ELSEWHERE = {"workdir"}  # settings that say nothing of a difference
 # Key in metrics.jsonl, title.
 _CURVES = (
   ("clip_fraction", "Share of clipped ratios"),
-  ("approx_kl", "Approximate KL of an iteration's updates"),
+  ("approx_kl", "How far an iteration's updates move ratios"),
   ("kl_to_base", "KL divergence from the base model"),
   ("grad_norm", "Gradient norm"),
   ("learning_rate", "Learning rate"),

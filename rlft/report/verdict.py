@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import shlex
 from typing import Literal
 
@@ -11,9 +12,9 @@ from rlft.report.hacking import Call
 # Clipping takes the gradient of those images alone that have already gone the way they should; an
 # iteration's first update has none, so that a half is nearly all that there can be.
 CLIPPED = 0.5
-# Mean of w - 1 - log w below which an update has changed next to nothing: a ratio's usual deviation
-# from 1 is then below 1.4e-4, the clip range of the paper.
-STILL = 1e-8
+# A ratio's usual deviation from 1, as a share of the clip range, below which updates have changed next
+# to nothing: clipping then never acts.
+STILL = 0.1
 _NAMED = 3  # evaluations that the sentence names
 _FOUND = 0.05  # loss in the share of images that show what is measured, from which it is said
 _FASTER = 10  # times the learning rate, where nothing moves
@@ -55,6 +56,7 @@ class Training:
     done, total: iterations; `total` is 0 where it is not known.
     rewards: what each reward's curve did, by the task's name.
     clip_fraction, approx_kl, constant: NaN where they are not measured.
+    clip_range: of the policy's ratios; NaN where there is none.
   """
 
   done: int
@@ -63,6 +65,12 @@ class Training:
   clip_fraction: float = float("nan")
   approx_kl: float = float("nan")
   constant: float = float("nan")
+  clip_range: float = float("nan")
+
+  @property
+  def moved(self) -> float:
+    """The root mean square of log w in clip ranges; of small ones, w - 1 - log w is (log w)^2 / 2."""
+    return math.sqrt(2 * max(self.approx_kl, 0.0)) / self.clip_range
 
   @property
   def is_over(self) -> bool:
@@ -159,7 +167,7 @@ def _unmoved(measured: bool, rose: Sequence[str], training: Training) -> tuple[K
     return "unmoved", f"{_names(rose)} rose in training, and nothing held out was seen to move"
   if rose:
     return "improved", f"the reward of {_names(rose)} rose in training; nothing was held out"
-  if training.approx_kl < STILL:
+  if training.moved < STILL:
     return "unmoved", "nothing moved: the rate is low"
   if "worse" in training.rewards.values():
     fell = [name for name, change in training.rewards.items() if change == "worse"]
@@ -296,7 +304,7 @@ def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
       ),
     ]
   if found.kind == "unmoved":
-    if place.learning_rate and not training.approx_kl >= STILL:
+    if place.learning_rate and not training.moved >= STILL:
       rate = f"--learning_rate={place.learning_rate * _FASTER:g}"
       why = "Learn faster: try ten times the rate; adapters (LoRA) take more than whole networks."
       steps.append(Step(why, again(rate)))

@@ -7,7 +7,8 @@ from rlft.evaluation.results import Difference
 from rlft.report.hacking import Call
 from rlft.report.verdict import Measure, Place, Training, Verdict, next_steps, verdict
 
-DONE = Training(done=20, total=20, rewards={"r": "better"}, clip_fraction=0.1, approx_kl=1e-6)
+# Ratios deviate from 1 by sqrt(2e-6) = 1.4e-3.
+DONE = Training(20, 20, {"r": "better"}, clip_fraction=0.1, approx_kl=1e-6, clip_range=6e-4)
 
 
 def measure(name, change, before="0.60", after="0.30", **rest):
@@ -78,7 +79,13 @@ def test_without_a_judge_what_falls_beside_a_reward_is_suspect(trained):
 @pytest.mark.parametrize(
   ("changed", "kind", "sentence"),
   [
-    ({"approx_kl": 9e-9, "rewards": {}}, "unmoved", "nothing moved: the rate is low"),
+    ({"approx_kl": 1e-9, "rewards": {}}, "unmoved", "nothing moved: the rate is low"),
+    # As much, in the paper's clip range, is half of it.
+    (
+      {"approx_kl": 1e-9, "rewards": {}, "clip_range": 1e-4},
+      "unmoved",
+      "nothing was seen to move: the run is measured on few images",
+    ),
     ({"constant": 1.0}, "unmoved", "nothing moved: the reward gives all images the same score"),
     ({"clip_fraction": 0.62}, "clipped", "clipped nearly everywhere: 62% of the ratios lie beyond"),
     ({}, "unmoved", "r rose in training, and nothing held out was seen to move"),

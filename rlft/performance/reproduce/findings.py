@@ -71,7 +71,8 @@ class Findings:
     evals: of the protocol, by name.
     runs: by method and tasks, then by seed.
     measured: directory of what the base model was measured.
-    chosen: of the best of several of the base model's images; None if there is no such row.
+    chosen: of the best of several of the base model's images, each measure at the base model's
+      best guidance for it; None if there is no such row.
   """
 
   scale: Scale
@@ -87,16 +88,16 @@ class Findings:
 
   def rows(self, table: PaperTable) -> dict[str, Row]:
     """The paper's rows, and those of methods that the scale adds."""
-    added = {
-      name: Row(method.title, name, table.on)
-      for name, method in self.scale.methods.items()
-      if table.name in method.tables
-    }
-    rows = {**table.rows, **added}
+    rows = {**table.rows, **self.added(table.name, table.on)}
     if table is paper.T1 and self.chosen is not None:
       best = Row(f"base, best of {self.scale.best_of} by the trained reward", chosen=True)
       rows = {paper.BASE: rows.pop(paper.BASE), paper.BEST_OF: best, **rows}
     return rows
+
+  def added(self, part: str, on: tuple[str, ...]) -> dict[str, Row]:
+    """The rows of methods that the scale adds to a part of the results, trained on some tasks."""
+    titles = {name: method.title for name, method in self.scale.added(part).items()}
+    return {name: Row(title, name, on) for name, title in titles.items()}
 
   def guidance(self, column: Column) -> float:
     """The base model's best for a column's measure."""
@@ -123,12 +124,8 @@ class Findings:
     return protocol.scores(entry, found)
 
   def _rated(self, one: results.EvalResult, base: results.EvalResult) -> results.EvalResult:
-    """The share of raters who prefer each picture to the base's of the same prompt and noise."""
-    noise = self.scale.rater_noise
-    # The base beside itself: as many for the one as for the other.
-    shares = np.where(np.isnan(base.scores), np.nan, 0.5)
-    if one is not base:
-      shares = raters.preferred(one.scores, base.scores, noise=noise)
+    """How likely raters are to prefer each picture to the base's of the same prompt and noise."""
+    shares = raters.chance(one.scores, base.scores, noise=self.scale.rater_noise)
     return dataclasses.replace(one, scores=shares)
 
   def _entry(self, column: Column) -> EvalConfig:

@@ -72,9 +72,9 @@ def plan(scale: Scale, sections: Iterable[str], seeds: int) -> list[Experiment]:
   for section in sections:
     for table in _tables_of(section):
       pairs += table.trained
-      pairs += [
-        (name, table.on) for name, method in scale.methods.items() if table.name in method.tables
-      ]
+      pairs += [(name, table.on) for name in scale.added(table.name)]
+    if section not in paper.TABLES:
+      pairs += [(name, paper.T1.on) for name in scale.added(section)]
   return scale_lib.experiments(pairs, range(seeds))
 
 
@@ -205,10 +205,12 @@ def _measure(
     evals = {entry.name: entry for entry in measured.evals}
     findings = Findings(scale, base, evals, found, output)
     if chosen and scale.best_of > 1:
-      columns = paper.T1.columns
-      names = list(dict.fromkeys(column.measure for column in columns))
       choice = BestOfSettings(scale.best_of, scale.reward(paper.T1.on[0]))
-      best = measured.best_of(choice, findings.guidance(columns[0]), names)
+      guidances = {column.measure: findings.guidance(column) for column in paper.T1.columns}
+      best: dict[str, results.EvalResult] = {}
+      for guidance in dict.fromkeys(guidances.values()):
+        names = [name for name, its in guidances.items() if its == guidance]
+        best |= measured.best_of(choice, guidance, names)
       findings = dataclasses.replace(findings, chosen=best)
   return findings
 
@@ -225,8 +227,8 @@ def _section(name: str, findings: Findings) -> Section:
     shown = {task: list(rows.values()) for task, rows in by_task.items()}
     return figures.curves_section(shown, findings)
   if name == "hacking":
-    rows = {**findings.rows(paper.T1), **findings.rows(ABLATION)}
-    (task,) = paper.T1.on
+    (task,) = on = paper.T1.on
+    rows = {**findings.rows(paper.T1), **findings.rows(ABLATION), **findings.added(name, on)}
     trained = [row for row in rows.values() if row.method]
     return figures.hacking_section(task, trained, findings)
   table = paper.TABLES[name]
@@ -254,6 +256,8 @@ def _write(output: pathlib.Path, names: Sequence[str], findings: Findings, seeds
     " made it; docs/protocol.md says how runs are measured. The .csv files beside this page have"
     " the numbers behind it.\n"
   )
+  if findings.scale.note:
+    head += f"\n{findings.scale.note.strip()}\n"
   text = "\n".join([head, *parts])
   files.write_atomic(output / "README.md", text)
   return text

@@ -55,7 +55,7 @@ class MethodPlan:
     title: in the tables.
     flags, task: see `Variation`.
     on: more of both, by what it is trained on: a task's name or 'joint'.
-    tables: those that it joins though the paper has it not.
+    tables: parts of the results that it joins though the paper has it not.
   """
 
   title: str
@@ -75,12 +75,13 @@ class Scale:
     flags: of all runs.
     evals: of the protocol, as after `--eval=`.
     guidance_scales: for the base model, as after `--guidance_scales=`.
-    rater_noise: of the simulated raters, see `raters.preferred`.
+    rater_noise: of the simulated raters, see `raters.chance`.
     best_of: how many of the base model's images the best is taken of, by the reward of the task
       'preference', for a row of T1; 1 for no such row.
     cpu_devices: into which the host is split for measuring.
     tasks: by name.
     methods: by name.
+    note: what a reader of all results should know.
   """
 
   name: str
@@ -93,6 +94,11 @@ class Scale:
   cpu_devices: int
   tasks: Mapping[str, TaskPlan]
   methods: Mapping[str, MethodPlan]
+  note: str = ""
+
+  def added(self, part: str) -> dict[str, MethodPlan]:
+    """The methods that join a part of the results though the paper has them not there."""
+    return {name: method for name, method in self.methods.items() if part in method.tables}
 
   def protocol(self) -> list[EvalConfig]:
     """The evaluations of the protocol."""

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import reproduce_cases as cases
 
+from rlft.evaluation.protocol import Base
 from rlft.performance.reproduce import reproduce as reproduce_lib
 from rlft.performance.reproduce.reproduce import ReproduceSettings, reproduce
 from rlft.report import samples
@@ -198,6 +199,38 @@ def test_a_hacked_run_is_called_hacked(tmp_path, measured):
   root = ElementTree.fromstring((tmp_path / "results" / "hacking.svg").read_text())
   words = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
   assert {"ReFL", "trained reward", "oracle"} <= set(words)
+
+
+def test_methods_that_only_show_how_rewards_are_hacked(tmp_path, measured, monkeypatch):
+  monkeypatch.setitem(cases.GAINS, "hot", 0.0)
+  hot = {"title": "Too fast", "flags": ["--learning_rate=1"], "tables": ["hacking"]}
+  scale = cases.scale(methods={**cases.CONTENT["methods"], "hot": hot}, note="Rates were chosen.")
+  start, names = starting()
+  how = {"scale": scale, "start": start, "say": lambda line: None}
+  text = reproduce(settings(tmp_path, only="T1,hacking", seeds=1), **how)
+  assert "hot-preference-0" in names
+  ranked, _, hacked = text.partition("## Hacked rewards")
+  assert "| Too fast | 0 | not seen to be |" in hacked and "Too fast" not in ranked
+  assert text.startswith("# Results") and "\n\nRates were chosen.\n\n## T1" in text
+
+
+def test_the_best_of_several_is_taken_where_the_base_is_best(tmp_path, measured, monkeypatch):
+  """In each measure: else a choice of guidance would count as one of images."""
+  low, high = cases.measured(0.2), cases.measured(0.5)
+  turned = {"preference-seen": high["preference-seen"]}
+  each = {1.0: low | turned, 3.0: high | {"preference-seen": low["preference-seen"]}}
+  asked = {}
+
+  def best_of(self, choice, guidance, names):
+    asked[guidance] = names
+    return {name: cases.measured(0.65)[name] for name in names}
+
+  monkeypatch.setattr(cases.Protocol, "base", lambda self, guidances: Base(each, each))
+  monkeypatch.setattr(cases.Protocol, "best_of", best_of)
+  start, _ = starting()
+  run(tmp_path, start, only="T1", seeds=1)
+  rest = ["reward-seen", "reward-unseen", "preference-unseen", "likeness-seen", "likeness-unseen"]
+  assert asked == {3.0: rest, 1.0: ["preference-seen"]}
 
 
 def test_pictures_stand_side_by_side(tmp_path, measured):
