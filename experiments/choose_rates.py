@@ -3,10 +3,11 @@
     python experiments/choose_rates.py --scale=miniature --workdir=runs/rates
 
 Each method of experiments/miniature.toml is trained on --task for as long as the tables train it,
-at its own rate, at three times and at a third of it, and on in the direction that is better until
-it gets worse; with a seed that no table has. Chosen is the smallest rate whose *judge* (the oracle,
-not the trained reward: a rate that hacks is not good) is not surely worse, on development prompts,
-than at the best rate: of rates that cannot be told apart the smallest, which other seeds bear best.
+at its own rate and at three times as much, and on upwards until its judge gains no more; if three
+times was no better, downwards by thirds in the same way; with a seed that no table has. Chosen is
+the smallest rate whose *judge* (the oracle, not the trained reward: a rate that hacks is not good)
+is not surely worse, on development prompts, than at the best rate: of rates that cannot be told
+apart the smallest, which other seeds bear best.
 The table says what to write into the file; nothing is changed in it.
 
 Killed, the same command goes on. Result: experiments/results/rates.md and rates.csv.
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def climb(start: float, measure: Callable[[float], Trial]) -> Iterator[Trial]:
-  """Measures a rate and its neighbours, and goes on from the best as long as that is at an end.
+  """Measures a rate and higher ones while they are better; if the first of them is not, lower ones.
 
   Args:
     start: the first rate.

@@ -355,7 +355,9 @@ def section(
     "At the end, on test prompts, with intervals over seeds and prompts:",
     final.markdown(),
     "Settings: " + "; ".join(f"{side} {_label(chosen[side], ', ')}" for side in sides) + ".",
-    "TRL has its defaults beside these. With `--pretrain_weight` above 0 rlft takes one more step"
+    "rlft trains only those sampling steps that `--algorithm` names, if it names some, which TRL"
+    " cannot: it trains all, over which rlft's DDPO learned nothing either (results/rates.md)."
+    " TRL has its defaults beside these. With `--pretrain_weight` above 0 rlft takes one more step"
     " an iteration on real pictures, which are not among the images that are counted, and with"
     " `--ema_decay` above 0 it is measured by the average of its weights. All of its flags:"
     f" `{shlex.join(one for one in flags if not one.startswith('--workdir='))}`.",

@@ -5,7 +5,7 @@ import scipy
 
 
 def chance(liked: np.ndarray, other: np.ndarray, *, noise: float) -> np.ndarray:
-  """How likely a rater is to prefer the first of two pictures: what a share of many raters tends to.
+  """How likely a rater is to prefer the first of two pictures: what shares of raters tend to.
 
   A rater follows an oracle, and errs the more often the less the pictures differ: the first is
   preferred with probability sigmoid((u - v) / noise), u and v what the oracle says of them

@@ -105,7 +105,7 @@ def rate(study: Study, votes: Votes, *, count: int, noise: float, seed: int = 0)
 
 
 def _opinions(chances: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-  """Whether a rater prefers the second picture of each pair, 1 or 0; NaN where there is no chance."""
+  """1 where a rater prefers the second picture of a pair, else 0; NaN where nothing is said."""
   luck = np.random.default_rng(seed).random(chances.shape)
   return np.where(np.isnan(chances), np.nan, luck < chances)
 

@@ -12,8 +12,8 @@ from rlft.report.hacking import Call
 # Clipping takes the gradient of those images alone that have already gone the way they should; an
 # iteration's first update has none, so that a half is nearly all that there can be.
 CLIPPED = 0.5
-# A ratio's usual deviation from 1, as a share of the clip range, below which updates have changed next
-# to nothing: clipping then never acts.
+# A ratio's usual deviation from 1, as a share of the clip range, below which updates have changed
+# next to nothing: clipping then never acts.
 STILL = 0.1
 _NAMED = 3  # evaluations that the sentence names
 _FOUND = 0.05  # loss in the share of images that show what is measured, from which it is said
