@@ -69,7 +69,7 @@ class Training:
 
   @property
   def moved(self) -> float:
-    """The root mean square of log w in clip ranges; of small ones, w - 1 - log w is (log w)^2 / 2."""
+    """Root mean square of log w in clip ranges: near w = 1, w - 1 - log w is (log w)^2 / 2."""
     return math.sqrt(2 * max(self.approx_kl, 0.0)) / self.clip_range
 
   @property

@@ -254,7 +254,8 @@ def convergence_section(table: PaperTable, findings: Findings) -> Section:
     " where its curve, on straight lines between evaluations, first has the mean with which RL"
     " ends, with the same training seed. Images are those drawn for training; minutes are"
     " iterations times the median of one, so without compilation: they compare methods if nothing"
-    " else ran on the machine. Means over the seeds that got there, and in brackets the least and the most.",
+    " else ran on the machine. Means over the seeds that got there, and in brackets the least"
+    " and the most.",
     _ordering_text(orders),
     _ordering_table({"hours": orders}, rows).markdown(),
   ]
