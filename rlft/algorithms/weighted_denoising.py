@@ -25,6 +25,7 @@ from rlft.algorithms import losses
 from rlft.algorithms.base import Batch, Call, Learner, Numbers
 from rlft.config.settings import PolicySettings, TaskConfig
 from rlft.parallel import sharding
+from rlft.rewards.scoring.statistics import EPSILON
 from rlft.types import Collect, Conditioning, Drawn, TrainState, UserError
 
 _NOISE_STREAM = 2**31  # streams below are the images' own keys
@@ -107,8 +108,8 @@ def min_max(rewards: jax.Array) -> jax.Array:
   low = jnp.min(rewards, where=valid, initial=jnp.inf)
   high = jnp.max(rewards, where=valid, initial=-jnp.inf)
   spread = high - low
-  scaled = (rewards - low) / jnp.where(spread > 0, spread, 1.0)
-  return jnp.where(valid & (spread > 0), scaled, 0.0)
+  differ = spread > EPSILON
+  return jnp.where(valid & differ, (rewards - low) / jnp.where(differ, spread, 1.0), 0.0)
 
 
 def exponential(rewards: jax.Array, temperature: float) -> jax.Array:

@@ -17,6 +17,7 @@ import numpy as np
 from rlft.emoji import measures, world
 from rlft.evaluation import guards
 from rlft.rewards import diversity as diversity_lib
+from rlft.rewards import named
 from rlft.types import JaxReward
 
 _RENDERINGS = 32  # of each prompt
@@ -61,7 +62,7 @@ def render(
     count: how many.
     **how: for `world.render_scene`, e.g. `CLEAN`.
   """
-  if (objects := known.get("objects")) is None:
+  if not (objects := named.names(known, "objects")):
     tones = (i % len(world.TONE_CLASSES) for i in range(count))
     asked = [("portrait", {"occupation": known["occupation"], "tone": tone}) for tone in tones]
   else:
@@ -77,9 +78,9 @@ def _rendered(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> 
   """
   real = {}
   for text, known in dict(zip(prompts, metadata, strict=True)).items():
-    named = known.keys() & set(_NEEDS)
+    asks = any(named.has(known, key) for key in _NEEDS)
     rng = np.random.default_rng(zlib.crc32(text.encode()))
-    images = render(known, rng, _RENDERINGS, **CLEAN) / np.float32(255) if named else _NOTHING
+    images = render(known, rng, _RENDERINGS, **CLEAN) / np.float32(255) if asks else _NOTHING
     real[text] = np.asarray(_apply(_normal(), images))
   return np.stack([real[text] for text in prompts])
 

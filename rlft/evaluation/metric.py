@@ -83,7 +83,9 @@ class MetricScorer:
       RewardError: a host metric failed.
       UserError: a set metric gives the images of a set different scores.
     """
-    count, unit = len(prompts), math.lcm(images_per_prompt, self._rows.mesh.size)
+    # Each process scores whole sets on the host.
+    whole = images_per_prompt * jax.process_count()
+    count, unit = len(prompts), math.lcm(whole, self._rows.mesh.size)
     parts: list[list[Measured]] = [[] for _ in metrics]
     distances = [metric for metric in metrics if isinstance(metric, Distance)]
     embedders = {id(metric): jax.jit(metric.embed) for metric in distances}
@@ -141,7 +143,7 @@ def regrouped(
   for images in batches:
     if not size:
       most = min(count, _SCORED_AT_ONCE, max(_BYTES_AT_ONCE // images[0].nbytes, 1))
-      size = math.ceil(most / unit) * unit
+      size = math.ceil(count / math.ceil(count / most) / unit) * unit  # Equal, not a rest to pad.
     held.append(images)
     while sum(map(len, held)) >= size:
       joined = np.concatenate(held) if len(held) > 1 else held[0]

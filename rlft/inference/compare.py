@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 
-from rlft import catalog
 from rlft.config import stored
 from rlft.config.settings import EvalConfig, PolicySettings, ScoringSettings
 from rlft.evaluation import protocol, statistics
 from rlft.evaluation.protocol import Base, Comparison, Method
+from rlft.inference import reports
 from rlft.inference.protocol import DRAWN_ALIKE_BY, Protocol, ProtocolSettings
 from rlft.inference.runs import TrainedRun, grouped, open_run
 from rlft.report import hacking
@@ -107,12 +107,12 @@ def gather(measured: Protocol, groups: Mapping[str, Sequence[TrainedRun]]) -> Co
       {run.config.seed: measured.of_run(run) for run in runs},
       frozenset(entry.name for entry in measured.evals if is_trained_on(entry.metric)),
     )
-    judges = [task.watch for task in config.task if task.watch]
-    lower = [judge for judge in judges if catalog.make_reward(judge).lower_is_better]
     calls[name] = [
       (run.config.seed, call)
       for run in runs
-      for call in hacking.of_run(run.path, stored.to_dict(run.config), lower_is_better=lower)
+      for call in hacking.of_run(
+        run.path, stored.to_dict(run.config), lower_is_better=reports.lower_judges(run.path)
+      )
     ]
   comparisons = {
     name: protocol.compare(method, base, measured.evals) for name, method in methods.items()

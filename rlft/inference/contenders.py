@@ -59,7 +59,7 @@ def parse(specs: Sequence[str]) -> list[Contender]:
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
   """A source and the options behind it; '?tokenizer=' and its like belong to the source."""
   source, mark, query = spec.rpartition("?")
-  given = urllib.parse.parse_qsl(query, keep_blank_values=True)
+  given = [item.partition("=")[::2] for item in query.split("&")]
   if not (mark and given and any(key in _OPTIONS for key, _ in given)):
     return spec, {}
   options = {}
@@ -67,7 +67,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
     if key not in _OPTIONS:
       raise UserError(f"--models={spec}: unknown option {key}, {fields.suggestion(key, _OPTIONS)}")
     try:
-      options[key] = fields.convert(value, _OPTIONS[key])
+      options[key] = fields.convert(urllib.parse.unquote(value), _OPTIONS[key])
     except ValueError as error:
       raise UserError(f"--models={spec}: {key}={value} {error}") from None
   return source, options

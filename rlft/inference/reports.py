@@ -51,10 +51,10 @@ def report(workdirs: Sequence[str], *, output: str = "") -> list[str]:
 
 def _read(workdir: str) -> RunFiles:
   """A run with the directions of its judges, which its files need not say."""
-  return read_run(workdir, lower_is_better=_lower_judges(workdir))
+  return read_run(workdir, lower_is_better=lower_judges(workdir))
 
 
-def _lower_judges(workdir: str | os.PathLike[str]) -> list[str]:
+def lower_judges(workdir: str | os.PathLike[str]) -> list[str]:
   """The judges of a run's tasks that improve by falling, as far as they can still be made."""
   try:
     config = json.loads((files.path_of(workdir) / CONFIG_FILE).read_text())

@@ -18,6 +18,10 @@ from rlft.models import config as config_lib
 
 CLIPVisionConfig = clip_vision.CLIPVisionConfig
 
+# Of the channels of images in [0, 1], as OpenAI's models take them.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
 # Configs from before transformers 4.31 say 2 whatever the tokenizer's end token is; the end token
 # is then the highest id, as in OpenAI's code.
 _WRONG_EOS = 2
@@ -63,12 +67,16 @@ class CLIPConfig:
     text_config, vision_config: the towers.
     projection_dim: F, the size of the features that are compared.
     logit_scale_init_value: logarithm of the factor of the cosine, before training.
+    image_mean, image_std: of the channels of images, see `rlft.rewards.preprocess.normalise`; other
+      libraries keep them in a file of their own.
   """
 
   text_config: CLIPTextConfig = CLIPTextConfig()
   vision_config: CLIPVisionConfig = CLIPVisionConfig()
   projection_dim: int = 512
   logit_scale_init_value: float = 2.6592
+  image_mean: tuple[float, ...] = IMAGE_MEAN
+  image_std: tuple[float, ...] = IMAGE_STD
 
   @classmethod
   def from_dict(cls, data: Mapping[str, Any], what: str = "config.json"):

@@ -188,7 +188,7 @@ class UNet2DCondition(nn.Module):
 
     Args:
       latents: `[n, H, W, in_channels]` float32; H and W multiples of 2^(levels - 1).
-      timesteps: `[n]` int32 in [0, 1000).
+      timesteps: `[n]` int32 in [0, num_train_timesteps).
       conditioning: leaves `[B, ...]` float32, D the config's `cross_attention_dim` and F its
         `pooled_features`; or what `prepare` made of it. B is a multiple of n, see `layers.alike`:
         in float32 what comes before the first attention to the text is computed once for all texts.

@@ -1,6 +1,6 @@
 """What the files of a run say of hacked rewards, see `rlft.evaluation.hacking`."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import os
 from typing import Any
@@ -42,6 +42,20 @@ class Call:
     return hacking.numbers(self.judge, self.found)
 
 
+def to_fall(tasks: Iterable[Mapping[str, Any]]) -> set[str]:
+  """Names of the curves of terms that tasks make less (`-1*NAME`): 'task/label'.
+
+  Args:
+    tasks: as in config.json.
+  """
+  return {
+    f"{task['name']}/{label}"
+    for task in tasks
+    for label, weight, _ in grammar.labelled(task["reward"])
+    if weight < 0
+  }
+
+
 def of_run(
   workdir: str | os.PathLike[str],
   config: Mapping[str, Any],
@@ -67,7 +81,7 @@ def of_run(
   for task in config.get("task", ()):
     if judge := task.get("watch"):
       calls = list(_by_evaluations(task, config.get("eval", ()), history))
-      found += calls or _by_curves(task, rows, judge in lower_is_better)
+      found += calls or _by_curves(task, rows, judge in lower_is_better, to_fall([task]))
   return found
 
 
@@ -75,8 +89,8 @@ def _by_evaluations(
   task: Mapping[str, Any], evals: Sequence[Mapping[str, Any]], history: results.History
 ) -> Iterator[Call]:
   """The calls of a task's terms that are evaluated on prompts on which the judge is, too."""
-  terms = [name for _, name in grammar.terms(task["reward"])]
-  for term in terms:
+  terms = grammar.terms(task["reward"])
+  for weight, term in terms:
     pairs = (
       (one["name"], other["name"])
       for one in evals
@@ -86,20 +100,35 @@ def _by_evaluations(
       and one["prompts"] == other["prompts"]
     )
     names = next(pairs, None)
-    if names and (called := hacking.of_history(history, *names)):
+    if names and (called := hacking.of_history(_wanted(history, names[0], weight), *names)):
       yield Call(
         task["name"] if len(terms) == 1 else f"{task['name']}/{term}", task["watch"], called
       )
 
 
+def _wanted(history: results.History, name: str, weight: float) -> results.History:
+  """Evaluations in which the direction of a term is the one in which its weight pushes it."""
+  return [
+    (iteration, {**found, name: dataclasses.replace(found[name], lower_is_better=weight < 0)})
+    for iteration, found in history
+    if name in found
+  ]
+
+
 def _by_curves(
-  task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], lower_is_better: bool
+  task: Mapping[str, Any],
+  rows: Sequence[Mapping[str, Any]],
+  lower_is_better: bool,
+  falling: Collection[str],
 ) -> Iterator[Call]:
   keys = dict.fromkeys(key for row in rows for key in row)
   judged = f"watch/{task['name']}/mean"
   for name in metrics.trained_curves(keys):
     if name.partition("/")[0] != task["name"] or judged not in keys:
       continue
-    curves = (metrics.curve(rows, key) for key in ("iteration", f"reward/{name}/mean", judged))
-    if called := hacking.of_curves(*curves, lower_is_better=lower_is_better):
+    x, trained, oracle = (
+      metrics.curve(rows, key) for key in ("iteration", f"reward/{name}/mean", judged)
+    )
+    trained = -trained if name in falling else trained
+    if called := hacking.of_curves(x, trained, oracle, lower_is_better=lower_is_better):
       yield Call(name, task["watch"], called)

@@ -100,8 +100,11 @@ class RunFiles:
   def training(self) -> Training:
     """How training went."""
     total, clip_range = self.config.get("iterations"), self.config.get("clip_range")
+    falling = hacking.to_fall(self.tasks)
     curves = {
-      name: hacking_lib.change_of_curve(self.values(f"reward/{name}/mean"))
+      name: hacking_lib.change_of_curve(
+        self.values(f"reward/{name}/mean") * (-1 if name in falling else 1)
+      )
       for name in metrics.trained_curves(self.keys)
     }
     constant = [key for key in self.keys if key.startswith("reward/") and key.endswith("/constant")]

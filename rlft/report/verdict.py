@@ -283,7 +283,10 @@ def next_steps(found: Verdict, place: Place, training: Training) -> list[Step]:
   if found.kind == "mixed":
     steps.insert(0, Step("See below since when it became worse: fewer iterations may keep both."))
   if found.kind == "hacked":
-    closer = Step("Hold it closer to the base model: a pretraining loss (--pretrain_data).")
+    closer = Step(
+      "Hold it closer to the base model: a pretraining loss (--pretrain_data=... and"
+      " --pretrain_weight=1)."
+    )
     if place.pretrain_bounded:
       slower = again(f"--learning_rate={place.learning_rate / 3:g}") if place.learning_rate else ""
       why = "Go in smaller steps: --max_grad_norm leaves --pretrain_weight without effect."

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from rlft.rewards import parity, sets, user
-from rlft.rewards.scoring import errors
+from rlft.rewards.scoring import errors, host
 from rlft.types import HostReward, JaxReward, Reward, Scores, UserError
 
 # `(images, prompts, metadata) -> probs`, all of length B, called from several threads at once.
@@ -50,14 +50,15 @@ def parity_of(
     raise UserError(f"reward 'parity': {classifier} takes {what}: give a function of single images")
   if isinstance(found, HostReward):
     reward = host_parity(found.score, classifier, credit=credit, shares=shares)
-    return dataclasses.replace(reward, threads=found.threads)
+    return dataclasses.replace(reward, threads=found.threads, needs=found.needs)
 
   def classify(params, images):
     probs = found.score(params, images, None)
     _check(classifier, probs, len(images))
     return probs
 
-  return parity.parity_reward(classify, classifier, found.params, credit=credit, shares=shares)
+  reward = parity.parity_reward(classify, classifier, found.params, credit=credit, shares=shares)
+  return dataclasses.replace(reward, needs=found.needs)
 
 
 def host_parity(
@@ -72,7 +73,7 @@ def host_parity(
   def score(images, prompts, metadata):
     num_prompts, num_images = images.shape[:2]
     repeated = ([x for x in texts for _ in range(num_images)] for texts in (prompts, metadata))
-    probs = classify(images.reshape(-1, *images.shape[2:]), *repeated)
+    probs = host.as_numpy(classify(images.reshape(-1, *images.shape[2:]), *repeated))
     _check(name, probs, num_prompts * num_images)
     probs = np.asarray(probs, np.float32).reshape(num_prompts, num_images, -1)
     with on_cpu():

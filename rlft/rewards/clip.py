@@ -214,7 +214,9 @@ def image_embedder(
 
 def image_features(module: clip.CLIPModel, params: Any, images: jax.Array, fit: Fit) -> jax.Array:
   """Features of unit norm: images `[B, H, W, 3]` in [0, 1] -> `[B, F]` float32."""
-  pixels = preprocess.clip_normalise(fit(images, module.config.vision_config.image_size))
+  config = module.config
+  fitted = fit(images, config.vision_config.image_size)
+  pixels = preprocess.normalise(fitted, config.image_mean, config.image_std)
   return unit(module.apply({"params": params}, pixels, method="image_features"))
 
 

@@ -9,8 +9,9 @@ and `--eval` are cut. All else stands for itself, also '?', '=', '+' and ':'.
 In a shell, quote the flag: '&' and '?' have meanings there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import inspect
+import itertools
 import math
 import pathlib
 import re
@@ -23,6 +24,11 @@ from rlft.types import UserError
 
 _PLUS = re.compile(r"\s\+\s")
 _WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
+# Options that change who gets a score, how it is computed or asked for, and not what it measures.
+_HOW = frozenset(
+  ("credit", "shares", "dtype")
+  + ("batch_size", "in_flight", "timeout_s", "deadline_s", "retries", "start_s", "token_env")
+)
 _VETO = re.compile(r"(.+?)\s*(>=|<=)\s*(\S+)")
 
 
@@ -182,10 +188,26 @@ def parse_veto(text: str) -> tuple[str, bool, float]:
   return match[1], match[2] == ">=", bound
 
 
+def labelled(text: str) -> list[tuple[str, float, str]]:
+  """The terms of a reward with names for metrics: `[(label, weight, name), ...]`."""
+  found: list[tuple[str, float, str]] = []
+  for weight, name in terms(text):
+    found.append((_label(name, [label for label, _, _ in found]), weight, name))
+  return found
+
+
+def _label(spec: str, taken: Sequence[str]) -> str:
+  """A name for metrics: of a function or model its last part; numbered if it is taken."""
+  name = re.split(r"[:/]", spec.partition("?")[0].rstrip("/"))[-1]
+  name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+  numbered = (f"{name}-{number}" for number in itertools.count(2))
+  return next(label for label in itertools.chain([name], numbered) if label not in taken)
+
+
 def trained_on(tasks: Iterable[TaskConfig]) -> Callable[[str], bool]:
   """A function that says whether any task is trained on the reward with this name.
 
-  It does not matter how credit is given within a set.
+  It does not matter how it is computed, nor how credit is given within a set.
   """
   names = [name for task in tasks for _, name in terms(task.reward)]
   names += [parse_veto(task.veto)[0] for task in tasks if task.veto]
@@ -194,10 +216,10 @@ def trained_on(tasks: Iterable[TaskConfig]) -> Callable[[str], bool]:
 
 
 def same(spec: str, other: str) -> bool:
-  """Whether two names are of one reward; it does not matter how credit is given within a set."""
+  """Whether two names are of one reward, computed and given to images in whatever way."""
   return _measured(spec) == _measured(other)
 
 
 def _measured(spec: str) -> tuple[str, frozenset]:
   name, given = split(spec)
-  return name, frozenset((key, value) for key, value in given.items() if key != "credit")
+  return name, frozenset((key, value) for key, value in given.items() if key not in _HOW)

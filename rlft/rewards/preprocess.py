@@ -6,6 +6,7 @@ the scorers were trained, without their rounding to 8 bits: PIL's (which torchvi
 transformers call), torch's antialiased one, and `scipy.ndimage`'s for OWLv2.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import chex
@@ -13,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from rlft.models import clip
 
 # What OWLv2 puts beside an image that is not square.
 _GREY = 0.5
@@ -131,9 +131,14 @@ def owlv2(images: jax.Array, size: int) -> jax.Array:
   return jnp.clip(zoomed, jax.lax.stop_gradient(low), jax.lax.stop_gradient(high))
 
 
+def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """(x - mean) / std, channel by channel; `[B, H, W, 3]` -> the same shape."""
+  return (images - jnp.array(mean)) / jnp.array(std)
+
+
 def clip_normalise(images: jax.Array) -> jax.Array:
-  """(x - CLIP_MEAN) / CLIP_STD, channel by channel; `[B, H, W, 3]` -> the same shape."""
-  return (images - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+  """`normalise` with the means and deviations of OpenAI's CLIP."""
+  return normalise(images, clip.IMAGE_MEAN, clip.IMAGE_STD)
 
 
 def _resample(images: jax.Array, shape: tuple[int, int], method: str) -> jax.Array:

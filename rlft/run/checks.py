@@ -23,6 +23,7 @@ from rlft.types import UserError
 _log = logging.getLogger(__name__)
 
 _NOTICE = 15  # seconds, the least that clouds give to a machine which they take away
+_PRETRAIN = "pretrain"  # In the names of metrics.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a task's name becomes part of metric and file names
 
 
@@ -82,7 +83,8 @@ def with_rank(config: Config) -> Config:
     raise UserError(f"--init_lora={error}") from error
   if said not in (0, rank):
     raise UserError(
-      f"--lora_rank={said} is not the rank of --init_lora={path}, which is {rank}: leave it out"
+      f"--lora_rank={said} is not the rank of --init_lora={path}, which is {rank}: give"
+      f" --lora_rank={rank}"
     )
   return fields.replace(config, lora_rank=rank)
 
@@ -95,6 +97,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     for name in names:
       if not _NAME.fullmatch(name):
         yield f"--{flag}=name={name}: use letters, digits, '_', '-' and '.' in the name"
+      if (flag, name) == ("task", _PRETRAIN):
+        yield f"--task=name={name}: that is what the pretraining step is called; give another name"
       if names.count(name) > 1:
         yield f"two of --{flag} have the name {name}: give each its own with name=..."
   for task in config.task:
@@ -207,6 +211,7 @@ def warn(config: Config, metrics: Mapping[str, float], iteration: int) -> None:
     iteration: from 0; the second compiles nothing.
   """
   if iteration == 0:
+    warn_if_unused(config)
     warn_if_bounded(config, metrics)
   if iteration == 1 and cpu.goes_on():  # No machine with CPUs alone is taken away.
     warn_if_slow_to_stop(metrics, jax.process_count())
@@ -233,6 +238,17 @@ def warn_if_slow_to_stop(metrics: Mapping[str, float], process_count: int) -> No
       " give fewer images an iteration (batch_size) or fewer --train_timesteps",
       name,
       units[name],
+    )
+
+
+def warn_if_unused(config: Config) -> None:
+  """Says so if there are pictures for a pretraining loss that has no weight."""
+  pretraining = config.pretraining
+  if pretraining.pretrain_data and not pretraining.pretrain_weight:
+    _log.warning(
+      "--pretrain_data=%s is not used, as --pretrain_weight is 0 (some algorithms leave the"
+      " pretraining loss out unless it is given)",
+      pretraining.pretrain_data,
     )
 
 

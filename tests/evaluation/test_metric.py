@@ -71,6 +71,23 @@ def test_images_are_forgotten_once_scored(monkeypatch):
   assert len(most) == 20 and max(most) <= 3
 
 
+def test_batches_are_of_one_size_and_leave_little_to_pad():
+  images = pictures(300)[1]
+  sizes = [(size, len(part)) for size, part in metric.regrouped([images], 300, 6)]
+  assert sizes == [(150, 150), (150, 150)]  # 256 at once would leave 44 for the second.
+
+
+def test_sets_are_whole_on_each_process(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  sizes = []
+  monkeypatch.setattr(
+    metric, "regrouped", lambda batches, count, unit: sizes.append(unit) or iter(())
+  )
+  with scorer() as score, pytest.raises(ValueError):
+    score([SETS], [], [Prompt("")] * 48, 16)
+  assert sizes == [32]  # 8 devices; each of two processes has a multiple of 16.
+
+
 def test_large_images_are_scored_in_smaller_batches(monkeypatch):
   # 2 x 2 x 3 values of 4 bytes; 500 bytes hold 10 images, and 16 is the next multiple of 8 devices.
   monkeypatch.setattr(metric, "_BYTES_AT_ONCE", 500)

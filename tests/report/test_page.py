@@ -310,3 +310,30 @@ def test_a_hacked_run_is_called_hacked(tmp_path):
   assert "<h1>hacked: " in page and "(from iteration 0 to 11 the reward" in page
   page = report.write_report(tmp_path, lower_is_better=["oracle-preference"]).read_text()
   assert '<p class="note"><b>liked: the reward and its judge rose together</b>' in page
+
+
+def test_a_reward_that_is_to_fall_has_risen_where_it_fell(tmp_path):
+  """Of -1*NAME: by curves as by evaluations, a fall is what was asked for."""
+  task = {"name": "small", "prompts": "p", "reward": "-1*jpeg", "watch": "judge"}
+  (tmp_path / "config.json").write_text(json.dumps({"iterations": 50, "task": [task]}))
+  with metrics.MetricsWriter(tmp_path, first_iteration=0) as writer:
+    for i in range(50):
+      means = {"reward/small": 0, "reward/small/jpeg": 20 - i / 5, "watch/small": 1 - i / 100}
+      writer.write(i, {f"{name}/mean": mean + (i % 3) / 1000 for name, mean in means.items()})
+  page = " ".join(report.write_report(tmp_path).read_text().split())
+  assert "<h1>hacked: the reward of small/jpeg rose by " in page
+  # Without a judge: it is the reward's gain.
+  config = {"iterations": 50, "task": [{**task, "watch": ""}]}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  page = " ".join(report.write_report(tmp_path).read_text().split())
+  assert "<h1>the reward of small/jpeg rose in training; nothing was held out.</h1>" in page
+  # By evaluations of a metric of which more is better.
+  entry = {"prompts": "p.txt", "images": 20}
+  evals = [{"name": name, "metric": name, **entry} for name in ("jpeg", "judge")]
+  config = {"iterations": 50, "task": [task], "eval": evals}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  for iteration in (0, 50):
+    found = {one["name"]: result(one["name"], np.arange(20) - iteration) for one in evals}
+    results.append_history(tmp_path, iteration, found)
+  page = " ".join(report.write_report(tmp_path).read_text().split())
+  assert "<h1>hacked: the reward of small rose by 50 and its judge, judge, fell by 50" in page

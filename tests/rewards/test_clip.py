@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import clip_reward_cases as cases
 import jax
@@ -318,3 +319,43 @@ def test_a_clip_model_is_read_from_either_layout(files):
   jax.tree.map(np.testing.assert_array_equal, params, same)
   expected = torch_layout.from_torch(module, cases.hf_state())
   jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("preprocessor_config.json", {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.5, 0.1]}),
+    (
+      "open_clip_config.json",
+      {
+        "model_cfg": cases.OPEN_CLIP,
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.5, 0.1]},
+      },
+    ),
+  ],
+)
+def test_images_are_normalised_as_the_model_says(files, tmp_path, name, content):
+  shutil.copytree(files / "hf", tmp_path / "own")
+  (tmp_path / "own" / name).write_text(json.dumps(content))
+  module, params = clip_weights.load(tmp_path / "own")
+  images = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
+  found = clip_reward.image_features(module, params, images, lambda x, size: x)
+  pixels = (images - np.float32([0.5, 0.4, 0.3])) / np.float32([0.2, 0.5, 0.1])
+  expected = module.apply({"params": params}, pixels, method="image_features")
+  expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ({"image_mean": [0.5, 0.5]}, r"image_mean=\[0.5, 0.5\] is not three numbers"),
+    ({"image_mean": [0.5] * 3, "image_std": [1, 0, 1]}, "image_std=.* is not three numbers"),
+    ({"do_center_crop": False}, "do_center_crop=False is not supported: use a CLIP model"),
+    ({"do_normalize": False}, "do_normalize=False is not supported"),
+  ],
+)
+def test_other_ways_to_prepare_images_are_refused(files, tmp_path, content, message):
+  shutil.copytree(files / "hf", tmp_path / "own")
+  (tmp_path / "own" / "preprocessor_config.json").write_text(json.dumps(content))
+  one_line(clip_weights.load, tmp_path / "own", match=message)

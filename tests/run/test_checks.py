@@ -141,6 +141,13 @@ def test_every_preset_passes_the_checks(preset, run):
   checks.validate_devices(everything, device_count=8, process_count=1)
 
 
+def test_pictures_that_are_not_used_are_said_not_to_be(run, caplog):
+  checks.warn_if_unused(fields.replace(run, pretrain_data="emoji", pretrain_weight=1.0))
+  assert not caplog.text
+  checks.warn_if_unused(fields.replace(run, pretrain_data="emoji", pretrain_weight=0.0))
+  assert "--pretrain_data=emoji is not used, as --pretrain_weight is 0" in caplog.text
+
+
 @pytest.mark.parametrize(
   ("norm", "bound", "said"), [(0.3, 0.1, True), (0.1, 0.3, False), (9, 0, False)]
 )

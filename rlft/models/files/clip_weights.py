@@ -5,6 +5,7 @@ projections; `from_open_clip` gives its arrays the names and layouts of the firs
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
 import os
 import re
 from typing import Any
@@ -18,6 +19,8 @@ from rlft.models.shapes import Params
 from rlft.types import UserError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+# Where transformers keeps what is done to images; open_clip has it in its config.
+_PREPROCESSOR = "preprocessor_config.json"
 
 # The backbone of HPSv2 (open_clip's ViT-H-14). Its end token is the highest id of the vocabulary.
 VIT_H_14 = clip.CLIPConfig(
@@ -181,8 +184,9 @@ def load(
 
   Args:
     source: see `rlft.models.files.sources`; the config is beside the weights, in config.json or
-      open_clip_config.json. A pickled file may keep the weights in 'state_dict' and have 'module.'
-      before each name.
+      open_clip_config.json, and what is done to images in preprocessor_config.json or the latter
+      (OpenAI's means and deviations if it is not said). A pickled file may keep the weights in
+      'state_dict' and have 'module.' before each name.
     dtype: type that the towers compute in.
     names: files to look for in a directory.
     default: the config if there is none beside the weights.
@@ -195,7 +199,9 @@ def load(
   """
   state = sources.open_weights(source, names=names, key="state_dict")
   state = arrays.strip_prefix(state, "module.")
-  module = clip.CLIPModel(_config(source, is_open_clip(state), default), dtype)
+  config = _config(source, is_open_clip(state), default)
+  config = dataclasses.replace(config, **_normalisation(source))
+  module = clip.CLIPModel(config, dtype)
   params = torch_layout.from_torch(module, from_open_clip(state), what=str(source))
   return module, params
 
@@ -213,3 +219,45 @@ def _config(
       "model's own there"
     )
   return default
+
+
+def _normalisation(source: str | os.PathLike[str]) -> dict[str, tuple[float, ...]]:
+  """What the files beside a model say of images: `image_mean`, `image_std`; {} if nothing.
+
+  Raises:
+    UserError: images are to be prepared in a way that is not implemented.
+  """
+  for name in (_PREPROCESSOR, OPEN_CLIP_CONFIG):
+    if (path := sources.find_file(source, name)) is None:
+      continue
+    data = sources.read_json(path)
+    data = data if name == _PREPROCESSOR else data.get("preprocess_cfg", {})
+    if not isinstance(data, Mapping):
+      raise UserError(f"{path}: preprocess_cfg is no object; get it again")
+    told = (
+      ("do_normalize", data.get("do_normalize", True) is True),
+      ("do_center_crop", data.get("do_center_crop", True) is True),
+      ("resize_mode", data.get("resize_mode", "shortest") == "shortest"),
+    )
+    for key, usual in told:
+      if not usual:
+        raise UserError(
+          f"{path}: {key}={data[key]!r} is not supported: use a CLIP model whose images are resized"
+          " to the short side, cropped to the centre and normalised"
+        )
+    found = {}
+    for key, values in (("image_mean", _either(data, "mean")), ("image_std", _either(data, "std"))):
+      if values is None:
+        continue
+      numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
+      if not numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
+        raise UserError(f"{path}: {key}={values!r} is not three numbers; get it again")
+      found[key] = tuple(map(float, values))
+    if found:
+      return found
+  return {}
+
+
+def _either(data: Mapping[str, Any], name: str) -> Any:
+  """What transformers calls 'image_mean', and open_clip 'mean'."""
+  return data.get(f"image_{name}", data.get(name))

@@ -110,7 +110,11 @@ def rank(path: str | os.PathLike[str]) -> int:
     UserError: it cannot be read, holds no adapter, or one of several ranks.
   """
   state = _open(path)
-  found = {arrays.shape(state, name)[0] for name in state if _split(name)[1] == "a"}
+  shapes = {name: arrays.shape(state, name) for name in state if _split(name)[1] == "a"}
+  for name, shape in shapes.items():
+    if len(shape) < 2 or not shape[0]:
+      raise UserError(f"{path}: {name} has the shape {list(shape)}, of no LoRA: get the file again")
+  found = {shape[0] for shape in shapes.values()}
   if not found:
     raise UserError(f"{path} has no LoRA: give a safetensors file of PEFT, diffusers or Kohya")
   if len(found) > 1:

@@ -17,7 +17,6 @@ from rlft.models import clip, image_reward, owlvit
 from rlft.models.files import darknet
 from rlft.performance.benchmark.contest import Side, Unavailable, cores
 from rlft.performance.benchmark.ports import noise
-from rlft.rewards import preprocess
 
 # What is imported for each kind of network, beside torch.
 _PACKAGES = {"open_clip": ("open_clip", "torchvision")}
@@ -130,8 +129,7 @@ def _pixels(images: Any, shape: tuple[int, int], like: Any, *, fit: str = "crop"
   # Negative padding crops.
   images = functional.pad(images, (left, shape[1] - size[1] - left, top, shape[0] - size[0] - top))
   mean, std = (
-    torch.tensor(x, device=images.device)[:, None, None]
-    for x in (preprocess.CLIP_MEAN, preprocess.CLIP_STD)
+    torch.tensor(x, device=images.device)[:, None, None] for x in (clip.IMAGE_MEAN, clip.IMAGE_STD)
   )
   return ((images - mean) / std).to(next(like.parameters()).dtype)
 

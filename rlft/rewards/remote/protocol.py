@@ -155,7 +155,10 @@ def _scores(tensor: Mapping[str, Any], part: bytes | None, count: int) -> np.nda
     if part is not None:
       values = np.frombuffer(part, _DTYPES[datatype]).astype(np.float64)
     else:
-      values = np.array(tensor.get("data"), np.float64).ravel()  # null becomes NaN.
+      data = tensor.get("data")
+      if not isinstance(data, list):
+        raise TypeError("its data is no list")
+      values = np.array(data, np.float64).ravel()  # null becomes NaN.
   except (ValueError, TypeError, OverflowError) as error:
     raise ValueError(f"output {name!r} does not hold {datatype} numbers ({error})") from error
   if len(values) != math.prod(shape):

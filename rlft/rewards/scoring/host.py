@@ -170,7 +170,10 @@ class HostCaller:
         f" in {self._timeout_s:g} s: see whether what it calls hangs, or raise"
         " --reward_timeout_s or --reward_threads"
       )
-    return jax.tree.map(lambda *x: np.concatenate(x), *[part.result() for part in parts])
+    found = [part.result() for part in parts]
+    # A part may know less than another of what the scores are about.
+    known = [k for k in vars(found[0]) if all(vars(one)[k] is not None for one in found)]
+    return Scores(**{k: np.concatenate([vars(one)[k] for one in found]) for k in known})
 
   def _call(
     self, images: np.ndarray, prompts: Sequence[Prompt], times: tuple[float, float]
@@ -182,9 +185,9 @@ class HostCaller:
       returned = self.reward.score(images, texts, metadata)
       if isinstance(returned, Scores):
         parts = vars(returned).items()
-        returned = Scores(**{key: x if x is None else _numpy(x) for key, x in parts})
+        returned = Scores(**{key: x if x is None else as_numpy(x) for key, x in parts})
       else:
-        returned = _numpy(returned)
+        returned = as_numpy(returned)
     except BaseException as error:  # Also SystemExit, which would only end this thread.
       raise errors.raised(self.reward, error) from error
     group = images.shape[1] if self.reward.is_set else 1
@@ -193,10 +196,10 @@ class HostCaller:
       return jax.tree.map(lambda x: x.astype(np.float32), scores)
 
 
-def _numpy(scores: Any) -> np.ndarray:
+def as_numpy(scores: Any) -> np.ndarray:
   """What a user returned, as numpy; also PyTorch's, on any device, with gradients, in bfloat16."""
   if isinstance(scores, list | tuple):
-    scores = [_numpy(x) for x in scores]
+    scores = [as_numpy(x) for x in scores]
   elif hasattr(scores, "detach"):
     scores = scores.detach().cpu()
     try:

@@ -43,7 +43,11 @@ def _centred(groups: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
   known = jnp.where(valid, groups, 0.0)
   mean = known.sum(axis=1, keepdims=True) / count
-  centred = jnp.where(valid, known - mean, 0.0)
+  # A rounded mean of equal scores is not exactly theirs, and all would be as far from it as their
+  # deviation.
+  lowest = jnp.min(groups, axis=1, keepdims=True, where=valid, initial=jnp.inf)
+  highest = jnp.max(groups, axis=1, keepdims=True, where=valid, initial=-jnp.inf)
+  centred = jnp.where(valid & (lowest < highest), known - mean, 0.0)
   variance = (centred**2).sum(axis=1, keepdims=True) / count
   # The root has no gradient at 0.
   std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)

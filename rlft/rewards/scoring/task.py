@@ -10,8 +10,6 @@ NAME is any reward with its options (a '+' between spaces within a value is writ
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
-import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +111,8 @@ def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
   Raises:
     UserError: a mistake in the settings, or in what a reward needs.
   """
-  parts, labels = [], []
-  for weight, name in grammar.terms(task.reward):
-    labels.append(_label(name, labels))
+  parts = []
+  for label, weight, name in grammar.labelled(task.reward):
     with errors.located(f"--task=name={task.name}: reward", name):
       reward = make(name)
     if reward.lower_is_better and weight > 0:
@@ -123,11 +120,17 @@ def task_reward(task: TaskConfig, make: Callable[[str], Reward]) -> TaskReward:
         f"--task=name={task.name}: reward={task.reward} would make {name} greater, of which less is"
         f" better: give it a weight below 0, e.g. reward=-1*{name}"
       )
-    parts.append(Term(labels[-1], weight, reward))
+    parts.append(Term(label, weight, reward))
   veto = watch = None
   if task.veto:
     name, least, bound = grammar.parse_veto(task.veto)
-    veto = Veto(_measure("veto", task, name, make), bound, least)
+    reward = _measure("veto", task, name, make)
+    if reward.lower_is_better and least:
+      raise UserError(
+        f"--task=name={task.name}: veto={task.veto} would keep what is worse, as less of {name} is"
+        f" better: write {name}<={bound:g}"
+      )
+    veto = Veto(reward, bound, least)
   if task.watch:
     watch = _measure("watch", task, task.watch, make)
   return TaskReward(parts, grammar.is_combination(task.reward), veto, watch)
@@ -160,14 +163,6 @@ def _measure(key: str, task: TaskConfig, spec: str, make: Callable[[str], Reward
       f"{where} is the credit of images within their set, not a measure: use it with credit=set"
     )
   return reward
-
-
-def _label(spec: str, taken: Sequence[str]) -> str:
-  """A name for metrics: of a function or model its last part; numbered if it is taken."""
-  name = re.split(r"[:/]", spec.partition("?")[0].rstrip("/"))[-1]
-  name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-  numbered = (f"{name}-{number}" for number in itertools.count(2))
-  return next(label for label in itertools.chain([name], numbered) if label not in taken)
 
 
 # ---------------------------------------------------------------------------- scores

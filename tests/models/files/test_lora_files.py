@@ -173,6 +173,10 @@ def test_what_is_no_adapter(tmp_path):
   )
   with pytest.raises(UserError, match="has LoRAs of the ranks 2, 4: give one of a single rank"):
     lora_files.rank(path)
+  for shape in ((), (3,), (0, 3)):
+    safetensors.numpy.save_file({"x.lora_A.weight": np.zeros(shape)}, path)
+    with pytest.raises(UserError, match="lora_A.weight has the shape .* of no LoRA: get the file"):
+      lora_files.rank(path)
 
 
 @pytest.mark.parametrize(

@@ -387,6 +387,8 @@ def test_a_restarted_server_may_still_load_its_model(faulty):
     (change(shape=[2, 2]), r"'score' has the shape \[2, 2\], expected \[4\]"),
     (change(shape=[3], data=[1, 2, 3]), r"'score' has the shape \[3\], expected \[4\]"),
     (change(data=[1, 2, 3]), "'score' has 3 numbers, expected 4"),
+    (lambda _, answer: answer["outputs"][0].pop("data") and None, "its data is no list"),
+    (change(data=True), "'score' does not hold FP32 numbers .its data is no list"),
     (change(data=["a", "b", "c", "d"]), "'score' does not hold FP32 numbers"),
     (change(data=[[1], [2, 3], [4]]), "'score' does not hold FP32 numbers"),
     (change(data=[10**400, 2, 3, 4]), "'score' does not hold FP32 numbers"),

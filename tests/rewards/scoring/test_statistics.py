@@ -37,9 +37,17 @@ def test_groups():
   np.testing.assert_allclose(result, expected, rtol=1e-5)
 
 
-def test_equal_rewards_have_no_advantage():
-  # 0.1 is no float32; its rounding error must not become an advantage.
-  assert jnp.abs(normalise(jnp.full((64,), 0.1), clip=10.0)).max() < 0.1
+@pytest.mark.parametrize("value", [0.1, 5.3, -23.417, 87.65, -0.8660254])
+@pytest.mark.parametrize("batch", [48, 64, 2048])
+def test_equal_rewards_have_no_advantage(value, batch):
+  """Their mean, rounded, is not theirs; all of them would be a deviation away from it."""
+  equal = jnp.full((batch,), value).at[3].set(NAN)
+  assert not jax.jit(lambda x: normalise(x, clip=10.0))(equal).any()
+  assert mean_std(equal)[1] == 0
+  # Nor in a group beside others.
+  groups = jnp.concatenate([equal[:16], jnp.arange(16.0)])
+  found = jax.jit(lambda x: normalise(x, clip=10.0, group_size=16))(groups)
+  assert not found[:16].any() and found[16:].all()
 
 
 def test_mean_and_deviation():

@@ -71,11 +71,12 @@ def test_vetoes(text, expected):
     ({"veto": "a + b>=1"}, "veto=a + b is a sum, which measures nothing by itself: give one"),
     ({"watch": "credit"}, "watch=credit is the credit of images within their set"),
     ({"watch": "2*a"}, "watch=2*a is a sum"),
+    ({"veto": "less>=0.5"}, "would keep what is worse, as less of less is better: write less<=0.5"),
   ],
 )
 def test_mistakes_are_named(change, message):
   def make(name):
-    return reward(name, is_measure=name != "credit")
+    return reward(name, is_measure=name != "credit", lower_is_better=name == "less")
 
   with pytest.raises(UserError) as error:
     combine.task_reward(fields.replace(TASK, **change), make)
@@ -97,6 +98,9 @@ def test_what_is_trained_on():
   is_trained_on = grammar.trained_on(tasks)
   names = ("p?b=2&a=1", "p?a=1", "q", "v", "r", "w")
   assert [is_trained_on(name) for name in names] == [True, False, True, True, True, False]
+  # The same measure, however it is computed or asked for.
+  names = ("q?dtype=bfloat16", "q?shares=soft", "r?timeout_s=5&in_flight=2", "q?weights=x")
+  assert [is_trained_on(name) for name in names] == [True, True, True, False]
 
 
 def test_a_sum_is_no_metric():
