@@ -99,6 +99,10 @@ def test_renderings_are_the_same_each_time_and_need_a_name(asked):
   np.testing.assert_array_equal(guards._rendered(texts[::-1], known[::-1])[::-1], first)
   assert np.isfinite(first).all()
   assert np.isnan(guards._rendered(["something"], [{}])).all()
+  # A bare word stands for a list of it, as everywhere; an empty list names nothing.
+  word, listed, nothing = [{"objects": "dog"}], [{"objects": ["dog"]}], [{"objects": []}]
+  np.testing.assert_array_equal(guards._rendered(["x"], word), guards._rendered(["x"], listed))
+  assert np.isnan(guards._rendered(["x"], nothing)).all()
   # All tones alike.
   portraits = guards.render(known[-1], np.random.default_rng(0), guards._RENDERINGS, **guards.CLEAN)
   assert len(portraits) == guards._RENDERINGS and len(np.unique(portraits, axis=0)) > 20

@@ -242,6 +242,19 @@ def test_a_function_on_the_host(code):
   assert credit[0, 3] == pytest.approx(JAX_SCORES[0] + math.sqrt(2 / 3), abs=1e-6)
 
 
+def test_what_a_classifier_needs_and_lists_that_it_returns(code):
+  code.write_text(f"{CODE}\n\ndef lists(*x):\n  return host_channels(*x).tolist()\n\n\n")
+  with code.open("a") as file:
+    file.write('lists.needs = ("bright",)\n')
+  arrays, lists = (
+    catalog.make_reward(f"parity?classifier=host:{code}:{name}")
+    for name in ("host_channels", "lists")
+  )
+  assert (arrays.needs, lists.needs) == ((), ("bright",))
+  given = colours(), ["a", "b"], [{"bright": 0.5}, {"bright": 0.5}]
+  np.testing.assert_array_equal(lists.score(*given).values, arrays.score(*given).values)
+
+
 @pytest.mark.parametrize(
   ("classifier", "message"),
   [
@@ -260,5 +273,5 @@ def test_scores_are_no_probabilities(code):
   with pytest.raises(UserError, match=r"returned float32\[8\], expected float32\[8, A\]"):
     reward.score(None, colours(), None)
   reward = classifiers.host_parity(lambda images, *_: [0.5] * len(images), "listed")
-  with pytest.raises(UserError, match="'listed' returned list, expected"):
+  with pytest.raises(UserError, match=r"'listed' returned float64\[8\], expected"):
     reward.score(colours(), ["a", "b"], [{}, {}])

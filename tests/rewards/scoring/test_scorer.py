@@ -285,6 +285,15 @@ def test_a_host_reward_may_return_more_than_scores():
   np.testing.assert_array_equal(found.found, rows < 0.5)
 
 
+def test_what_only_some_parts_of_a_batch_say_is_left_out():
+  def score(images, prompts, metadata):
+    values = images[:, 0, 0, 0]
+    return Scores(values, found=values > 0) if values.min() > 0.5 else values
+
+  scores = run(HostReward("h", score), threads=4)
+  np.testing.assert_allclose(scores, np.arange(B) / B)
+
+
 @pytest.mark.parametrize(
   ("score", "found"),
   [
