@@ -18,7 +18,7 @@ launch/tpu_vm.sh [OPTIONS] COMMAND [-- FLAGS OF launch/train.py]
   --type=TYPE      e.g. v6e-8, v5litepod-64, v5p-256           (create, train, all)
   --version=IMAGE  e.g. v2-alpha-tpuv6e, v2-alpha-tpuv5-lite   (create, train, all)
   --spot           cheaper, and may be taken away at any time
-  --queued         waits in Google's queue (a queued resource) rather than to fail where none is free
+  --queued         waits in Google's queue (a queued resource) instead of failing where none is free
   --dry_run        prints the commands of gcloud and runs none
 END
 }

@@ -177,6 +177,8 @@ class Checkpointer:
           meta=ocp.args.JsonRestore(),
         ),
       )
+    except jax.errors.JaxRuntimeError:  # Says nothing of files: another process is gone, say.
+      raise
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
       raise UserError(
         f"checkpoint {folders.name_of(step)} was written in {self._shown} and cannot be read"
@@ -221,6 +223,8 @@ class Checkpointer:
           "checkpoint %s has no checksums, since an older version wrote it: taken as it is",
           folders.name_of(step),
         )
+    except jax.errors.JaxRuntimeError:
+      raise
     except Exception as own:  # Orbax raises a dozen types for what it cannot read.
       if _is_of_the_system(own):
         unread = self._unread_error(step, own)
@@ -311,7 +315,7 @@ class Checkpointer:
             )
           ),
         )
-      except UserError:
+      except (UserError, jax.errors.JaxRuntimeError):  # The latter says nothing of files.
         raise
       except Exception as error:  # Orbax raises a dozen types for what it cannot read.
         # Of a bucket TensorStore does not say whether it is the object; but the sums were right.

@@ -297,6 +297,26 @@ def test_arrays_that_cannot_be_read_stay(tmp_path, monkeypatch):
   assert names(tmp_path) == ["iteration_1", "iteration_2"]
 
 
+def test_what_fails_on_the_devices_is_not_said_of_files(tmp_path, monkeypatch):
+  """Another process that dies ends a collective, also while checkpoints are opened."""
+  gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+  def fail(*_, **__):
+    raise gone
+
+  save(tmp_path, 1)
+  checkpointer = Checkpointer(tmp_path)
+  monkeypatch.setattr(checkpointer._manager, "restore", fail)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+    checkpointer.restore(state(0.0))
+  checkpointer.save(2, state(2.0), {"step": 2})
+  with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+    checkpointer.wait()
+  monkeypatch.undo()
+  checkpointer.close()
+  assert names(tmp_path) == ["iteration_1", "iteration_2"] and restore(tmp_path)[0] == 2
+
+
 def test_what_is_missing_is_not_waited_for(tmp_path, monkeypatch):
   save(tmp_path, 1, 2)
   calls = fail(monkeypatch, checksums, "_sum", errno.ENOENT, times=1)
