@@ -116,7 +116,14 @@ create() {
     vm create "$name" "--accelerator-type=$type" "--version=$version" "${spot[@]}" || return
   fi
   [[ $dry_run ]] && return
-  until [[ $(state) == READY ]]; do
+  while true; do
+    case $(state) in
+      READY) return ;;
+      PREEMPTED | TERMINATED | STOPPED)
+        echo "$name was taken away before it was used" >&2
+        return 1
+        ;;
+    esac
     if [[ $queued && $(queue describe "$name" '--format=value(state.state)') == FAILED ]]; then
       fail "the queue has refused $name: see gcloud compute tpus queued-resources describe $name"
     fi
@@ -128,10 +135,10 @@ create() {
 install() {
   local package=${TMPDIR:-/tmp}/rlft-$name.tar.gz
   [[ $dry_run ]] || git archive --output="$package" HEAD
-  vm scp "$package" "$name:rlft.tar.gz" --worker=all
+  vm scp "$package" "$name:rlft.tar.gz" --worker=all || return
   # What ~ is, the TPU's machines know.
   # shellcheck disable=SC2016
-  on_all 'mkdir -p rlft && tar -xzf rlft.tar.gz -C rlft && cd rlft && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing --python 3.12 .venv && ~/.local/bin/uv pip install -q -e ".[tpu,gcs,parquet,records]"'
+  on_all 'mkdir -p rlft && tar -xzf rlft.tar.gz -C rlft && cd rlft && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing --python 3.12 .venv && ~/.local/bin/uv pip install -q -e ".[tpu,gcs,parquet,records]"' || return
   [[ $dry_run ]] || rm -f "$package"
 }
 
@@ -169,12 +176,13 @@ train() {
       UNKNOWN) fail "gcloud cannot say whether $name is still there: give the command train again" ;;
     esac
     echo "$name was taken away: asking for another" >&2
+    # Each step may fail, as the next TPU may be taken away as well.
     delete || true
-    until create; do
+    until create && install; do
       echo "there is no other yet: asking again" >&2
       sleep "${POLL_SECONDS:-30}"
+      delete || true
     done
-    install
   done
 }
 

@@ -25,6 +25,7 @@ case "$*" in
   *describe*) answers=states ;;
   *launch/train.py*) answers=trainings ;;
   *" create "*) answers=creations ;;
+  *" scp "*) answers=copies ;;
   *) exit ;;
 esac
 line=$(head -1 $answers)
@@ -76,11 +77,13 @@ def tpu_vm(
   states=("READY",),
   runs=("0 report: runs/x/report.html",),
   creations=("0 created",),
+  copies=("0 copied",),
 ):
   """What the script says and how it ends, with gcloud's answers; its calls are in `calls`."""
   answers = (state if state[0].isdecimal() else f"0 {state}" for state in states)
   (folder / "states").write_text("".join(f"{answer}\n" for answer in answers))
   (folder / "creations").write_text("".join(f"{creation}\n" for creation in creations))
+  (folder / "copies").write_text("".join(f"{copy}\n" for copy in copies))
   (folder / "trainings").write_text("".join(f"{run}\n" for run in runs))
   put(folder, "gcloud", _CLOUD)
   put(folder, "git", 'echo archived > "${2#--output=}"')
@@ -181,9 +184,40 @@ def test_another_tpu_is_asked_for_until_there_is_one(folder):
     creations=(refused, refused, "0 created"),
   )
   assert status == 0 and err.count("there is no other yet: asking again") == 2
-  assert verbs(folder) == ["train", "delete", *3 * ["create"], "scp", "ssh", "train"]
+  assert verbs(folder) == ["train", *3 * ["delete", "create"], "scp", "ssh", "train"]
   status, _, _ = tpu_vm(folder, "create", creations=(refused,))
   assert status == 1  # Whoever asks for the first one is there to hear it.
+
+
+def test_a_tpu_that_is_taken_away_before_it_is_used_is_replaced_too(folder):
+  status, _, err = tpu_vm(
+    folder,
+    "--spot",
+    "train",
+    "--",
+    "--workdir=gs://b/x",
+    states=("PREEMPTED", "CREATING", "PREEMPTED", "READY"),
+    runs=("255 connection lost", "0 report: x"),
+  )
+  assert status == 0 and "tpu was taken away before it was used" in err
+  assert verbs(folder) == ["train", *2 * ["delete", "create"], "scp", "ssh", "train"]
+
+
+def test_an_installation_that_fails_is_begun_again(folder):
+  """As on a TPU that is gone before rlft is on it."""
+  status, _, _ = tpu_vm(
+    folder,
+    "--spot",
+    "train",
+    "--",
+    "--workdir=gs://b/x",
+    states=("PREEMPTED", "READY"),
+    runs=("255 connection lost", "0 report: x"),
+    copies=("1 connection lost", "0 copied"),
+  )
+  assert status == 0
+  again = ["delete", "create", "scp"]
+  assert verbs(folder) == ["train", *again, *again, "ssh", "train"]
 
 
 def test_a_run_that_was_stopped_on_a_tpu_that_stays_goes_on(folder):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import pathlib
 import resource
 import shutil
 import time
@@ -159,11 +160,23 @@ def test_a_checkpoint_of_another_model_or_other_prompts(tmp_path, trained):
       cases.run(fields.replace(trained, **changes))
   with open(tmp_path / "prompts.txt", "a") as file:
     file.write("\na prompt more")
-  with one_line("prompts .*prompts.txt are not those that the run in .* began with: put them back"):
+  with one_line(
+    "pictures of .*prompts.txt are not those that the run in .* began with: put them back"
+  ):
     cases.run(trained)
   after = cases.final_state(tmp_path / "run"), (tmp_path / "run" / "config.json").read_text()
   assert after[1] == before[1]
   jax.tree.map(np.testing.assert_array_equal, after[0], before[0])
+
+
+def test_other_pictures_than_the_run_began_with(folder, tmp_path):
+  pairs = pathlib.Path(shutil.copytree(folder / "pairs", tmp_path / "pairs"))
+  settings = config(folder, tmp_path, pretrain_data=str(pairs), iterations=1)
+  cases.run(settings)
+  listing = pairs / "metadata.jsonl"
+  listing.write_text("\n".join(reversed(listing.read_text().splitlines())))
+  with one_line("pictures of --pretrain_data=.*pairs are not those that the run in"):
+    cases.run(fields.replace(settings, iterations=2))
 
 
 def test_prompt_files(folder, tmp_path, caplog):

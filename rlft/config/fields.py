@@ -125,9 +125,10 @@ def convert(text: str, kind: Any) -> Any:
   if kind in (int, float):
     try:
       value = kind(text)
-    except ValueError:
-      value = math.nan
-    if not math.isfinite(value):
+      finite = math.isfinite(value)
+    except (ValueError, OverflowError):  # A whole number may have more digits than any float.
+      finite = False
+    if not finite:
       raise ValueError(f"is not {'a whole number' if kind is int else 'a number'}: give one")
     return value
   if kind is pathlib.Path:

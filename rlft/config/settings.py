@@ -68,7 +68,6 @@ class EvalConfig:
     " prompts; the run measures the base model there as well, as the row to beat; 0 leaves it out",
     0.0,
     least=0,
-    free=True,
   )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
+import hashlib
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 from rlft.data import lines
 from rlft.data import shuffle as order
 from rlft.storage import files
+from rlft.storage import images as images_lib
 from rlft.types import UserError
 
 _METADATA = "metadata.jsonl"
@@ -32,10 +34,12 @@ class Pairs:
       and width of the original, and the first row and column of what was cut out of it after it was
       scaled. A folder's images are read when asked for, and one that cannot be decoded is a
       UserError.
+    digest: of a folder's list, by which it is told from another; '' where nothing can change.
   """
 
   captions: Sequence[str]
   read: Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, np.ndarray]]
+  digest: str = ""
 
   def __len__(self) -> int:
     return len(self.captions)
@@ -78,7 +82,9 @@ def load_folder(folder: str, *, size: tuple[int, int]) -> Pairs:
       np.int32
     )
 
-  return Pairs(captions=captions, read=read)
+  with lines.reading(listing), open(listing, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  return Pairs(captions=captions, read=read, digest=digest)
 
 
 def _check_inside(listing: str, name: str) -> None:
@@ -114,30 +120,14 @@ def pair_indices(seed: int, iteration: int, *, count: int, size: int) -> np.ndar
 def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
   """An image file as `[*size, 3]` uint8, upright, on white where it is transparent; see `Pairs`."""
   try:
-    with Image.open(path) as file:
-      image = _with_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+    image = images_lib.upright(path)
   except Exception as error:  # Decoders of two dozen formats raise what they like.
     reason = " ".join(str(error).split()) or type(error).__name__
     raise ImageError(
       f"image {path} cannot be decoded ({reason}): replace it or remove its line from {_METADATA}"
     ) from error
-  white = Image.new("RGBA", image.size, "white")
-  image = Image.alpha_composite(white, image).convert("RGB")
   height, width = size
   scale = max(height / image.height, width / image.width)
   top, left = round((scale * image.height - height) / 2), round((scale * image.width - width) / 2)
   cut = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
   return np.asarray(cut), (image.height, image.width, top, left)
-
-
-def _with_8_bits(image: Image.Image) -> Image.Image:
-  """An image whose values are at most 255, where Pillow would cut off what is above.
-
-  Raises:
-    ValueError: of 32 bits nobody says what is white.
-  """
-  if image.mode.startswith("I;16"):
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-  if image.mode in ("I", "F"):
-    raise ValueError("its pixels have 32 bits: save it with 8 or 16")
-  return image

@@ -185,9 +185,8 @@ def _pictures(folder: str) -> list[pathlib.Path]:
 def _read(path: pathlib.Path, size: int) -> np.ndarray:
   """A picture as CLIP's own processing has it: `[size, size, 3]` float32 in [0, 1]."""
   try:
-    with PIL.Image.open(path) as file:
-      image = file.convert("RGB")
-  except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    image = images_lib.upright(path)
+  except Exception as error:  # Decoders of two dozen formats raise what they like.
     raise UserError(f"picture {path} cannot be decoded ({error}): replace or remove it") from error
   width, height = (max(size * side // min(image.size), size) for side in image.size)
   image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)

@@ -82,7 +82,7 @@ class EvalResult:
     """The inverse of `to_json`.
 
     Raises:
-      KeyError, TypeError, AttributeError: it is no result.
+      ValueError, KeyError, TypeError, AttributeError: it is no result.
     """
     return cls(
       name=name,
@@ -233,7 +233,7 @@ def read_history(workdir: str | os.PathLike[str]) -> list[tuple[int, dict[str, E
         name: EvalResult.from_json(name, result) for name, result in entry["results"].items()
       }
       history.append((entry["iteration"], results))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f"{path} holds no evaluations ({error!r}): move the file away") from error
   return history
 

@@ -1,6 +1,7 @@
 """A model card: what a run's model was trained on, what came of it, and how to use it."""
 
 import re
+import shlex
 from typing import Any
 
 import huggingface_hub
@@ -64,11 +65,14 @@ def card(run: RunFiles, found: Finetuned, *, repo: str = "", adapter_file: str =
     tasks=tasks,
     settings=[(text, config[key]) for key, text in _SETTINGS if config.get(key)],
     table=_table(run),
+    measured=run.history[-1][0] if run.history else 0,
+    averaged=found.averaged or not config.get("ema_decay"),
     level=f"{statistics.LEVEL:.0%}",
     adapter_file=adapter_file,
     where=repo or "PATH/TO/THIS/FOLDER",
     pushed=bool(repo),
     prompt=prompt.replace("\\", "").replace('"', "'"),
+    quoted=shlex.quote(prompt),
     steps=config.get("sampling_steps", 50),
     guidance=config.get("guidance_scale", 7.0),
     eta=config.get("eta", 1.0),

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 from typing import Any
 
 from rlft.evaluation import evaluate
@@ -17,6 +16,7 @@ from rlft.inference import load as finetuned
 from rlft.inference import runs
 from rlft.inference.draw import Drawing
 from rlft.models.files import pretrained, single_file
+from rlft.rewards import grammar
 from rlft.storage import files
 from rlft.types import UserError
 
@@ -63,11 +63,23 @@ def stamp(model: str) -> Any:
   """Tells the files of a model from those that were there before, by their sizes and times."""
   source = pretrained.find(model)
   if isinstance(source, single_file.Source):
-    source = pathlib.Path(source.file)
+    parts = [source.file, *filter(None, [source.tokenizer])]
+    return [_stamp(pathlib.Path(part)) for part in parts]
+  return _stamp(source)
+
+
+def _stamp(source: Any) -> Any:
   if not isinstance(source, pathlib.Path) or not source.exists():
     return str(source)  # A revision of a hub's repository stays as it is.
-  weights = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-  return [[os.path.relpath(path, source), *status(path)] for path in weights]
+  return _files(source)
+
+
+def _files(path: pathlib.Path) -> list[list[Any]]:
+  """A file, or all in a folder, by what tells them from what was there before."""
+  found = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+  names = [(os.path.relpath(one, path), one) for one in found]
+  # What is hidden is a library's own: caches, locks.
+  return [[name, *status(one)] for name, one in names if not name.startswith(".") or one == path]
 
 
 def status(path: pathlib.Path) -> list[int]:
@@ -93,19 +105,38 @@ def about(drawing: Drawing) -> dict[str, Any]:
     run = runs.open_run(base)
     base = drawing.pretrained or run.config.pretrained
     finetuned.check_base(drawing.model, base)
-    found["checkpoint"] = run.checkpoint
+    found["checkpoint"] = run.stamp
   found["files"] = stamp(base)
   if drawing.lora:
     found["lora_file"] = status(pathlib.Path(drawing.lora))
   return found
 
 
+def check_as_before(drawing: Drawing, before: Mapping[str, Any]) -> None:
+  """Refuses a model, once it is loaded, that is no longer what it was when the command began.
+
+  Args:
+    drawing: with the model.
+    before: what `about` said then.
+
+  Raises:
+    UserError: it was trained on, or replaced.
+  """
+  now = about(drawing)
+  if any(now.get(key) != before.get(key) for key in ("checkpoint", "files", "lora_file")):
+    raise UserError(
+      f"{drawing.model} has changed since this command began: give it again when nothing trains"
+      " there, what has been measured is kept"
+    )
+
+
 def _asked(spec: EvalSpec) -> dict[str, Any]:
   """What an evaluation measures, so that it can be told from another of its name."""
   drawn_for = evaluate.prompts_of(spec)
   prompts = repr([(prompt.text, sorted(prompt.metadata.items())) for prompt in drawn_for])
-  named = (pathlib.Path(part) for part in re.split(r"[:?&=]", spec.metric.name))
-  own = {"files": found} if (found := [status(path) for path in named if path.is_file()]) else {}
+  name, options = grammar.split(spec.metric.name)
+  paths = [files.local_path(part) for part in (*name.split(":"), *options.values()) if part]
+  own = {"files": found} if (found := [_files(path) for path in paths if path.exists()]) else {}
   return {
     "metric": spec.metric.name,
     **own,

@@ -26,6 +26,7 @@ class Finetuned:
     lora_scale: factor of the adapter, alpha / rank.
     iteration: iterations done; 0 for a plain directory.
     started_in: where the run was started, as far as it says so; '' for a plain directory.
+    averaged: the parameters are the average that the run kept.
   """
 
   model: StableDiffusion
@@ -34,6 +35,7 @@ class Finetuned:
   lora_scale: float = 0.0
   iteration: int = 0
   started_in: str = ""
+  averaged: bool = False
 
 
 def load(
@@ -91,14 +93,16 @@ def _load(path: str, ema: bool, base: str, scheduler: str, image_size: str) -> F
       f"the run in {path} was trained from another model than is now in"
       f" {base or config.pretrained}: restore that one, or give its place with --pretrained"
     )
-  params = state["ema"] if ema and state.get("ema") else _full_precision(state)
+  averaged = bool(ema and state.get("ema"))
+  params = state["ema"] if averaged else _full_precision(state)
   adapter, scale = None, 0.0
   if config.policy.lora_rank:
     adapter, scale = params, lora_lib.scale(config.policy.lora_rank, config.policy.lora_alpha)
     params = lora_lib.merge(model.params["unet"], adapter, scale)
   model = dataclasses.replace(model, params={**model.params, "unet": params}, fingerprint="")
   iteration = meta["cursor"]["iteration"]
-  return Finetuned(model, config, adapter, scale, iteration, meta.get("started_in", ""))
+  started_in = meta.get("started_in", "")
+  return Finetuned(model, config, adapter, scale, iteration, started_in, averaged)
 
 
 def _load_base(

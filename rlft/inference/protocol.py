@@ -143,7 +143,7 @@ class Protocol:
         )
     file = _file_of_run(run.path)
     guidance = run.config.policy.guidance_scale
-    about = {"checkpoint": run.checkpoint, "base": kept.stamp(self.base_model)}
+    about = {"checkpoint": run.stamp, "base": kept.stamp(self.base_model)}
     return self._measured("test", file, guidance, about, run=run)
 
   def best_of(self, choice: BestOfSettings, guidance: float, names: Sequence[str]) -> Results:

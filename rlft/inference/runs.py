@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 from rlft.config import fields, stored
 from rlft.config.settings import Config, EvaluationSettings, OutputSettings
 from rlft.report.run_files import CONFIG_FILE
-from rlft.storage import files, folders
+from rlft.storage import checksums, files, folders
 from rlft.types import UserError
 
 # Settings that do not change what is trained.
@@ -31,6 +32,14 @@ class TrainedRun:
   path: str
   config: Config
   checkpoint: str
+
+  @property
+  def stamp(self) -> list[str]:
+    """Tells its newest checkpoint from that of another run that was in the same place."""
+    sums = files.path_of(self.path) / "checkpoints" / self.checkpoint / checksums.FILE
+    with files.reading(sums):
+      text = sums.read_bytes() if sums.exists() else b""  # Older checkpoints have none.
+    return [self.checkpoint, hashlib.sha256(text).hexdigest()]
 
 
 def is_run(path: str) -> bool:

@@ -271,7 +271,7 @@ class _Bench:
     def measure_missing(missing: list[EvalSpec]) -> Results:
       drawn = evaluate.images(missing)
       _say(f"measuring {one.name}: guidance {guidance:g}, {split}, {drawn:,} images")
-      drawer = self._open(drawing)
+      drawer = self._open(drawing, self._about[one.name])
       keep = samples.Keeper(kept.pictures(file), 0, images_per_prompt=_PICTURES)
       score = self._scorer(drawer)
       return measure.of_drawer(drawer, missing, score=score, seed=seed, keep=keep)
@@ -279,11 +279,12 @@ class _Bench:
     about = {**self._about[one.name], "guidance_scale": guidance, "seed": seed}
     return kept.results(file, about, specs, measure_missing)
 
-  def _open(self, drawing: Drawing) -> Drawer:
+  def _open(self, drawing: Drawing, about: Mapping[str, Any]) -> Drawer:
     """The model; one at a time, since each has its weights on the devices."""
     if self._drawer is None or self._drawer[0] != drawing:
       self._drawer = None
       self._drawer = drawing, Drawer(drawing)
+      kept.check_as_before(drawing, about)
     return self._drawer[1]
 
   def _scorer(self, drawer: Drawer) -> metric_lib.MetricScorer:

@@ -20,7 +20,7 @@ from jax._src.lib import utils  # The only way to the level of what C++ prints.
 
 from rlft.config.fields import option
 from rlft.parallel import watch as watch_lib
-from rlft.parallel.watch import FAILED, MISTAKE, Watch
+from rlft.parallel.watch import FAILED, Watch
 from rlft.types import UserError
 
 _KEYS = "rlft/processes/"
@@ -205,7 +205,8 @@ def _initialize(arguments: Mapping[str, Any], timeout_s: float) -> None:
   said.daemon = True
   said.start()
   try:
-    with _aborting(lambda: watch_lib.leave(not_met, MISTAKE)):
+    # Worth another try: one of them may be late.
+    with _aborting(lambda: watch_lib.leave(not_met, FAILED)):
       jax.distributed.initialize(
         **arguments,
         initialization_timeout=_JOIN_S,
@@ -215,7 +216,7 @@ def _initialize(arguments: Mapping[str, Any], timeout_s: float) -> None:
       )
   except (RuntimeError, ValueError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    raise UserError(f"{not_met} ({reason})") from error
+    watch_lib.leave(f"{not_met} ({reason})", FAILED)
   finally:
     said.cancel()
 

@@ -69,6 +69,7 @@ def make_app(
   plan: Plan,
   *,
   hosts: Sequence[str],
+  address: str = "",
   min_consistency: float = 0.0,
 ) -> Starlette:
   """The application.
@@ -79,6 +80,7 @@ def make_app(
     links: who may see what.
     plan: who is asked how much; as `votes` has it.
     hosts: names by which the page may be called, without ports.
+    address: what links begin with; a web server before this one may call this one by another name.
     min_consistency: see `results.find`.
   """
   page = _Page(study, votes, links, plan, min_consistency)
@@ -100,7 +102,7 @@ def make_app(
     middleware=[
       # Another name in the request is another site's that was pointed at this machine.
       Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
-      Middleware(BaseHTTPMiddleware, dispatch=_guarded),
+      Middleware(BaseHTTPMiddleware, dispatch=functools.partial(_guarded, _host_of(address))),
     ],
     exception_handlers={
       HTTPException: _refusal,
@@ -113,11 +115,12 @@ def make_app(
 
 
 async def _guarded(
-  request: Request, call_next: Callable[[Request], Awaitable[Response]]
+  public: str, request: Request, call_next: Callable[[Request], Awaitable[Response]]
 ) -> Response:
   """Refuses forms of other sites, and says to browsers what pages may do."""
   origin = request.headers.get("origin")
-  if origin is not None and _host_of(origin) != request.headers.get("host"):
+  named = (request.headers.get("host"), *filter(None, [public]))
+  if origin is not None and _host_of(origin) not in named:
     response: Response = PlainTextResponse("Not found", 404)
   else:
     response = await call_next(request)

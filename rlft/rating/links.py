@@ -1,13 +1,17 @@
 """Links that nobody can guess: whoever has one is a rater, or looks at the results."""
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 
 from rlft.storage import files
+from rlft.types import UserError
 
 _KEY = "key"
+_BYTES = 32  # of the key, two digits each
 _DIGITS = 32  # of 4 bits
 
 
@@ -18,17 +22,15 @@ class Links:
     """Reads the secret key, which is made where it is missing.
 
     Raises:
-      UserError: it can neither be read nor written.
+      UserError: it can neither be read nor written, or is none.
     """
     path = directory / _KEY
-    with files.writing(path):
-      try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-          file.write(secrets.token_hex(32))
-      except FileExistsError:
-        pass
+    if not path.exists():
+      _make_key(path)
     with files.reading(path):
       self._key = path.read_bytes()
+    if len(self._key) != 2 * _BYTES:  # Of a shorter one links could be guessed.
+      raise UserError(f"{path} holds no key: remove it; links that were handed out become others")
 
   def rater(self, number: int) -> str:
     """The token of a rater, numbered from 1."""
@@ -51,6 +53,21 @@ class Links:
 
   def _code(self, role: str) -> str:
     return hmac.new(self._key, role.encode(), hashlib.sha256).hexdigest()[:_DIGITS]
+
+
+def _make_key(path: files.Path) -> None:
+  """Writes a new key, of which nobody sees a part; one that another process has made stays."""
+  with files.writing(path):
+    handle, name = tempfile.mkstemp(prefix=f".{_KEY}.", dir=path.parent)  # For this user alone.
+    try:
+      with open(handle, "w") as file:
+        file.write(secrets.token_hex(_BYTES))
+        file.flush()
+        os.fsync(handle)
+      with contextlib.suppress(FileExistsError):
+        os.link(name, path)
+    finally:
+      os.unlink(name)
 
 
 def _same(token: str, expected: str) -> bool:

@@ -7,8 +7,6 @@ import sys
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
 from rlft import catalog
 from rlft.config import fields
@@ -260,14 +258,11 @@ def _decode(path: pathlib.Path) -> np.ndarray:
   Only its pixels: what else is in a file may name the model that drew it.
   """
   try:
-    with PIL.Image.open(path) as file:
-      image = PIL.ImageOps.exif_transpose(file).convert("RGBA")
-  except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    return np.asarray(images.upright(path))
+  except Exception as error:  # Decoders of two dozen formats raise what they like.
     raise UserError(
       f"picture {path} cannot be decoded ({error}): replace it, or remove its line from {_LISTING}"
     ) from error
-  white = PIL.Image.new("RGBA", image.size, "white")
-  return np.asarray(PIL.Image.alpha_composite(white, image).convert("RGB"))
 
 
 def read(paths: Sequence[pathlib.Path]) -> np.ndarray:

@@ -46,6 +46,7 @@ def serve(
     links,
     plan,
     hosts=(*_LOOPBACK, f"[{host}]" if ":" in host else host),
+    address=address,
     min_consistency=settings.min_consistency,
   )
   say(f"Results so far: {address}/o/{links.organizer()}")

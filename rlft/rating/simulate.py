@@ -52,6 +52,11 @@ def scores(study: Study) -> np.ndarray:
     for place, (entry, metric) in enumerate(zip(study.sets, oracles(study), strict=True)):
       rows = [row for row, item in enumerate(study.items) if item.set == place]
       prompts = pictures.prompts_of(entry, study.contenders)
+      if [prompt.text for prompt in prompts] != [study.items[row].text for row in rows]:
+        raise UserError(
+          f"--set=name={entry.name}: its prompts are not those of which there are pictures: put"
+          " them back as they were, or give another --output"
+        )
       drawn_for = [prompt for prompt in prompts for _ in range(entry.images)]
       for column in range(len(study.contenders)):
         paths = [path for row in rows for path in study.pictures(row, column)]

@@ -64,7 +64,8 @@ class Run:
     pairs: pretraining images with captions; None where they have no weight.
     frozen: parameters that no update changes, on the devices, see `programs.kept_parameters`.
     checkpointer: keeps the state.
-    digests: what stands for the prompts of tasks and evaluations, by their source.
+    digests: what stands for the prompts of tasks and evaluations, by their source, and for the list
+      of pretraining pictures.
   """
 
   config: Config
@@ -222,5 +223,6 @@ def _open(config: Config, mesh: Mesh, checkpointer: Checkpointer) -> Run:
       for entry, opened in zip(
         (*config.task, *config.eval), (*prompts, *(spec.prompts for spec in evals)), strict=True
       )
-    },
+    }
+    | ({f"--pretrain_data={config.pretraining.pretrain_data}": pairs.digest} if pairs else {}),
   )

@@ -67,8 +67,8 @@ def resume(run: Run, state: TrainState) -> tuple[TrainState, Cursor]:
     for source, digest in meta.get("prompts", {}).items():  # Older checkpoints have none.
       if run.digests.get(source, digest) != digest:
         raise UserError(
-          f"the prompts {source} are not those that the run in {run.workdir} began with: put them"
-          " back as they were, or give a new --workdir"
+          f"the prompts or pictures of {source} are not those that the run in {run.workdir} began"
+          " with: put them back as they were, or give a new --workdir"
         )
 
   restored = run.checkpointer.restore(state, check)

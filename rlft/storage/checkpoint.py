@@ -356,7 +356,7 @@ class Checkpointer:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    except UserError:
+    except (UserError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
       raise UserError(

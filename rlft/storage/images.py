@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from rlft.storage import files
 
@@ -31,6 +32,32 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     raise ValueError(f"expected images in uint8 or float in [0, 1], got {images.dtype}")
   unit = np.clip(np.nan_to_num(images.astype(np.float32), nan=0.0), 0, 1)
   return np.round(unit * 255).astype(np.uint8)
+
+
+def upright(path: str | os.PathLike[str]) -> PIL.Image.Image:
+  """An image file as RGB of 8 bits, turned as its EXIF data say, on white where it is transparent.
+
+  Raises:
+    Exception: of whatever kind a decoder raises; ValueError if nobody says what is white in it.
+  """
+  with PIL.Image.open(path) as file:
+    image = _with_8_bits(PIL.ImageOps.exif_transpose(file)).convert("RGBA")
+  white = PIL.Image.new("RGBA", image.size, "white")
+  return PIL.Image.alpha_composite(white, image).convert("RGB")
+
+
+def _with_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+  """An image whose values are at most 255, where Pillow would cut off what is above.
+
+  Raises:
+    ValueError: of 32 bits nobody says what is white.
+  """
+  if image.mode.startswith("I;16"):
+    values = np.asarray(image).astype(np.uint32)
+    return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
+  if image.mode in ("I", "F"):
+    raise ValueError("its pixels have 32 bits: save it with 8 or 16")
+  return image
 
 
 def grid(images: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2) -> np.ndarray:

@@ -49,6 +49,7 @@ def test_a_sum_and_a_veto_are_values():
     ("preset=zzz", "unknown preset 'zzz', use one of emoji-composition, emoji-preference"),
     ("name=a,prompts=p,reward=r,bach_size=4", "unknown key 'bach_size', did you mean batch_size?"),
     ("name=a,prompts=p,reward=r,batch_size=4x", "batch_size=4x is not a whole number"),
+    (f"name=a,prompts=p,reward=r,batch_size={'9' * 400}", "9 is not a whole number"),
     ("name=a,prompts=p,reward=r,batch_size=", "batch_size has no value"),
     ("name=a,prompts=p,prompts=q,reward=r", "prompts is given twice"),
     ("name=a,prompts=a,b.txt,reward=r", "'b.txt' is not key=value"),

@@ -105,9 +105,12 @@ def test_history_of_a_resumed_run_has_each_iteration_once(tmp_path):
 
 
 def test_a_damaged_history_is_a_user_error(tmp_path):
-  (tmp_path / "eval_history.jsonl").write_text('{"iteration": 0, "results": {"a": 1}}\n')
-  with pytest.raises(UserError, match="holds no evaluations"):
-    results.read_history(tmp_path)
+  good = {"iteration": 0, "results": {"a": result([1, 2]).to_json()}}
+  text = json.dumps(good).replace('"scores": [', '"scores": ["x", ')
+  for damaged in ('{"iteration": 0, "results": {"a": 1}}', text):
+    (tmp_path / "eval_history.jsonl").write_text(f"{damaged}\n")
+    with pytest.raises(UserError, match="holds no evaluations"):
+      results.read_history(tmp_path)
 
 
 def test_the_base_at_its_best_is_kept(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -91,6 +92,24 @@ def test_what_people_read(tmp_path):
   assert "- Of that, in iterations: sample 2.0 min" in text
   assert "derivative of org/sd" in text
   assert "/home" not in text and "\n\n\n" not in text
+
+
+def test_what_was_measured_of_other_weights_is_said(tmp_path):
+  run = make(tmp_path, "org/sd@0123", ema_decay=0.9)
+  later = card.card(run, Finetuned(None, iteration=7, averaged=True))
+  assert "**Measured after 2 iterations; the weights here are those after 7.**" in later
+  assert "Measured with" not in later
+  last = card.card(run, Finetuned(None, iteration=2))
+  assert "**Measured with the average of the last iterations' weights; the weights here" in last
+  assert "Measured after" not in last
+
+
+def test_a_prompt_runs_nothing(tmp_path):
+  run = make(tmp_path, "org/sd@0123")
+  prompt = "a $(touch x) `id` 'dog'"
+  samples.Keeper(tmp_path, 2).save("liked", np.zeros((1, 4, 4, 3), np.uint8), [Prompt(prompt)])
+  (line,) = (x for x in card.card(run, Finetuned(None)).splitlines() if "sample.py" in x)
+  assert shlex.split(line)[-1] == f"--prompt={prompt}"
 
 
 def test_a_hacked_run_says_so_first(tmp_path):

@@ -126,7 +126,7 @@ with join.joined(join.ProcessSettings({settings})):
     [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
   )
   *waits, last = done.stderr.splitlines()
-  assert (done.returncode, done.stdout) == (2, "")
+  assert (done.returncode, done.stdout) == (1, "")  # Worth another try: one may be late.
   assert last.startswith(
     f"error: the processes of this run did not meet at {address} in 3 s: start"
   )

@@ -303,6 +303,18 @@ def test_other_sites_and_other_names_are_refused(page):
   assert sent.status_code == 303
 
 
+def test_a_web_server_before_the_page_may_call_it_by_another_name(study):
+  client, links, votes = rating_cases.make_client(study, address="https://rate.example:8443/x")
+  with client:
+    rater = links.rater(1)
+    form = {**read(client, rater).forms["vote"], "answer": "left"}
+    for origin, status in (("https://rate.example", 404), ("https://rate.example:8443", 303)):
+      sent = client.post(f"/r/{rater}/vote", data=form, headers={"origin": origin})
+      assert sent.status_code == status
+  assert len(votes.answered()) == 1
+  votes.close()
+
+
 def test_a_full_disk_is_said_and_nothing_is_lost(page, monkeypatch):
   client, links, votes = page
   rater = links.rater(1)

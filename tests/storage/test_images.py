@@ -53,3 +53,21 @@ def test_png_gives_back_the_pixels(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
   images.save_png(tmp_path / "new" / "a.png", pixels)
   np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "new" / "a.png")), pixels)
+
+
+def test_pictures_of_any_kind_are_upright_with_8_bits_on_white(tmp_path):
+  ramp = np.arange(4, dtype=np.uint16).reshape(1, 4) * 17 * 257
+  PIL.Image.fromarray(ramp).save(tmp_path / "deep.png")
+  np.testing.assert_array_equal(
+    np.asarray(images.upright(tmp_path / "deep.png"))[0, :, 0], [0, 17, 34, 51]
+  )
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6  # Turned by a quarter.
+  wide = PIL.Image.fromarray(np.zeros((2, 5, 3), np.uint8))
+  wide.save(tmp_path / "turned.jpg", exif=exif)
+  assert images.upright(tmp_path / "turned.jpg").size == (2, 5)
+  PIL.Image.fromarray(np.zeros((2, 2, 4), np.uint8)).save(tmp_path / "clear.png")
+  assert (np.asarray(images.upright(tmp_path / "clear.png")) == 255).all()
+  PIL.Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tiff")
+  with pytest.raises(ValueError, match="32 bits"):
+    images.upright(tmp_path / "float.tiff")

@@ -254,8 +254,8 @@ def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = n
 
   The scheduler becomes DDIM, which is what the model was trained with, with the same noise.
 
-  Everything is written to a new directory beside `path`, which then takes its place: whoever looks
-  at `path` sees the former model or the whole new one.
+  Everything is written to a new directory beside `path`, which then takes its place: at `path`
+  there is the former model or the whole new one, but for the moment between two renames.
 
   Args:
     path: the directory; an existing one is replaced if it holds a model or nothing.
@@ -284,8 +284,8 @@ def save(path: str | os.PathLike[str], model: StableDiffusion, *, dtype: Any = n
       root.rename(old)
     try:
       new.rename(root)
-    except OSError:
-      if old.exists():
+    except BaseException:  # Ctrl-C, too.
+      if old.exists() and not root.exists():
         old.rename(root)
       raise
   except (OSError, safetensors.SafetensorError) as error:

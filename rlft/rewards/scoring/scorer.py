@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlft.parallel import processes
 from rlft.parallel import sharding as sharding_lib
 from rlft.rewards.scoring import errors, host
 from rlft.rewards.scoring.errors import RewardError
@@ -160,7 +161,9 @@ class _JaxScorer:
   def _arguments(self, images: jax.Array, prompts: Sequence[Prompt]) -> tuple[Any, jax.Array, Any]:
     if self._params is None:
       self._params = self._placed_params()
-    features = sharding_lib.put(prepared(self._reward, prompts), self._sharding)
+    with processes.together(RewardError):
+      features = prepared(self._reward, prompts)
+    features = sharding_lib.put(features, self._sharding)
     return self._params, images, features
 
   def _placed_params(self) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from rlft import catalog
+from rlft.parallel import processes
 from rlft.rewards import parity
 from rlft.rewards.scoring import scorer as scoring
 from rlft.types import HostReward, JaxReward, Prompt, Scores, UserError
@@ -320,6 +321,18 @@ def test_a_host_reward_that_returns_something_else(score, found):
 def test_a_jax_reward_that_returns_something_else(score, found):
   with pytest.raises(scoring.RewardError, match=f"'j' returned {found}".replace("[", r"\[")):
     run(JaxReward("j", score))
+
+
+def test_prompts_that_another_process_cannot_use(monkeypatch):
+  """All stop before any begins what only all can do."""
+
+  def raise_together(failed, kind=UserError):
+    assert failed is None
+    raise kind("on process 1: reward 'j' cannot use its prompts")
+
+  monkeypatch.setattr(processes, "raise_together", raise_together)
+  with pytest.raises(scoring.RewardError, match="on process 1: reward 'j'"):
+    run(make("jax", is_set=False))
 
 
 def test_prompts_that_a_jax_reward_cannot_use():
