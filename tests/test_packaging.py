@@ -19,6 +19,8 @@ import pytest
 from rlft.config import fields
 from rlft.config import flags as cli
 from rlft.config.settings import Config
+from rlft.parallel.join import ProcessSettings
+from rlft.performance.compile.plan import PlanConfig
 from rlft.run import checks
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -214,6 +216,19 @@ def _launches(page: pathlib.Path) -> list[tuple[str, ...]]:
   lines = (line for block in _blocks(page) for line in block.replace("\\\n", "").splitlines())
   commands = (line.partition("python launch/")[2] for line in lines if not line.startswith("#"))
   return [tuple(shlex.split(f"launch/{command}", comments=True)) for command in commands if command]
+
+
+@pytest.mark.parametrize("page", _pages(), ids=lambda page: page.stem)
+def test_settings_in_documents_contradict_nothing(page, monkeypatch):
+  """A flag that an algorithm does not use is refused, also one in a flagfile."""
+  monkeypatch.chdir(ROOT)
+  for script, *arguments in _launches(page):
+    if script == "launch/train.py":
+      values = flags.FlagValues()
+      for kind in (Config, ProcessSettings, PlanConfig):
+        cli.define(kind, flag_values=values)
+      values([script, *arguments])
+      checks.validate_settings(cli.read(Config, flag_values=values))
 
 
 def test_readme_has_its_two_commands():
