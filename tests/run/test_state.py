@@ -77,7 +77,7 @@ def test_a_rank_that_is_not_the_files(adapter, tmp_path):
   path = tmp_path / "lora.safetensors"
   lora_files.save(path, adapter, scale=SCALE)
   config = fields.make(Config, init_lora=str(path), lora_rank=4)
-  with pytest.raises(UserError, match="--lora_rank=4 is not the rank of .* is 2: leave"):
+  with pytest.raises(UserError, match="--lora_rank=4 is not the rank of .*: give --lora_rank=2"):
     checks.with_rank(config)
   assert checks.with_rank(fields.replace(config, lora_rank=2)).policy.lora_rank == 2
   assert checks.with_rank(Config()) == Config()
