@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import re
 
 import jax
 from jax.experimental import multihost_utils
@@ -10,6 +11,16 @@ import numpy as np
 
 from rlft.parallel import sharding
 from rlft.types import UserError
+
+# JAX and Orbax raise ValueError as well as JaxRuntimeError, with what the library said.
+_COLLECTIVE = re.compile(r"gloo|nccl|all-?gather|all-?reduce|coordination", re.I)
+
+
+def is_collective(error: BaseException) -> bool:
+  """Whether an error is of what processes do together, as where another is gone, or of devices."""
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return True
+  return jax.process_count() > 1 and bool(_COLLECTIVE.search(str(error)))
 
 
 def meet(mesh: Mesh) -> None:

@@ -146,8 +146,10 @@ class Checkpointer:
         ),
         force=True,
       )
-    except self._failures as error:
+    except Exception as error:
       self._saved = None
+      if not isinstance(error, self._failures) or processes.is_collective(error):
+        raise
       raise self._save_error(step, error) from error
 
   def wait(self) -> None:
@@ -162,6 +164,7 @@ class Checkpointer:
     try:
       self._manager.wait_until_finished()
     except self._failures as error:
+      _raise_if_collective(error)
       raise self._save_error(step, error) from error
     finally:
       self._saved = None
@@ -177,9 +180,8 @@ class Checkpointer:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    except jax.errors.JaxRuntimeError:  # Says nothing of files: another process is gone, say.
-      raise
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
+      _raise_if_collective(error)
       raise UserError(
         f"checkpoint {folders.name_of(step)} was written in {self._shown} and cannot be read"
         f" ({_first_line(error)}); earlier checkpoints are intact: see whether the file system"
@@ -223,9 +225,8 @@ class Checkpointer:
           "checkpoint %s has no checksums, since an older version wrote it: taken as it is",
           folders.name_of(step),
         )
-    except jax.errors.JaxRuntimeError:
-      raise
     except Exception as own:  # Orbax raises a dozen types for what it cannot read.
+      _raise_if_collective(own)
       if _is_of_the_system(own):
         unread = self._unread_error(step, own)
       else:
@@ -315,9 +316,10 @@ class Checkpointer:
             )
           ),
         )
-      except (UserError, jax.errors.JaxRuntimeError):  # The latter says nothing of files.
+      except UserError:
         raise
       except Exception as error:  # Orbax raises a dozen types for what it cannot read.
+        _raise_if_collective(error)
         # Of a bucket TensorStore does not say whether it is the object; but the sums were right.
         if _is_of_the_system(error) or (whole and files.is_bucket(self._shown)):
           raise self._unread_error(step, error) from error
@@ -356,9 +358,10 @@ class Checkpointer:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    except (UserError, jax.errors.JaxRuntimeError):
+    except UserError:
       raise
     except Exception as error:  # Orbax raises a dozen types for what it cannot read.
+      _raise_if_collective(error)
       raise UserError(
         f"checkpoint {folders.name_of(step)} in {self._shown} cannot be read"
         f" ({_first_line(error)}); resume the run to write a new one"
@@ -416,7 +419,14 @@ class Checkpointer:
     try:
       self._manager.close()
     except self._failures as error:  # It raises again what was raised when a save was waited for.
+      _raise_if_collective(error)
       raise self._save_error(self._step, error) from error
+
+
+def _raise_if_collective(error: Exception) -> None:
+  """Lets an error go on that says nothing of files: another process is gone, say."""
+  if processes.is_collective(error):
+    raise error
 
 
 def _smallest_alone(state: Any) -> Any:

@@ -44,3 +44,12 @@ def test_without_errors_processes_go_on(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
   processes.raise_together(None)
+
+
+def test_what_is_of_all_processes(monkeypatch):
+  lost = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:1: Connection reset by peer"
+  assert processes.is_collective(jax.errors.JaxRuntimeError("INTERNAL"))
+  assert not processes.is_collective(ValueError(lost))  # There is no other.
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert processes.is_collective(ValueError(lost))
+  assert not processes.is_collective(ValueError("No space left on device"))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlft.parallel import sharding
+from rlft.parallel import processes, sharding
 from rlft.parallel.compiled import compilations
 from rlft.storage import checkpoint, checksums
 from rlft.storage.checkpoint import Checkpointer
@@ -297,21 +297,26 @@ def test_arrays_that_cannot_be_read_stay(tmp_path, monkeypatch):
   assert names(tmp_path) == ["iteration_1", "iteration_2"]
 
 
-def test_what_fails_on_the_devices_is_not_said_of_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_what_fails_on_the_devices_is_not_said_of_files(tmp_path, monkeypatch, kind):
   """Another process that dies ends a collective, also while checkpoints are opened."""
-  gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+  gone = kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
 
   def fail(*_, **__):
     raise gone
 
   save(tmp_path, 1)
   checkpointer = Checkpointer(tmp_path)
+  monkeypatch.setattr(processes, "is_collective", lambda error: error is gone)
   monkeypatch.setattr(checkpointer._manager, "restore", fail)
-  with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+  with pytest.raises(kind, match="Gloo"):
     checkpointer.restore(state(0.0))
   checkpointer.save(2, state(2.0), {"step": 2})
-  with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+  with pytest.raises(kind, match="Gloo"):
     checkpointer.wait()
+  monkeypatch.setattr(checkpointer._manager, "save", fail)
+  with pytest.raises(kind, match="Gloo"):
+    checkpointer.save(3, state(3.0), {"step": 3})
   monkeypatch.undo()
   checkpointer.close()
   assert names(tmp_path) == ["iteration_1", "iteration_2"] and restore(tmp_path)[0] == 2
