@@ -64,10 +64,15 @@ def _make_key(path: files.Path) -> None:
         file.write(secrets.token_hex(_BYTES))
         file.flush()
         os.fsync(handle)
-      with contextlib.suppress(FileExistsError):
+      try:
         os.link(name, path)
+      except FileExistsError:
+        pass
+      except OSError:  # A file system without links, such as a mounted drive.
+        os.replace(name, path)
     finally:
-      os.unlink(name)
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(name)
 
 
 def _same(token: str, expected: str) -> bool:

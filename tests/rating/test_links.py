@@ -1,5 +1,7 @@
 """Links that nobody can guess."""
 
+import os
+
 import pytest
 
 from rlft.rating.links import Links
@@ -14,6 +16,15 @@ def test_links_stay_the_same_and_are_those_of_their_key(tmp_path):
   assert one.find_rater(again.rater(3)) == 3 and one.find_rater(other.rater(3)) is None
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["key"]  # Nothing else is left.
   assert (tmp_path / "a" / "key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+  def refused(*_):
+    raise PermissionError("no links")
+
+  monkeypatch.setattr(os, "link", refused)
+  assert Links(tmp_path).rater(1) == Links(tmp_path).rater(1)
+  assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize("content", ["", "abc"])
