@@ -134,7 +134,7 @@ create() {
 # With a Python of its own, as that of the images is too old.
 install() {
   local package=${TMPDIR:-/tmp}/rlft-$name.tar.gz
-  [[ $dry_run ]] || git archive --output="$package" HEAD
+  [[ $dry_run ]] || git archive --output="$package" HEAD || return
   vm scp "$package" "$name:rlft.tar.gz" --worker=all || return
   # What ~ is, the TPU's machines know.
   # shellcheck disable=SC2016

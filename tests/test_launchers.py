@@ -34,6 +34,7 @@ status=${line%% *}
 [ "$status" = 0 ] && echo "${line#* }" || echo "${line#* }" >&2
 exit "${line%% *}"
 """
+SPOT = ("--spot", "train", "--", "--workdir=gs://b/x")
 TPU = ("--name=tpu", "--zone=z", "--type=v6e-8", "--version=image")
 
 
@@ -175,10 +176,7 @@ def test_another_tpu_is_asked_for_until_there_is_one(folder):
   refused = "1 There is no more capacity in the zone"
   status, _, err = tpu_vm(
     folder,
-    "--spot",
-    "train",
-    "--",
-    "--workdir=gs://b/x",
+    *SPOT,
     states=("PREEMPTED", "READY"),
     runs=("255 connection lost", "0 report: x"),
     creations=(refused, refused, "0 created"),
@@ -192,10 +190,7 @@ def test_another_tpu_is_asked_for_until_there_is_one(folder):
 def test_a_tpu_that_is_taken_away_before_it_is_used_is_replaced_too(folder):
   status, _, err = tpu_vm(
     folder,
-    "--spot",
-    "train",
-    "--",
-    "--workdir=gs://b/x",
+    *SPOT,
     states=("PREEMPTED", "CREATING", "PREEMPTED", "READY"),
     runs=("255 connection lost", "0 report: x"),
   )
@@ -207,10 +202,7 @@ def test_an_installation_that_fails_is_begun_again(folder):
   """As on a TPU that is gone before rlft is on it."""
   status, _, _ = tpu_vm(
     folder,
-    "--spot",
-    "train",
-    "--",
-    "--workdir=gs://b/x",
+    *SPOT,
     states=("PREEMPTED", "READY"),
     runs=("255 connection lost", "0 report: x"),
     copies=("1 connection lost", "0 copied"),

@@ -124,10 +124,15 @@ def check_as_before(drawing: Drawing, before: Mapping[str, Any]) -> None:
   """
   now = about(drawing)
   if any(now.get(key) != before.get(key) for key in ("checkpoint", "files", "lora_file")):
-    raise UserError(
-      f"{drawing.model} has changed since this command began: give it again when nothing trains"
-      " there, what has been measured is kept"
-    )
+    raise changed(drawing.model)
+
+
+def changed(model: str) -> UserError:
+  """What is said of a model that is no longer what it was when the command began."""
+  return UserError(
+    f"{model} has changed since this command began: give it again when nothing trains there, what"
+    " has been measured is kept"
+  )
 
 
 def _asked(spec: EvalSpec) -> dict[str, Any]:

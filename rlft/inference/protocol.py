@@ -22,7 +22,7 @@ from rlft.evaluation.protocol import Base, Results
 from rlft.inference import best_of, kept, measure
 from rlft.inference.best_of import BestOfSettings
 from rlft.inference.draw import Drawer, Drawing
-from rlft.inference.runs import TrainedRun
+from rlft.inference.runs import TrainedRun, open_run
 from rlft.report import samples
 from rlft.storage import files
 from rlft.types import UserError
@@ -208,7 +208,10 @@ class Protocol:
     if run is None:
       return self._base_drawer[1]
     drawing = dataclasses.replace(drawing, model=run.path, pretrained=self._settings.pretrained)
-    return Drawer(drawing, like=self._base_drawer[1])
+    drawer = Drawer(drawing, like=self._base_drawer[1])
+    if open_run(run.path).stamp != run.stamp:  # Measurements would be kept as the former one's.
+      raise kept.changed(run.path)
+    return drawer
 
   def _scorer(self, drawer: Drawer) -> metric_lib.MetricScorer:
     """Applies the metrics, which are tried first."""
