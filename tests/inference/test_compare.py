@@ -180,6 +180,21 @@ def test_what_has_changed_is_measured_anew(folder, drawn, tmp_path, monkeypatch)
   assert [seed for _, _, seed, _ in drawn] == [7, 7, 7, 8, 8, 8]
 
 
+def test_a_run_that_goes_on_while_it_is_loaded_is_refused(folder, drawn, tmp_path, monkeypatch):
+  """Its measurements would be kept as those of the checkpoint before."""
+  load = finetuned.load
+
+  def trained_on(path, **how):
+    if "run-" in path:
+      monkeypatch.setattr(folders, "newest", lambda directory: folders.step_of(8, 0))
+    return load(path, **how)
+
+  monkeypatch.setattr(finetuned, "load", trained_on)
+  with pytest.raises(UserError, match="run-8 has changed since this command began: give it again"):
+    compare([make_run(folder, 8)], evals(folder), settings(tmp_path))
+  assert not (folder / "run-8" / "measured" / "test.json").exists()
+
+
 def test_a_comparison_that_was_stopped_goes_on(folder, drawn, tmp_path):
   paths, how = [make_run(folder, 5)], settings(tmp_path)
   compare(paths, evals(folder), how)
